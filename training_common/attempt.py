@@ -1,0 +1,72 @@
+"""What a trainer sees of the job it works for: the `Attempt` protocol and the reasons to stop.
+
+The worker process gives the trainer an implementation whose every write is conditional on the attempt's fencing
+token (`training_common.worker`). A trainer knows nothing of databases, servers or gRPC, so it can be tested with a
+plain in-memory attempt.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+# What an event or a progress row may carry: JSON, with finite numbers.
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+class StopKind(enum.StrEnum):
+    """Why an attempt is asked to end before its work is done."""
+
+    PAUSE = "pause"
+    CANCEL = "cancel"
+    REVOKED = "revoked"
+
+
+class AttemptStopped(Exception):  # noqa: N818 - an instruction, not an error
+    """The attempt must end now; for PAUSE the trainer has saved a checkpoint before it raises this."""
+
+    def __init__(self, kind: StopKind) -> None:
+        super().__init__(kind.value)
+        self.kind = kind
+
+
+class FencedOutError(RuntimeError):
+    """The attempt's fencing token is no longer current: another attempt owns the job, nothing was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRef:
+    """A checkpoint whose files matched their digests when it was handed out."""
+
+    step: int
+    path: Path
+
+
+class Attempt(Protocol):
+    """One attempt at a job, as its trainer sees it."""
+
+    @property
+    def job(self) -> str:
+        """The job's name, `jobs/<uuid>`."""
+
+    @property
+    def workdir(self) -> Path:
+        """A folder of this job alone, kept between attempts."""
+
+    def progress(self, *, step: int, total_steps: int, metrics: Mapping[str, Json]) -> None:
+        """Record one progress event. `step` counts finished optimizer steps. Metrics not measured are left out."""
+
+    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
+        """Record one event of another kind, for instance `recovery`."""
+
+    def stop_requested(self) -> StopKind | None:
+        """Return what the job's owner asked for, if anything. Cheap enough to call once a step."""
+
+    def save_checkpoint(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
+        """Let `write` fill an empty folder, then digest it, make it durable and record it, all or nothing."""
+
+    def latest_checkpoint(self) -> CheckpointRef | None:
+        """Return the newest checkpoint whose digests hold, or None. Torn ones are skipped and reported."""
