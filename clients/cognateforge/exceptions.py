@@ -1,0 +1,349 @@
+"""Every error of this project, the same class on both sides of the wire.
+
+    ForgeError
+    ├── InvalidRequestError            InvalidFieldError, UnknownFieldError, InvalidPageTokenError,
+    │                                  DeadlineRequiredError
+    ├── ForbiddenError                 RoleMissingError, NoPolicyError
+    ├── ConflictError                  RequestIdReusedError
+    ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError
+    ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
+    ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
+    │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
+    │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError
+    ├── NotImplementedByServerError
+    ├── ArtifactCorruptError
+    ├── UnavailableError               CircuitOpenError
+    ├── DeadlineExceededError
+    ├── ResourceExhaustedError
+    └── InternalError
+
+A reason (cognateforge.errors.v1.Reason) has one class, and the contract's table gives its status. A server raises the
+class, `to_status` makes google.rpc.Status of it, and the client's `from_rpc_error` makes the same class again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from cognateforge.errors.v1 import reasons_pb2
+from cognateforge.errors.v1.reasons_pb2 import Reason
+
+DOMAIN = "cognateforge"
+# Error text travels in trailing metadata, which gRPC bounds at 8 KiB in all.
+MAX_MESSAGE_CHARS = 2000
+MAX_VIOLATIONS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldViolation:
+    """One field that breaks a rule."""
+
+    field: str
+    description: str
+
+
+class ForgeError(Exception):
+    """The root of the tree. Raise a subclass."""
+
+    reason: ClassVar[Reason.ValueType] = Reason.REASON_UNSPECIFIED
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        violations: Sequence[FieldViolation] = (),
+        metadata: Mapping[str, str] | None = None,
+        request_id: str = "",
+    ) -> None:
+        self.message = (message or self.info().message)[:MAX_MESSAGE_CHARS]
+        self.violations = tuple(violations)[:MAX_VIOLATIONS]
+        self.metadata = dict(metadata or {})
+        self.request_id = request_id
+        super().__init__(self.message)
+
+    @classmethod
+    def info(cls) -> reasons_pb2.ReasonInfo:
+        """Return the contract's row for this class's reason."""
+        options = Reason.DESCRIPTOR.values_by_number[cls.reason].GetOptions()
+        return cast("reasons_pb2.ReasonInfo", options.Extensions[reasons_pb2.info])
+
+    @classmethod
+    def reason_name(cls) -> str:
+        """Return the reason as it travels in ErrorInfo, without its prefix."""
+        return Reason.Name(cls.reason).removeprefix("REASON_")
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same call may succeed later without a change."""
+        return self.info().retryable
+
+
+class InvalidRequestError(ForgeError):
+    """The request itself is wrong, whatever the server's state."""
+
+
+class InvalidFieldError(InvalidRequestError):
+    """A field breaks a rule of the contract; `violations` names it."""
+
+    reason = Reason.REASON_INVALID_FIELD
+
+
+class UnknownFieldError(InvalidRequestError):
+    """The request holds a field that the server does not know."""
+
+    reason = Reason.REASON_UNKNOWN_FIELD
+
+
+class InvalidPageTokenError(InvalidRequestError):
+    """The page token was not made for this query."""
+
+    reason = Reason.REASON_INVALID_PAGE_TOKEN
+
+
+class DeadlineRequiredError(InvalidRequestError):
+    """The call needs a deadline and has none."""
+
+    reason = Reason.REASON_DEADLINE_REQUIRED
+
+
+class ForbiddenError(ForgeError):
+    """The caller may not do this."""
+
+
+class RoleMissingError(ForbiddenError):
+    """The caller has none of the roles that may make this call."""
+
+    reason = Reason.REASON_ROLE_MISSING
+
+
+class NoPolicyError(ForbiddenError):
+    """The method carries no policy, so nobody may call it."""
+
+    reason = Reason.REASON_NO_POLICY
+
+
+class ConflictError(ForgeError):
+    """The request contradicts an earlier one."""
+
+
+class RequestIdReusedError(ConflictError):
+    """The same request_id came before with another payload."""
+
+    reason = Reason.REASON_REQUEST_ID_REUSED
+
+
+class NotFoundError(ForgeError):
+    """What the request names does not exist."""
+
+
+class JobNotFoundError(NotFoundError):
+    """No such job."""
+
+    reason = Reason.REASON_JOB_NOT_FOUND
+
+
+class ModelNotFoundError(NotFoundError):
+    """No such foundation model version."""
+
+    reason = Reason.REASON_MODEL_NOT_FOUND
+
+
+class AgentNotFoundError(NotFoundError):
+    """No such agent version or alias."""
+
+    reason = Reason.REASON_AGENT_NOT_FOUND
+
+
+class OutOfRangeError(ForgeError):
+    """A position lies beyond the end of what it points into."""
+
+
+class SequenceOutOfRangeError(OutOfRangeError):
+    """after_sequence is beyond the last event."""
+
+    reason = Reason.REASON_SEQUENCE_OUT_OF_RANGE
+
+
+class OffsetOutOfRangeError(OutOfRangeError):
+    """offset_bytes is beyond the artifact's end."""
+
+    reason = Reason.REASON_OFFSET_OUT_OF_RANGE
+
+
+class PreconditionError(ForgeError):
+    """The request is well-formed, but the state of things does not allow it."""
+
+
+class IllegalTransitionError(PreconditionError):
+    """The job's state does not allow this; the message lists the states that would."""
+
+    reason = Reason.REASON_ILLEGAL_TRANSITION
+
+
+class ModelExperimentalError(PreconditionError):
+    """The model is EXPERIMENTAL and the request does not accept that."""
+
+    reason = Reason.REASON_MODEL_EXPERIMENTAL
+
+
+class IncompatibleError(PreconditionError):
+    """Foundation model and agent architecture do not fit together."""
+
+    reason = Reason.REASON_INCOMPATIBLE
+
+
+class ArchitectureNotFoundError(PreconditionError):
+    """No agent architecture of that name is installed."""
+
+    reason = Reason.REASON_ARCHITECTURE_NOT_FOUND
+
+
+class DataUnavailableError(PreconditionError):
+    """The data that the request names is not there, or not usable."""
+
+    reason = Reason.REASON_DATA_UNAVAILABLE
+
+
+class JobFailedError(PreconditionError):
+    """A job ended without success."""
+
+    reason = Reason.REASON_JOB_FAILED
+
+
+class RetryBudgetSpentError(PreconditionError):
+    """The worker process died more often than the retry budget allows."""
+
+    reason = Reason.REASON_RETRY_BUDGET_SPENT
+
+
+class TrainingDivergedError(PreconditionError):
+    """Loss, gradient or filter state is not finite."""
+
+    reason = Reason.REASON_TRAINING_DIVERGED
+
+
+class IntegrityCheckFailedError(PreconditionError):
+    """An integrity check failed, so nothing was published."""
+
+    reason = Reason.REASON_INTEGRITY_CHECK_FAILED
+
+
+class NotImplementedByServerError(ForgeError):
+    """Part of the contract that this release does not serve yet."""
+
+    reason = Reason.REASON_NOT_IMPLEMENTED
+
+
+class ArtifactCorruptError(ForgeError):
+    """Bytes do not have the digest that their manifest states."""
+
+    reason = Reason.REASON_ARTIFACT_CORRUPT
+
+
+class UnavailableError(ForgeError):
+    """The service cannot answer now."""
+
+    reason = Reason.REASON_UNAVAILABLE
+
+
+class CircuitOpenError(UnavailableError):
+    """The client's circuit breaker is open: nothing was sent."""
+
+    reason = Reason.REASON_CIRCUIT_OPEN
+
+
+class DeadlineExceededError(ForgeError):
+    """The deadline passed before the answer."""
+
+    reason = Reason.REASON_DEADLINE_EXCEEDED
+
+
+class ResourceExhaustedError(ForgeError):
+    """Too many calls, streams or bytes at once."""
+
+    reason = Reason.REASON_RESOURCE_EXHAUSTED
+
+
+class InternalError(ForgeError):
+    """A fault inside the server; its log has the detail under the request id."""
+
+    reason = Reason.REASON_INTERNAL
+
+
+def _subclasses(root: type[ForgeError]) -> list[type[ForgeError]]:
+    found: list[type[ForgeError]] = []
+    for child in root.__subclasses__():
+        found += [child, *_subclasses(child)]
+    return found
+
+
+BY_REASON: Mapping[str, type[ForgeError]] = {
+    cls.reason_name(): cls for cls in _subclasses(ForgeError) if "reason" in vars(cls)
+}
+
+# For answers without ErrorInfo: a proxy's, or gRPC's own.
+_BY_CODE: Mapping[grpc.StatusCode, type[ForgeError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    grpc.StatusCode.UNIMPLEMENTED: NotImplementedByServerError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,
+    grpc.StatusCode.UNAUTHENTICATED: ForbiddenError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
+    grpc.StatusCode.OUT_OF_RANGE: OutOfRangeError,
+    grpc.StatusCode.ALREADY_EXISTS: ConflictError,
+    grpc.StatusCode.DATA_LOSS: ArtifactCorruptError,
+}
+
+
+def _pack(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RequestInfo,
+) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def to_status(error: ForgeError, *, request_id: str = "") -> status_pb2.Status:
+    """Return the google.rpc.Status of an error, with ErrorInfo always and BadRequest where fields are named."""
+    details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason_name(), domain=DOMAIN, metadata=error.metadata))]
+    if error.violations:
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            bad.field_violations.add(field=violation.field, description=violation.description[:500])
+        details.append(_pack(bad))
+    if request_id:
+        details.append(_pack(error_details_pb2.RequestInfo(request_id=request_id)))
+    code = error.info().code or code_pb2.INTERNAL
+    return status_pb2.Status(code=code, message=error.message, details=details)
+
+
+def from_rpc_error(error: grpc.RpcError) -> ForgeError:
+    """Return the error that the server raised, or the nearest one where the answer is not from a server of ours."""
+    call = cast("grpc.Call", error)
+    status = rpc_status.from_call(call)  # None where there are no rich details
+    code = call.code()
+    cls, violations, metadata, request_id = _BY_CODE.get(code, InternalError), [], {}, ""
+    for detail in status.details if status else ():
+        info, bad, request = (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.BadRequest(),
+            error_details_pb2.RequestInfo(),
+        )
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            cls, metadata = BY_REASON.get(info.reason, cls), dict(info.metadata)
+        elif detail.Unpack(bad):
+            violations = [FieldViolation(field=v.field, description=v.description) for v in bad.field_violations]
+        elif detail.Unpack(request):
+            request_id = request.request_id
+    message = call.details() or code.name
+    return cls(message, violations=violations, metadata=metadata, request_id=request_id)
