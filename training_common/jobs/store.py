@@ -1,0 +1,501 @@
+"""Jobs, their events, attempts and checkpoints, as rows.
+
+Three parties write here: the servicer (submit and wishes), the scheduler (attempts and their cuts) and the worker.
+Everything that a worker writes goes through `AttemptStore` and is conditional on its fencing token, in the statement
+that takes the event's sequence. So a worker that was given up can change nothing, and sequences have no gap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import sqlalchemy as sa
+from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
+
+from training_common.attempt import FencedOutError, Json
+from training_common.jobs.states import FINAL, HELD, MOVES, WAITING, JobState
+from training_common.store import tables as t
+from training_common.store.database import Database, now_us
+
+MAX_TEXT_CHARS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRow:
+    """A job as stored. Times in microseconds since 1970."""
+
+    id: int
+    name: str
+    state: JobState
+    plan: bytes
+    caller: str
+    wish: str
+    attempt: int
+    fencing_token: int
+    step: int
+    total_steps: int
+    last_sequence: int
+    observed: bool
+    retries_without_progress: int
+    create_us: int
+    start_us: int | None
+    end_us: int | None
+    failure_reason: str
+    failure_message: str
+    artifact: str
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRow:
+    """An event as stored."""
+
+    id: int
+    job_id: int
+    sequence: int
+    time_us: int
+    attempt: int
+    kind: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptRow:
+    """An attempt as stored."""
+
+    id: int
+    job_id: int
+    number: int
+    fencing_token: int
+    engine: str
+    handle: str
+    first_step: int
+    start_us: int
+    heartbeat_us: int
+    end_us: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRow:
+    """A checkpoint as stored. `folder` is relative to the job's checkpoint folder."""
+
+    id: int
+    job_id: int
+    attempt: int
+    step: int
+    digest: str
+    size_bytes: int
+    folder: str
+    create_us: int
+    available: bool
+
+
+def _job(row: sa.RowMapping) -> JobRow:
+    return JobRow(**{**row, "state": JobState(row["state"])})
+
+
+def append_event(
+    connection: sa.Connection,
+    job_id: int,
+    kind: str,
+    payload: Mapping[str, Any],
+    *,
+    fencing_token: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> JobRow:
+    """Change a job and record the event that tells of it, in the caller's transaction.
+
+    Errors: FencedOutError, when `fencing_token` is given and no longer the job's. Nothing is written then.
+    """
+    condition = t.jobs.c.id == job_id
+    if fencing_token is not None:
+        condition &= t.jobs.c.fencing_token == fencing_token
+    statement = (
+        sa.update(t.jobs)
+        .where(condition)
+        .values(last_sequence=t.jobs.c.last_sequence + 1, **(changes or {}))
+        .returning(t.jobs)
+    )
+    row = connection.execute(statement).mappings().one_or_none()
+    if row is None:
+        raise FencedOutError(f"job {job_id}: fencing token {fencing_token} is no longer current")
+    job = _job(row)
+    connection.execute(
+        sa.insert(t.events).values(
+            job_id=job_id,
+            sequence=job.last_sequence,
+            time_us=now_us(),
+            attempt=job.attempt,
+            kind=kind,
+            payload=dict(payload),
+        )
+    )
+    return job
+
+
+def move(
+    connection: sa.Connection,
+    job: JobRow,
+    to: JobState,
+    *,
+    message: str = "",
+    fencing_token: int | None = None,
+    **changes: Any,
+) -> JobRow:
+    """Move a job to another state and record it, in the caller's transaction.
+
+    Errors: IllegalTransitionError, with the moves that its state allows; FencedOutError.
+    """
+    if to not in MOVES[job.state]:
+        allowed = ", ".join(sorted(MOVES[job.state])) or "none: it has ended"
+        raise IllegalTransitionError(
+            f"{job.name} is {job.state} and cannot become {to}; from here it can become {allowed}",
+            metadata={"state": job.state, "allowed": allowed},
+        )
+    if to in FINAL:
+        changes = {"end_us": now_us(), "wish": "", "observed": True, **changes}
+    payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
+    return append_event(
+        connection, job.id, "state_change", payload, fencing_token=fencing_token, changes={"state": to.value, **changes}
+    )
+
+
+def once(
+    connection: sa.Connection,
+    *,
+    caller: str,
+    request_id: str,
+    method: str,
+    payload: bytes,
+    work: Callable[[], bytes],
+) -> bytes:
+    """Run `work` once for a request id and return its answer; replay the answer for the same id and payload.
+
+    The answer is stored in the caller's transaction, so change and answer are one.
+    Errors: RequestIdReusedError, when the id came before with another method or payload.
+    """
+    digest = hashlib.sha256(payload).hexdigest()
+    key = {"caller": caller, "request_id": request_id.lower()}
+    seen = connection.execute(sa.select(t.requests).filter_by(**key)).mappings().one_or_none()
+    if seen is not None:
+        if (seen["method"], seen["payload_sha256"]) != (method, digest):
+            raise RequestIdReusedError(
+                f"request_id {request_id} was used before for {seen['method']} with another payload: use a new UUID"
+            )
+        return cast("bytes", seen["answer"])
+    answer = work()
+    connection.execute(
+        sa.insert(t.requests).values(**key, method=method, payload_sha256=digest, answer=answer, create_us=now_us())
+    )
+    return answer
+
+
+class JobStore:
+    """What servicer and scheduler do with jobs. Every method is one transaction unless it takes a connection."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    # --- servicer
+
+    def submit(self, connection: sa.Connection, *, plan: bytes, total_steps: int, caller: str) -> JobRow:
+        """Store a new QUEUED job and its first event."""
+        values = {
+            "name": f"jobs/{uuid.uuid4()}",
+            "state": JobState.QUEUED.value,
+            "plan": plan,
+            "caller": caller,
+            "total_steps": total_steps,
+            "create_us": now_us(),
+            "facts": {},
+        }
+        job_id = connection.execute(sa.insert(t.jobs).values(**values).returning(t.jobs.c.id)).scalar_one()
+        payload = {"from": "", "to": JobState.QUEUED.value, "message": "submitted"}
+        return append_event(connection, job_id, "state_change", payload)
+
+    def get(self, name: str, connection: sa.Connection | None = None) -> JobRow:
+        """Return one job. Errors: JobNotFoundError."""
+        if connection is None:
+            with self.database.read() as own:
+                return self.get(name, own)
+        row = connection.execute(sa.select(t.jobs).filter_by(name=name)).mappings().one_or_none()
+        if row is None:
+            raise JobNotFoundError(f"no job {name}; list the jobs to see what there is")
+        return _job(row)
+
+    def page(self, *, states: Collection[JobState], before_id: int | None, limit: int) -> list[JobRow]:
+        """Return up to `limit` jobs, newest first, that are older than `before_id`."""
+        query = sa.select(t.jobs).order_by(t.jobs.c.id.desc()).limit(limit)
+        if states:
+            query = query.where(t.jobs.c.state.in_([state.value for state in states]))
+        if before_id is not None:
+            query = query.where(t.jobs.c.id < before_id)
+        with self.database.read() as connection:
+            return [_job(row) for row in connection.execute(query).mappings()]
+
+    def pause(self, connection: sa.Connection, name: str) -> JobRow:
+        """Ask for a pause: at once where no worker holds the job, otherwise by a wish that its worker sees."""
+        job = self.get(name, connection)
+        if job.state in WAITING:
+            return move(connection, job, JobState.PAUSED, message="paused before it was started")
+        return move(connection, job, JobState.PAUSING, message="pause requested", wish="pause")
+
+    def cancel(self, connection: sa.Connection, name: str) -> JobRow:
+        """Ask for the end: at once where no worker holds the job, otherwise by a wish that its worker sees."""
+        job = self.get(name, connection)
+        if job.state in WAITING or job.state is JobState.PAUSED:
+            return move(connection, job, JobState.CANCELLED, message="cancelled while it held no worker")
+        return move(connection, job, JobState.CANCELLING, message="cancel requested", wish="cancel")
+
+    def resume(self, connection: sa.Connection, name: str) -> JobRow:
+        """Queue a paused job again."""
+        job = self.get(name, connection)
+        return move(connection, job, JobState.QUEUED, message="resume requested", wish="")
+
+    def events_after(self, job_id: int, sequence: int, limit: int) -> list[EventRow]:
+        """Return up to `limit` events of a job after `sequence`, in order."""
+        query = (
+            sa.select(t.events)
+            .where(t.events.c.job_id == job_id, t.events.c.sequence > sequence)
+            .order_by(t.events.c.sequence)
+            .limit(limit)
+        )
+        with self.database.read() as connection:
+            return [EventRow(**row) for row in connection.execute(query).mappings()]
+
+    def events_of_kind(self, job_id: int, kind: str) -> list[EventRow]:
+        """Return a job's events of one kind, in order."""
+        query = (
+            sa.select(t.events)
+            .where(t.events.c.job_id == job_id, t.events.c.kind == kind)
+            .order_by(t.events.c.sequence)
+        )
+        with self.database.read() as connection:
+            return [EventRow(**row) for row in connection.execute(query).mappings()]
+
+    def newest_event_id(self) -> int:
+        """Return the id of the newest event of any job. Cheap: it is the primary key's end."""
+        with self.database.read() as connection:
+            return connection.execute(sa.select(sa.func.max(t.events.c.id))).scalar() or 0
+
+    def checkpoints(self, job_id: int, limit: int = 1000) -> list[CheckpointRow]:
+        """Return a job's checkpoints, newest first."""
+        query = (
+            sa.select(t.checkpoints)
+            .filter_by(job_id=job_id)
+            .order_by(t.checkpoints.c.step.desc(), t.checkpoints.c.id.desc())
+            .limit(limit)
+        )
+        with self.database.read() as connection:
+            return [CheckpointRow(**row) for row in connection.execute(query).mappings()]
+
+    def counts(self) -> dict[JobState, int]:
+        """Return how many jobs are in each state."""
+        query = sa.select(t.jobs.c.state, sa.func.count()).group_by(t.jobs.c.state)
+        with self.database.read() as connection:
+            return {JobState(state): count for state, count in connection.execute(query).tuples()}
+
+    # --- scheduler
+
+    def held(self) -> list[tuple[JobRow, AttemptRow]]:
+        """Return every job that a worker holds, with its current attempt."""
+        query = (
+            sa.select(t.jobs, t.attempts)
+            .join(t.attempts, (t.attempts.c.job_id == t.jobs.c.id) & (t.attempts.c.number == t.jobs.c.attempt))
+            .where(t.jobs.c.state.in_([state.value for state in HELD]))
+            .order_by(t.jobs.c.id)
+        )
+        with self.database.read() as connection:
+            rows = connection.execute(query).all()
+        width = len(t.jobs.c)
+        return [
+            (
+                _job(cast("sa.RowMapping", dict(zip(t.jobs.c.keys(), row[:width], strict=True)))),
+                AttemptRow(**dict(zip(t.attempts.c.keys(), row[width:], strict=True))),
+            )
+            for row in rows
+        ]
+
+    def begin_attempt(self, engine: str) -> JobRow | None:
+        """Take the oldest waiting job for a new attempt, or return None. The worker is launched after the commit."""
+        with self.database.write() as connection:
+            query = (
+                sa.select(t.jobs)
+                .where(t.jobs.c.state.in_([state.value for state in WAITING]))
+                .order_by(t.jobs.c.id)
+                .limit(1)
+            )
+            row = connection.execute(query).mappings().one_or_none()
+            if row is None:
+                return None
+            job = _job(row)
+            number, token, now = job.attempt + 1, job.fencing_token + 1, now_us()
+            job = move(
+                connection,
+                job,
+                JobState.PREPARING,
+                attempt=number,
+                fencing_token=token,
+                start_us=job.start_us or now,
+                observed=True,
+            )
+            connection.execute(
+                sa.insert(t.attempts).values(
+                    job_id=job.id,
+                    number=number,
+                    fencing_token=token,
+                    engine=engine,
+                    first_step=self._newest_step(connection, job.id),
+                    start_us=now,
+                    heartbeat_us=now,
+                )
+            )
+            return append_event(connection, job.id, "attempt_started", {"attempt": number, "engine": engine})
+
+    def cut(self, job: JobRow, attempt: AttemptRow, *, message: str, retries: int) -> JobRow | None:
+        """Take a job away from a worker that was lost, and settle what becomes of it.
+
+        A job that was pausing or being cancelled is PAUSED or CANCELLED. Otherwise it recovers, unless more than
+        `retries` cuts in a row brought no new checkpoint: then it is FAILED. Returns None when the worker had let go itself.
+        """
+        with self.database.write() as connection:
+            current = self.get(job.name, connection)
+            if current.fencing_token != attempt.fencing_token or current.state not in HELD:
+                return None
+            self._end_attempt(connection, attempt.id)
+            stuck = self._newest_step(connection, job.id) <= attempt.first_step
+            spent = current.retries_without_progress + 1 if stuck else 0
+            changes: dict[str, Any] = {"fencing_token": current.fencing_token + 1, "wish": "", "observed": True}
+            if current.state is JobState.CANCELLING:
+                return move(connection, current, JobState.CANCELLED, message=message, **changes)
+            if current.state is JobState.PAUSING:
+                return move(connection, current, JobState.PAUSED, message=message, **changes)
+            if spent > retries:
+                failure: dict[str, Any] = {
+                    "failure_reason": "RETRY_BUDGET_SPENT",
+                    "failure_message": f"{spent} attempts in a row were lost without a new checkpoint; last: {message}",
+                }
+                return move(connection, current, JobState.FAILED, message=message, **changes, **failure)
+            return move(
+                connection, current, JobState.RECOVERING, message=message, retries_without_progress=spent, **changes
+            )
+
+    def set_observed(self, job: JobRow, observed: bool) -> None:
+        """Record whether the job's worker was seen lately. The state stays."""
+        with self.database.write() as connection:
+            connection.execute(sa.update(t.jobs).filter_by(id=job.id).values(observed=observed))
+
+    def attempt(self, name: str, number: int, fencing_token: int) -> AttemptStore:
+        """Return the worker's view of one attempt. Errors: JobNotFoundError, FencedOutError."""
+        with self.database.read() as connection:
+            job = self.get(name, connection)
+            query = sa.select(t.attempts).filter_by(job_id=job.id, number=number, fencing_token=fencing_token)
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None or job.fencing_token != fencing_token:
+            raise FencedOutError(f"{name}: attempt {number} with fencing token {fencing_token} is not current")
+        return AttemptStore(self.database, job, AttemptRow(**row))
+
+    @staticmethod
+    def _newest_step(connection: sa.Connection, job_id: int) -> int:
+        query = sa.select(sa.func.max(t.checkpoints.c.step)).filter_by(job_id=job_id, available=True)
+        return connection.execute(query).scalar() or 0
+
+    @staticmethod
+    def _end_attempt(connection: sa.Connection, attempt_id: int) -> None:
+        connection.execute(sa.update(t.attempts).filter_by(id=attempt_id).values(end_us=now_us()))
+
+
+class AttemptStore:
+    """What the worker of one attempt writes. Every write is refused once its fencing token is no longer current."""
+
+    def __init__(self, database: Database, job: JobRow, attempt: AttemptRow) -> None:
+        self.database = database
+        self.job = job
+        self.attempt = attempt
+
+    def register(self, handle: str) -> None:
+        """Tell the scheduler by which handle it can see this worker."""
+        with self.database.write() as connection:
+            self._check(connection)
+            connection.execute(
+                sa.update(t.attempts).filter_by(id=self.attempt.id).values(handle=handle, heartbeat_us=now_us())
+            )
+
+    def heartbeat(self) -> str:
+        """Give a sign of life and return the owner's wish: "pause", "cancel" or nothing. Errors: FencedOutError."""
+        with self.database.write() as connection:
+            job = self._check(connection)
+            connection.execute(sa.update(t.attempts).filter_by(id=self.attempt.id).values(heartbeat_us=now_us()))
+            return job.wish
+
+    def append(self, kind: str, payload: Mapping[str, Json], **changes: Any) -> JobRow:
+        """Record an event, with changes of the job. Errors: FencedOutError."""
+        with self.database.write() as connection:
+            return append_event(
+                connection,
+                self.job.id,
+                kind,
+                payload,
+                fencing_token=self.attempt.fencing_token,
+                changes=changes,
+            )
+
+    def move(self, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
+        """Move the job. Errors: FencedOutError, IllegalTransitionError."""
+        with self.database.write() as connection:
+            return self.move_in(connection, to, message=message, **changes)
+
+    def move_in(self, connection: sa.Connection, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
+        """Move the job in the caller's transaction; a final or a resting state ends the attempt too."""
+        job = self._check(connection)
+        if to in FINAL or to is JobState.PAUSED:
+            JobStore._end_attempt(connection, self.attempt.id)
+            changes = {"wish": "", **changes}
+        return move(connection, job, to, message=message, fencing_token=self.attempt.fencing_token, **changes)
+
+    def set_facts(self, facts: Mapping[str, str]) -> None:
+        """Add facts that the service tells about the job."""
+        with self.database.write() as connection:
+            job = self._check(connection)
+            merged = {**job.facts, **facts}
+            connection.execute(sa.update(t.jobs).filter_by(id=self.job.id).values(facts=merged))
+
+    def add_checkpoint(self, *, step: int, digest: str, size_bytes: int, folder: str) -> None:
+        """Record a durable checkpoint and its event."""
+        now = now_us()
+        payload: dict[str, Json] = {"step": step, "digest": digest, "size_bytes": size_bytes, "create_us": now}
+        with self.database.write() as connection:
+            job = append_event(connection, self.job.id, "checkpoint", payload, fencing_token=self.attempt.fencing_token)
+            connection.execute(
+                sa.insert(t.checkpoints).values(
+                    job_id=job.id,
+                    attempt=self.attempt.number,
+                    step=step,
+                    digest=digest,
+                    size_bytes=size_bytes,
+                    folder=folder,
+                    create_us=now,
+                )
+            )
+
+    def checkpoints(self) -> Sequence[CheckpointRow]:
+        """Return the job's checkpoints, newest first."""
+        return JobStore(self.database).checkpoints(self.job.id)
+
+    def drop_checkpoint(self, row: CheckpointRow, *, kind: str, message: str) -> None:
+        """Mark a checkpoint's files as gone or damaged, and tell so."""
+        with self.database.write() as connection:
+            payload = {"kind": kind, "message": message[:MAX_TEXT_CHARS], "facts": {"step": str(row.step)}}
+            append_event(connection, self.job.id, "note", payload, fencing_token=self.attempt.fencing_token)
+            connection.execute(sa.update(t.checkpoints).filter_by(id=row.id).values(available=False))
+
+    def _check(self, connection: sa.Connection) -> JobRow:
+        query = sa.select(t.jobs).filter_by(id=self.job.id, fencing_token=self.attempt.fencing_token)
+        row = connection.execute(query.with_for_update()).mappings().one_or_none()
+        if row is None:
+            raise FencedOutError(f"{self.job.name}: fencing token {self.attempt.fencing_token} is no longer current")
+        return _job(row)

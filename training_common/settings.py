@@ -1,0 +1,138 @@
+"""Settings of a service: a TOML file, then the environment, and an error for every key that neither knows.
+
+Precedence: environment over file over default. A nested key is written with two underscores in the environment:
+`COGNATE_SERVER_WORKERS__SLOTS=2`. Relative paths count from the working directory.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+_SEPARATOR = "__"
+S = TypeVar("S", bound="ServiceSettings")
+
+
+class SettingsError(Exception):
+    """The settings cannot be used. The message names every key that is wrong, and where it was set."""
+
+
+class Section(BaseModel):
+    """A part of the settings. Unknown keys are errors, and nothing changes after the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WorkerSettings(Section):
+    """How training processes are run."""
+
+    slots: int = Field(default=1, ge=1, le=64, description="jobs that train at the same time")
+    threads: int = Field(default=0, ge=0, le=1024, description="torch threads of a worker; 0 means one for each core")
+    heartbeat_interval_s: float = Field(default=1.0, gt=0, le=60, description="seconds between signs of life")
+    lost_after_s: float = Field(default=30.0, gt=0, le=3600, description="silence that makes a job unobserved")
+    start_timeout_s: float = Field(default=120.0, gt=0, le=3600, description="longest start of a worker process")
+    retries_without_progress: int = Field(
+        default=3, ge=0, le=100, description="lost workers in a row that finished no new checkpoint, before FAILED"
+    )
+
+
+class DataSettings(Section):
+    """Where training data comes from, in this order: folder, hub, generator."""
+
+    folder: Path | None = Field(default=None, description="folder with data sets")
+    hub: bool = Field(default=False, description="whether sets may be loaded from the hub through `datasets`")
+
+
+class SecuritySettings(Section):
+    """Who callers are. Without TLS every local caller plays these roles."""
+
+    local_roles: tuple[str, ...] = Field(
+        default=("viewer", "operator", "agent_service"), description="roles of callers on loopback and Unix sockets"
+    )
+
+
+class LimitSettings(Section):
+    """Bounds of what one server takes on."""
+
+    max_concurrent_rpcs: int = Field(default=1000, ge=1, description="calls and streams at once")
+    max_request_bytes: int = Field(default=1 << 20, ge=1024, description="size of one request message")
+
+
+class ServiceSettings(Section):
+    """What both services are told."""
+
+    address: str = Field(description="host:port or unix:PATH to listen on; port 0 takes a free one")
+    data_dir: Path = Field(description="folder for database, artifacts, checkpoints and logs")
+    store_url: str = Field(default="", description="SQLAlchemy URL; empty means SQLite in data_dir")
+    drain_grace_s: float = Field(default=10.0, ge=0, le=600, description="seconds that calls get to end on SIGTERM")
+    heartbeat_frame_s: float = Field(default=10.0, gt=0, le=600, description="silence of a watch before a heartbeat")
+    workers: WorkerSettings = WorkerSettings()
+    data: DataSettings = DataSettings()
+    security: SecuritySettings = SecuritySettings()
+    limits: LimitSettings = LimitSettings()
+
+    @model_validator(mode="after")
+    def _plaintext_stays_local(self) -> Self:
+        if not is_local_address(self.address):
+            raise ValueError(
+                f"address {self.address!r} is not loopback and this release serves plaintext only: "
+                "use 127.0.0.1, [::1], localhost or unix:PATH"
+            )
+        return self
+
+    @property
+    def database_url(self) -> str:
+        """Return the store's URL with the default filled in."""
+        return self.store_url or f"sqlite:///{self.data_dir.resolve() / 'store.db'}"
+
+
+def is_local_address(address: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load(cls: type[S], *, file: Path | None, environment: Mapping[str, str] | None = None, prefix: str) -> S:
+    """Read settings from `file` and from the variables that start with `prefix`.
+
+    Errors: SettingsError, with one line for each wrong key.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(f"settings file {file}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"settings file {file}: {error}") from error
+    for variable, text in sorted((os.environ if environment is None else environment).items()):
+        if variable.startswith(prefix):
+            _place(values, variable.removeprefix(prefix).lower().split(_SEPARATOR), text)
+    try:
+        return cls.model_validate(values, strict=False)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise SettingsError(f"settings from {file or 'defaults'} and {prefix}*: " + "; ".join(lines)) from error
+
+
+def _place(values: dict[str, Any], path: list[str], text: str) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    # Lists are comma-separated in the environment; every other type is parsed from its text by pydantic.
+    values[path[-1]] = [part.strip() for part in text.split(",")] if path[-1].endswith("roles") else text

@@ -1,0 +1,100 @@
+"""One database for a service and its workers: engine, transactions, schema revision.
+
+The store is synchronous: workers use it as it is, servers call it in threads (`Database.run`). A write transaction on
+SQLite takes the write lock at its start, because a lock that is upgraded later fails at once instead of waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+
+# Writers queue on SQLite's one lock: training writes are short, so a minute means that something is stuck.
+_BUSY_TIMEOUT_S = 60
+_THREADS = 8
+T = TypeVar("T")
+
+
+def now_us() -> int:
+    """Return the wall clock in microseconds since 1970, UTC."""
+    return time.time_ns() // 1000
+
+
+class Database:
+    """Connections to one service's database."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._sqlite = url.startswith("sqlite")
+        if self._sqlite:
+            Path(sa.make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
+        self.engine = sa.create_engine(url, pool_size=_THREADS, **self._options())
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
+        if self._sqlite:
+            sa.event.listen(self.engine, "connect", _prepare_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_sqlite)
+
+    def _options(self) -> dict[str, Any]:
+        if self._sqlite:
+            return {"connect_args": {"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}}
+        return {"pool_pre_ping": True}
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """Open a transaction that sees one state of the database and changes nothing."""
+        with self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """Open a transaction that is committed at the end, or rolled back by an exception."""
+        with self.engine.connect().execution_options(forge_write=True) as connection, connection.begin():
+            yield connection
+
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Do blocking store work in a thread, so that the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    def upgrade(self, migrations: Path) -> None:
+        """Bring the schema to the newest revision of the service's migrations."""
+        config = Config()
+        config.set_main_option("script_location", str(migrations))
+        with self.engine.connect() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.commit()
+
+    def ping(self) -> None:
+        """Raise when the database does not answer."""
+        with self.read() as connection:
+            connection.execute(sa.select(1))
+
+    def close(self) -> None:
+        """Close threads and connections."""
+        self._threads.shutdown(wait=True)
+        self.engine.dispose()
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    # The driver's own transaction handling begins late and commits before DDL; ours is explicit (see _begin_sqlite).
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    # FULL: an answered request is on the disk, also when the power goes.
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    write = connection.get_execution_options().get("forge_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

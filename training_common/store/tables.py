@@ -1,0 +1,143 @@
+"""The tables that both services have: jobs and their history, idempotent requests, artifacts and their outbox.
+
+Each service keeps them in a database of its own, under its own migrations. Times are microseconds since 1970 in UTC,
+so that they order and compare alike on every database.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+# SQLite gives automatic keys to INTEGER columns only.
+_KEY = BigInteger().with_variant(Integer, "sqlite")
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("state", String(16), nullable=False, index=True),
+    Column("plan", LargeBinary, nullable=False, comment="the plan message with its defaults filled in"),
+    Column("caller", String(255), nullable=False),
+    # What the owner asked for and the worker has not done yet: "pause", "cancel" or nothing.
+    Column("wish", String(16), nullable=False, default=""),
+    Column("attempt", Integer, nullable=False, default=0),
+    # Grows with every attempt and every cut. A worker's write with an older one changes nothing.
+    Column("fencing_token", BigInteger, nullable=False, default=0),
+    Column("step", BigInteger, nullable=False, default=0),
+    Column("total_steps", BigInteger, nullable=False),
+    Column("last_sequence", BigInteger, nullable=False, default=0),
+    Column("observed", Boolean, nullable=False, default=True),
+    Column("retries_without_progress", Integer, nullable=False, default=0),
+    Column("create_us", BigInteger, nullable=False),
+    Column("start_us", BigInteger),
+    Column("end_us", BigInteger),
+    Column("failure_reason", String(64), nullable=False, default=""),
+    Column("failure_message", Text, nullable=False, default=""),
+    Column("artifact", String(128), nullable=False, default=""),
+    Column("facts", JSON, nullable=False, default=dict, comment="what a service adds, e.g. the foundation's digest"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("time_us", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("payload", JSON, nullable=False),
+    UniqueConstraint("job_id", "sequence"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("fencing_token", BigInteger, nullable=False),
+    Column("engine", String(32), nullable=False),
+    # Name of the worker in the engine's words; for the local engine "PID:start time". Empty until it has registered.
+    Column("handle", String(255), nullable=False, default=""),
+    Column("first_step", BigInteger, nullable=False),
+    Column("start_us", BigInteger, nullable=False),
+    Column("heartbeat_us", BigInteger, nullable=False),
+    Column("end_us", BigInteger),
+    UniqueConstraint("job_id", "number"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("digest", String(71), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("folder", String(128), nullable=False),
+    Column("create_us", BigInteger, nullable=False),
+    Column("available", Boolean, nullable=False, default=True),
+    Index("ix_checkpoints_job_id_step", "job_id", "step"),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("caller", String(255), primary_key=True),
+    Column("request_id", String(36), primary_key=True),
+    Column("method", String(128), nullable=False),
+    Column("payload_sha256", String(64), nullable=False),
+    Column("answer", LargeBinary, nullable=False),
+    Column("create_us", BigInteger, nullable=False),
+)
+
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("family", String(48), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("digest", String(71), nullable=False, index=True),
+    Column("manifest", LargeBinary, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("job", String(64), nullable=False),
+    Column("create_us", BigInteger, nullable=False),
+    UniqueConstraint("family", "version"),
+)
+
+# The outbox: written in the transaction of the change it tells of.
+artifact_events = Table(
+    "artifact_events",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("time_us", BigInteger, nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("artifact_id", ForeignKey("artifacts.id"), nullable=False),
+)
