@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import sqlalchemy as sa
-from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
 
+from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
 from training_common.attempt import FencedOutError, Json
 from training_common.jobs.states import FINAL, HELD, MOVES, WAITING, JobState
 from training_common.store import tables as t
@@ -360,7 +360,8 @@ class JobStore:
         """Take a job away from a worker that was lost, and settle what becomes of it.
 
         A job that was pausing or being cancelled is PAUSED or CANCELLED. Otherwise it recovers, unless more than
-        `retries` cuts in a row brought no new checkpoint: then it is FAILED. Returns None when the worker had let go itself.
+        `retries` cuts in a row brought no new checkpoint: then it is FAILED.
+        Returns None when the worker had let go itself.
         """
         with self.database.write() as connection:
             current = self.get(job.name, connection)

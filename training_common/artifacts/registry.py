@@ -1,0 +1,154 @@
+"""Published versions: numbered, immutable, with an outbox of what was published.
+
+A manifest is canonical JSON; its sha256 is the version's identity. It names every file with size and digest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sqlalchemy as sa
+
+from training_common.artifacts.blobs import BlobStore, ManifestExistsError, StoredFile
+from training_common.digests import canonical_json, sha256_bytes
+from training_common.store import tables as t
+from training_common.store.database import Database, now_us
+
+SCHEMA = "cognateforge.manifest/1"
+
+
+@dataclass(frozen=True)
+class ArtifactRow:
+    """A published version as stored."""
+
+    id: int
+    family: str
+    version: int
+    state: str
+    digest: str
+    manifest: bytes
+    size_bytes: int
+    job: str
+    create_us: int
+
+    @property
+    def name(self) -> str:
+        """Return "family@version"."""
+        return f"{self.family}@{self.version}"
+
+    @cached_property
+    def body(self) -> dict[str, Any]:
+        """Return the parsed manifest."""
+        parsed: dict[str, Any] = json.loads(self.manifest)
+        return parsed
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """Return the files in payload order."""
+        return tuple(StoredFile(**file) for file in self.body["files"])
+
+
+@dataclass(frozen=True)
+class ArtifactEvent:
+    """One entry of the outbox."""
+
+    sequence: int
+    time_us: int
+    kind: str
+    artifact: ArtifactRow
+
+
+class ArtifactRegistry:
+    """Versions in one service's database, over its blobs."""
+
+    def __init__(self, database: Database, blobs: BlobStore) -> None:
+        self.database = database
+        self.blobs = blobs
+
+    def publish(
+        self,
+        connection: sa.Connection,
+        *,
+        family: str,
+        state: str,
+        job: str,
+        files: Sequence[StoredFile],
+        body: Callable[[str], dict[str, Any]],
+    ) -> ArtifactRow:
+        """Give the next version number to files that are stored, in the caller's transaction.
+
+        `body` makes the manifest's own part for the name it is given. Row, outbox entry and whatever else the caller
+        writes are one transaction. A crash between manifest and commit leaves a manifest that no row names: its number
+        is passed over from then on.
+        """
+        newest = connection.execute(sa.select(sa.func.max(t.artifacts.c.version)).filter_by(family=family)).scalar()
+        version = (newest or 0) + 1
+        listed = [{"path": f.path, "size_bytes": f.size_bytes, "digest": f.digest} for f in files]
+        while True:
+            name = f"{family}@{version}"
+            manifest = canonical_json({**body(name), "schema": SCHEMA, "name": name, "state": state, "files": listed})
+            try:
+                self.blobs.put_manifest(family, version, manifest)
+                break
+            except ManifestExistsError:
+                version += 1
+        values: dict[str, Any] = {
+            "family": family,
+            "version": version,
+            "state": state,
+            "digest": sha256_bytes(manifest),
+            "manifest": manifest,
+            "size_bytes": sum(file.size_bytes for file in files),
+            "job": job,
+            "create_us": now_us(),
+        }
+        key = connection.execute(sa.insert(t.artifacts).values(**values).returning(t.artifacts.c.id)).scalar_one()
+        sequence = (connection.execute(sa.select(sa.func.max(t.artifact_events.c.sequence))).scalar() or 0) + 1
+        connection.execute(
+            sa.insert(t.artifact_events).values(sequence=sequence, time_us=now_us(), kind="published", artifact_id=key)
+        )
+        return ArtifactRow(id=key, **values)
+
+    def find(self, family: str, version: int | None) -> ArtifactRow | None:
+        """Return one version, or the family's newest where `version` is None, or None where there is none."""
+        query = sa.select(t.artifacts).filter_by(family=family).order_by(t.artifacts.c.version.desc()).limit(1)
+        if version is not None:
+            query = query.where(t.artifacts.c.version == version)
+        with self.database.read() as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else ArtifactRow(**row)
+
+    def page(
+        self, *, limit: int, before_id: int | None = None, family: str = "", states: Collection[str] = ()
+    ) -> list[ArtifactRow]:
+        """Return up to `limit` versions, newest first, that are older than `before_id`."""
+        query = sa.select(t.artifacts).order_by(t.artifacts.c.id.desc()).limit(limit)
+        if before_id is not None:
+            query = query.where(t.artifacts.c.id < before_id)
+        if family:
+            query = query.where(t.artifacts.c.family == family)
+        if states:
+            query = query.where(t.artifacts.c.state.in_(list(states)))
+        with self.database.read() as connection:
+            return [ArtifactRow(**row) for row in connection.execute(query).mappings()]
+
+    def events_after(self, sequence: int, limit: int) -> list[ArtifactEvent]:
+        """Return up to `limit` outbox entries after `sequence`, in order."""
+        query = (
+            sa.select(t.artifact_events.c.sequence, t.artifact_events.c.time_us, t.artifact_events.c.kind, t.artifacts)
+            .join(t.artifacts)
+            .where(t.artifact_events.c.sequence > sequence)
+            .order_by(t.artifact_events.c.sequence)
+            .limit(limit)
+        )
+        with self.database.read() as connection:
+            return [ArtifactEvent(row[0], row[1], row[2], ArtifactRow(*row[3:])) for row in connection.execute(query)]
+
+    def newest_sequence(self) -> int:
+        """Return the outbox's newest sequence, 0 while it is empty."""
+        with self.database.read() as connection:
+            return connection.execute(sa.select(sa.func.max(t.artifact_events.c.sequence))).scalar() or 0

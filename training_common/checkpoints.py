@@ -1,0 +1,86 @@
+"""Checkpoints as folders: written whole or not at all, with a manifest that names every file's digest.
+
+A checkpoint is handed out only after its digests held. One that is torn or changed is skipped and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from training_common.attempt import CheckpointRef
+from training_common.digests import canonical_json, files_under, sha256_bytes, sha256_file, write_folder
+from training_common.jobs.store import AttemptStore, CheckpointRow
+
+MANIFEST = "checkpoint.json"
+# The newest may be torn by the crash that makes it needed, so the one before it stays.
+KEPT = 2
+
+
+class CheckpointFolder:
+    """The checkpoints of one job, on disk and in the store."""
+
+    def __init__(self, root: Path, store: AttemptStore) -> None:
+        self._root = root
+        self._store = store
+        root.mkdir(parents=True, exist_ok=True)
+
+    def save(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
+        """Make a checkpoint durable, then record it; afterwards drop what is older than the newest two.
+
+        Errors: FencedOutError, OSError. Nothing is recorded then.
+        """
+        # The attempt is in the name: a worker that was given up cannot write into its successor's folder.
+        name = f"step-{step:010d}.{self._store.attempt.number}"
+        target = self._root / name
+        if target.exists():
+            shutil.rmtree(target)
+
+        def fill(folder: Path) -> None:
+            write(folder)
+            files = {
+                path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "digest": sha256_file(path)}
+                for path in files_under(folder)
+            }
+            (folder / MANIFEST).write_bytes(canonical_json({"step": step, "files": files}))
+
+        write_folder(target, fill)
+        size_bytes = sum(path.stat().st_size for path in files_under(target))
+        digest = sha256_bytes((target / MANIFEST).read_bytes())
+        self._store.add_checkpoint(step=step, digest=digest, size_bytes=size_bytes, folder=name)
+        self._retain()
+        return CheckpointRef(step=step, path=target)
+
+    def latest(self) -> CheckpointRef | None:
+        """Return the newest checkpoint whose digests hold. Damaged ones are reported and passed over."""
+        for row in self._store.checkpoints():
+            if not row.available:
+                continue
+            problem = self._problem(row)
+            if problem is None:
+                return CheckpointRef(step=row.step, path=self._root / row.folder)
+            self._store.drop_checkpoint(
+                row, kind="checkpoint_skipped", message=f"checkpoint of step {row.step}: {problem}; it is not used"
+            )
+        return None
+
+    def _problem(self, row: CheckpointRow) -> str | None:
+        folder = self._root / row.folder
+        try:
+            manifest = (folder / MANIFEST).read_bytes()
+            if sha256_bytes(manifest) != row.digest:
+                return f"{MANIFEST} does not have the recorded digest"
+            for name, facts in json.loads(manifest)["files"].items():
+                if sha256_file(folder / name) != facts["digest"]:
+                    return f"{name} does not have the digest in {MANIFEST}"
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}"
+        return None
+
+    def _retain(self) -> None:
+        available = [row for row in self._store.checkpoints() if row.available]
+        for row in available[KEPT:]:
+            self._store.drop_checkpoint(row, kind="checkpoint_removed", message=f"checkpoint of step {row.step}: older")
+            shutil.rmtree(self._root / row.folder, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""The local engine: one worker process on this machine for each attempt.
+
+Workers are started in a session of their own, so that they go on when the server ends or is killed. After a restart
+the server finds them by process id and start time, which together never name another process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+NAME = "local"
+
+
+def own_handle() -> str:
+    """Return this process's handle: "PID:start time"."""
+    return _handle(psutil.Process())
+
+
+def _handle(process: psutil.Process) -> str:
+    return f"{process.pid}:{process.create_time():.2f}"
+
+
+class LocalEngine:
+    """Starts worker processes and tells whether they live."""
+
+    name = NAME
+
+    def __init__(self, *, module: str, log_dir: Path) -> None:
+        self._module = module
+        self._log_dir = log_dir
+        # Held to reap them: an exited child that nobody waits for stays in the process table.
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def launch(self, arguments: Sequence[str], *, log_name: str, environment: Mapping[str, str] | None = None) -> str:
+        """Start a worker and return its handle. Its output goes to a log file. Errors: OSError."""
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        with (self._log_dir / log_name).open("ab") as log:
+            child = subprocess.Popen(  # noqa: S603 - the module and its arguments are ours
+                [sys.executable, "-m", self._module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )
+        self._children.append(child)
+        return _handle(psutil.Process(child.pid))
+
+    def alive(self, handle: str) -> bool:
+        """Whether the worker of that handle still runs."""
+        self._children = [child for child in self._children if child.poll() is None]
+        pid = int(handle.partition(":")[0])
+        try:
+            process = psutil.Process(pid)
+            return _handle(process) == handle and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def kill(self, handle: str) -> None:
+        """End a worker that was given up, if it still runs."""
+        if self.alive(handle):
+            psutil.Process(int(handle.partition(":")[0])).kill()

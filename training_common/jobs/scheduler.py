@@ -1,0 +1,126 @@
+"""The scheduler: gives waiting jobs a worker, and takes jobs away from workers that are gone.
+
+It keeps nothing that a restart could lose: every decision is a transaction, and a worker that outlived the server is
+found by its handle. A worker whose heart is silent while its process lives is unobserved, not failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from training_common.jobs.store import AttemptRow, JobRow, JobStore
+from training_common.settings import WorkerSettings
+from training_common.store.database import now_us
+
+log = structlog.get_logger(__name__)
+
+# How often workers are looked at. A submit wakes the scheduler at once.
+TICK_S = 0.5
+
+
+class Engine(Protocol):
+    """Starts workers somewhere and tells whether they live."""
+
+    @property
+    def name(self) -> str:
+        """Short name, recorded with every attempt."""
+
+    def launch(self, arguments: Sequence[str], *, log_name: str) -> str:
+        """Start a worker and return its handle. Errors: OSError."""
+
+    def alive(self, handle: str) -> bool:
+        """Whether the worker still runs."""
+
+    def kill(self, handle: str) -> None:
+        """End a worker that was given up."""
+
+
+class Scheduler:
+    """Matches jobs and workers of one service."""
+
+    def __init__(
+        self, store: JobStore, engine: Engine, settings: WorkerSettings, *, settings_file: Path | None
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._settings = settings
+        self._settings_file = settings_file
+        self._wake = asyncio.Event()
+        # Handles of workers that were launched here and have not registered yet, by attempt id.
+        self._launched: dict[int, str] = {}
+        self.last_launch_failed = False
+
+    def wake(self) -> None:
+        """Look for work now. Call it on the event loop."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Schedule until cancelled."""
+        while True:
+            self._wake.clear()
+            try:
+                await self._store.database.run(self.tick)
+            except Exception as error:
+                # The store is away or busy: workers go on by themselves, and the next tick tries again.
+                log.warning("scheduler tick failed", error=f"{type(error).__name__}: {error}")
+            try:
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def tick(self) -> None:
+        """Look at every held job once, then fill the free slots."""
+        held = self._store.held()
+        for job, attempt in held:
+            self._look_at(job, attempt)
+        for _ in range(self._settings.slots - len(held)):
+            if not self._start_next():
+                return
+
+    def _look_at(self, job: JobRow, attempt: AttemptRow) -> None:
+        handle = attempt.handle or self._launched.get(attempt.id, "")
+        if attempt.handle:
+            self._launched.pop(attempt.id, None)
+        now = now_us()
+        if handle and not self._engine.alive(handle):
+            self._cut(job, attempt, f"attempt {attempt.number}: the worker process ended without a word")
+        elif not attempt.handle and now - attempt.start_us > self._settings.start_timeout_s * 1e6:
+            if handle:
+                self._engine.kill(handle)
+            self._cut(job, attempt, f"attempt {attempt.number}: no worker registered in time")
+        else:
+            observed = now - attempt.heartbeat_us <= self._settings.lost_after_s * 1e6
+            if observed != job.observed:
+                self._store.set_observed(job, observed)
+
+    def _start_next(self) -> bool:
+        job = self._store.begin_attempt(self._engine.name)
+        if job is None:
+            return False
+        arguments = ["--job", job.name, "--attempt", str(job.attempt), "--token", str(job.fencing_token)]
+        if self._settings_file is not None:
+            arguments += ["--settings", str(self._settings_file)]
+        _, attempt = next(pair for pair in self._store.held() if pair[0].id == job.id)
+        try:
+            self._launched[attempt.id] = self._engine.launch(
+                arguments, log_name=f"{job.name.removeprefix('jobs/')}.log"
+            )
+        except OSError as error:
+            self.last_launch_failed = True
+            self._cut(job, attempt, f"attempt {attempt.number}: the worker could not be started: {error.strerror}")
+            return False
+        self.last_launch_failed = False
+        log.info("worker started", job=job.name, attempt=job.attempt)
+        return True
+
+    def _cut(self, job: JobRow, attempt: AttemptRow, message: str) -> None:
+        self._launched.pop(attempt.id, None)
+        after = self._store.cut(job, attempt, message=message, retries=self._settings.retries_without_progress)
+        if after is not None:
+            log.warning("worker lost", job=job.name, attempt=attempt.number, detail=message, state=after.state.value)
