@@ -1,0 +1,80 @@
+"""Every metric that pretraining reports: its name, its unit and what it means. Defined here and nowhere else.
+
+A metric that was not measured is absent from a progress event; none is ever estimated, carried over or filled in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from training_common.attempt import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric's unit and definition."""
+
+    unit: str
+    definition: str
+
+
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric(unit="nats/token", definition="cross-entropy of the training batch, without the ponder prior"),
+    "ponder_divergence": Metric(
+        unit="nats", definition="KL of the batch's mean halting distribution from the truncated geometric prior"
+    ),
+    "learning_rate": Metric(unit="1", definition="AdamW's learning rate in this step"),
+    "tokens_per_s": Metric(
+        unit="tokens/s", definition="trained token positions over wall-clock time since the progress event before"
+    ),
+    "gradient_norm": Metric(unit="1", definition="norm of the raw gradient, before clipping"),
+    "grokfast_lambda": Metric(unit="1", definition="GrokFast's amplification in this step"),
+    "slow_gradient_norm_ratio": Metric(
+        unit="1",
+        definition="norm of the gradient's EMA before the step over that of the clipped gradient; about 0.1005 for "
+        "independent gradients",
+    ),
+    "slow_gradient_cosine": Metric(
+        unit="1",
+        definition="cosine of the gradient's EMA before the step and the gradient; about 0 for independent ones",
+    ),
+    "mean_ponder_steps": Metric(unit="steps", definition="core steps taken, mean over the batch's tokens"),
+    "halting_histogram": Metric(unit="1", definition="share of the batch's tokens that took 1, 2, ... core steps"),
+    "halting_entropy_nats": Metric(
+        unit="nats", definition="entropy of halting_histogram; 0 when all tokens take the same number of steps"
+    ),
+    "compute_saved_ratio": Metric(
+        unit="1", definition="core steps not taken over those of a model that always takes the most"
+    ),
+    "memory_slot_utilization_ratio": Metric(
+        unit="1", definition="share of memory slots that got at least half of an even share of the batch's writes"
+    ),
+    "memory_read_entropy_nats": Metric(
+        unit="nats", definition="entropy of the read attention over slots, mean over heads and tokens of the batch"
+    ),
+    "memory_write_rate": Metric(unit="1", definition="write gate, mean over the batch's tokens"),
+    "validation_loss": Metric(unit="nats/token", definition="cross-entropy on the validation rows"),
+    "validation_loss_memory_off": Metric(unit="nats/token", definition="the same with the memory's reads switched off"),
+    "validation_loss_one_step": Metric(unit="nats/token", definition="the same with one core step for every token"),
+    "peak_memory_bytes": Metric(unit="bytes", definition="largest resident set of the worker process so far"),
+    "seconds_left": Metric(
+        unit="s", definition="optimizer steps left times the time per step since the progress event before"
+    ),
+}
+
+
+def checked(metrics: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the metrics that were measured, leaving out None.
+
+    Errors: ValueError, for a name that METRICS does not define or a value that is not finite.
+    """
+    measured: dict[str, Json] = {name: value for name, value in metrics.items() if value is not None}
+    for name, value in measured.items():
+        if name not in METRICS:
+            raise ValueError(f"{name} is not a metric of cognate_server.metrics")
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int | float) or not math.isfinite(number):
+                raise ValueError(f"{name} must be finite, got {value}")
+    return measured
