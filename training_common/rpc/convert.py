@@ -1,0 +1,158 @@
+"""From rows to the messages of job/v1 and artifact/v1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from cognateforge.artifact.v1 import artifact_pb2
+from cognateforge.job.v1 import job_pb2
+from training_common.artifacts.registry import ArtifactRow
+from training_common.jobs.states import FINAL, JobState
+from training_common.jobs.store import CheckpointRow, EventRow, JobRow
+
+_MAX_POINTS = 10_000
+
+
+def timestamp(time_us: int | None) -> Timestamp | None:
+    """Return a Timestamp of microseconds since 1970, or None."""
+    if time_us is None:
+        return None
+    result = Timestamp()
+    result.FromMicroseconds(time_us)
+    return result
+
+
+def state(value: JobState | str) -> job_pb2.JobState.ValueType:
+    """Return the contract's state; the empty string is UNSPECIFIED."""
+    return job_pb2.JobState.Value(f"JOB_STATE_{value or 'UNSPECIFIED'}")
+
+
+def states(values: Iterable[job_pb2.JobState.ValueType]) -> list[JobState]:
+    """Return the states of a filter."""
+    return [JobState(job_pb2.JobState.Name(value).removeprefix("JOB_STATE_")) for value in values]
+
+
+def failure(row: JobRow) -> job_pb2.Failure | None:
+    """Return why a job failed, or None."""
+    if not row.failure_reason:
+        return None
+    return job_pb2.Failure(reason=row.failure_reason, message=row.failure_message)
+
+
+def job(row: JobRow) -> job_pb2.Job:
+    """Return the part of a job that every service tells."""
+    return job_pb2.Job(
+        name=row.name,
+        state=state(row.state),
+        observed=row.observed,
+        attempt=row.attempt,
+        step=row.step,
+        total_steps=row.total_steps,
+        last_sequence=row.last_sequence,
+        create_time=timestamp(row.create_us),
+        start_time=timestamp(row.start_us),
+        end_time=timestamp(row.end_us),
+        failure=failure(row),
+        caller=row.caller,
+        artifact=row.artifact,
+    )
+
+
+def metric(name: str, value: Any, units: Mapping[str, str]) -> job_pb2.Metric:
+    """Return one measured quantity: a number, or a list as a histogram."""
+    if isinstance(value, list):
+        return job_pb2.Metric(name=name, unit=units.get(name, ""), bins=value)
+    return job_pb2.Metric(name=name, unit=units.get(name, ""), value=value)
+
+
+def event(row: EventRow, units: Mapping[str, str]) -> job_pb2.JobEvent:
+    """Return one event of a job."""
+    result = job_pb2.JobEvent(sequence=row.sequence, time=timestamp(row.time_us), attempt=row.attempt)
+    facts = row.payload
+    match row.kind:
+        case "state_change":
+            result.state_change.CopyFrom(
+                job_pb2.StateChange(
+                    **{"from": state(facts["from"]), "to": state(facts["to"])},  # "from" is a Python keyword
+                    message=facts["message"],
+                )
+            )
+        case "attempt_started":
+            result.attempt_started.CopyFrom(job_pb2.AttemptStarted(**facts))
+        case "progress":
+            metrics = [metric(name, value, units) for name, value in facts["metrics"].items()]
+            result.progress.CopyFrom(
+                job_pb2.Progress(step=facts["step"], total_steps=facts["total_steps"], metrics=metrics)
+            )
+        case "checkpoint":
+            result.checkpoint.CopyFrom(
+                job_pb2.Checkpoint(
+                    step=facts["step"],
+                    digest=facts["digest"],
+                    size_bytes=facts["size_bytes"],
+                    create_time=timestamp(facts["create_us"]),
+                    available=True,
+                )
+            )
+        case "artifact_published":
+            result.artifact_published.CopyFrom(job_pb2.ArtifactPublished(**facts))
+        case _:
+            result.note.CopyFrom(job_pb2.Note(**facts))
+    return result
+
+
+def checkpoint(row: CheckpointRow) -> job_pb2.Checkpoint:
+    """Return one checkpoint."""
+    return job_pb2.Checkpoint(
+        step=row.step,
+        digest=row.digest,
+        size_bytes=row.size_bytes,
+        create_time=timestamp(row.create_us),
+        available=row.available,
+    )
+
+
+def end_frame(row: JobRow) -> job_pb2.WatchFrame | None:
+    """Return the last frame of a watch, or None while the job goes on."""
+    if row.state not in FINAL:
+        return None
+    end = job_pb2.End(state=state(row.state), last_sequence=row.last_sequence, failure=failure(row))
+    return job_pb2.WatchFrame(end=end)
+
+
+def series(rows: Sequence[EventRow], wanted: Iterable[str], units: Mapping[str, str]) -> list[job_pb2.MetricSeries]:
+    """Return the scalar metrics of progress events over their steps, sorted by name, histograms left out.
+
+    After a lost worker the steps since its checkpoint are trained again: of two values at a step the newer one counts.
+    """
+    names = frozenset(wanted)
+    points: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for name, value in row.payload["metrics"].items():
+            if not isinstance(value, list) and (not names or name in names):
+                points.setdefault(name, {})[row.payload["step"]] = value
+    return [_thinned(name, sorted(values.items()), units) for name, values in sorted(points.items())]
+
+
+def _thinned(name: str, points: list[tuple[int, float]], units: Mapping[str, str]) -> job_pb2.MetricSeries:
+    if len(points) > _MAX_POINTS:
+        last = len(points) - 1
+        points = [points[round(index * last / (_MAX_POINTS - 1))] for index in range(_MAX_POINTS)]
+    steps, values = zip(*points, strict=True)
+    return job_pb2.MetricSeries(name=name, unit=units.get(name, ""), steps=steps, values=values)
+
+
+def files(row: ArtifactRow) -> list[artifact_pb2.File]:
+    """Return an artifact's files in payload order."""
+    return [artifact_pb2.File(path=f.path, size_bytes=f.size_bytes, digest=f.digest) for f in row.files]
+
+
+def data_sources(row: ArtifactRow) -> list[artifact_pb2.DataSource]:
+    """Return where an artifact's training data came from."""
+    return [
+        artifact_pb2.DataSource(name=s["name"], kind=s["kind"], rows=s["rows"], digest=s.get("digest", ""))
+        for s in row.body.get("data", ())
+    ]

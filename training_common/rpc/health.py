@@ -1,0 +1,70 @@
+"""Health that reports what the service can do: it follows the store, the scheduler and the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+from grpc_health.v1 import health, health_pb2
+
+from training_common.jobs.scheduler import Scheduler
+from training_common.store.database import Database
+
+log = structlog.get_logger(__name__)
+
+# A store that does not answer in this time cannot serve calls whose deadlines are of the same size.
+_PING_TIMEOUT_S = 5.0
+_INTERVAL_S = 1.0
+
+
+class HealthMonitor:
+    """Keeps the standard health service true.
+
+    Every service needs the store. Training services also need an engine that can start workers: their last launch must
+    not have failed. The empty name stands for all of them.
+    """
+
+    def __init__(
+        self, database: Database, scheduler: Scheduler, *, training: Sequence[str], other: Sequence[str]
+    ) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self._database = database
+        self._scheduler = scheduler
+        self._training = training
+        self._other = other
+        self._draining = False
+
+    async def run(self) -> None:
+        """Check and report, until cancelled."""
+        while not self._draining:
+            await self.check()
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def check(self) -> None:
+        """Look once and set every service's status."""
+        store = await self._store_answers()
+        training = store and not self._scheduler.last_launch_failed
+        for service in self._training:
+            await self._set(service, training)
+        for service in self._other:
+            await self._set(service, store)
+        await self._set("", store and training)
+
+    async def drain(self) -> None:
+        """Tell clients to go elsewhere, for good."""
+        self._draining = True
+        await self.servicer.enter_graceful_shutdown()
+
+    async def _store_answers(self) -> bool:
+        try:
+            async with asyncio.timeout(_PING_TIMEOUT_S):
+                await self._database.run(self._database.ping)
+        except Exception as error:
+            log.warning("store does not answer", error=type(error).__name__)
+            return False
+        return True
+
+    async def _set(self, service: str, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        await self.servicer.set(service, status.SERVING if serving else status.NOT_SERVING)

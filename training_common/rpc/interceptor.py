@@ -1,0 +1,215 @@
+"""What every call passes before its servicer: one interceptor that runs the steps in their order.
+
+    exception firewall -> request id -> caller -> policy -> deadline -> unknown fields -> field rules -> servicer -> log
+
+They are one interceptor and not seven, because each one that gRPC calls costs more than all of these checks together.
+A call is checked when its request has arrived; every RPC of the contract takes exactly one.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+import grpc
+import protovalidate
+import sqlalchemy.exc
+import structlog
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from grpc_status import rpc_status
+
+from cognateforge.exceptions import (
+    DeadlineRequiredError,
+    FieldViolation,
+    ForgeError,
+    InternalError,
+    InvalidFieldError,
+    NoPolicyError,
+    RoleMissingError,
+    UnavailableError,
+    UnknownFieldError,
+    to_status,
+)
+from training_common.rpc.policy import OPEN, STANDARD_SERVICES, MethodPolicy
+
+log = structlog.get_logger(__name__)
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DESCRIPTION_CHARS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who calls, and which parts the caller plays."""
+
+    name: str
+    roles: frozenset[str]
+
+
+_caller: ContextVar[Caller] = ContextVar("caller")
+
+
+def current_caller() -> Caller:
+    """Return the caller of the RPC that is being served."""
+    return _caller.get()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One call's facts, as the steps need them."""
+
+    method: str
+    policy: MethodPolicy
+    request_id: str
+    started: float
+
+
+class ContractInterceptor(grpc.aio.ServerInterceptor):
+    """Holds every call to the contract and keeps what happens inside the server inside."""
+
+    def __init__(self, table: Mapping[str, MethodPolicy], *, local_roles: Sequence[str]) -> None:
+        self._table = table
+        self._local = Caller(name="local", roles=frozenset(local_roles))
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        service = method[1:].partition("/")[0]
+        if service in STANDARD_SERVICES:
+            return handler
+        given = dict(handler_call_details.invocation_metadata or ()).get(REQUEST_ID_KEY, "")
+        request_id = str(given) if _REQUEST_ID.fullmatch(str(given)) else str(uuid.uuid4())
+        call = _Call(
+            method=method, policy=self._table.get(method, OPEN), request_id=request_id, started=time.monotonic()
+        )
+        known = method in self._table
+        return self._wrap(handler, call, known)
+
+    def _wrap(self, handler: Any, call: _Call, known: bool) -> grpc.RpcMethodHandler[Any, Any]:
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(handler.unary_stream, call, known),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler.unary_unary, call, known),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _unary(self, behavior: Any, call: _Call, known: bool) -> Any:
+        async def serve(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                self._admit(request, context, call, known)
+                answer = await behavior(request, context)
+            except Exception as error:
+                return await _refuse(error, context, call)
+            _log_end(call, "OK")
+            return answer
+
+        return serve
+
+    def _stream(self, behavior: Any, call: _Call, known: bool) -> Any:
+        async def serve(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                self._admit(request, context, call, known)
+                async for frame in behavior(request, context):
+                    yield frame
+            except Exception as error:
+                await _refuse(error, context, call)
+                return
+            _log_end(call, "OK")
+
+        return serve
+
+    def _admit(self, request: Message, context: grpc.aio.ServicerContext[Any, Any], call: _Call, known: bool) -> None:
+        """Bind the call's identity and raise the first thing that speaks against it."""
+        structlog.contextvars.bind_contextvars(request_id=call.request_id)
+        _caller.set(self._local)
+        if not known:
+            raise NoPolicyError(f"{call.method} carries no policy, so nobody may call it")
+        if not (call.policy.roles & self._local.roles):
+            wanted = ", ".join(sorted(call.policy.roles))
+            raise RoleMissingError(f"{call.method} is for {wanted}; caller {self._local.name} has no such role")
+        if call.policy.deadline_required and context.time_remaining() is None:
+            raise DeadlineRequiredError(f"{call.method} needs a deadline: set one in the client")
+        if call.policy.unknown_fields_refused:
+            _refuse_unknown_fields(request)
+        _check_rules(request)
+
+
+def _check_rules(request: Message) -> None:
+    found = protovalidate.collect_violations(request)
+    if not found:
+        return
+    violations = [
+        FieldViolation(
+            field=_path(item.proto), description=(item.proto.message or item.proto.rule_id)[:_DESCRIPTION_CHARS]
+        )
+        for item in found
+    ]
+    text = "; ".join(f"{v.field or 'request'}: {v.description}" for v in violations)
+    raise InvalidFieldError(text, violations=violations)
+
+
+def _path(violation: Any) -> str:
+    """Return "plan.datasets[2].weight" for a violation's field path."""
+    parts = []
+    for element in violation.field.elements:
+        index = f"[{element.index}]" if element.HasField("index") else ""
+        parts.append(f"{element.field_name}{index}")
+    return ".".join(parts)
+
+
+def _refuse_unknown_fields(message: Message, path: str = "") -> None:
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        number = unknown[0].field_number
+        where = path or "request"
+        raise UnknownFieldError(
+            f"{where} holds field number {number}, which this server does not know: leave it out, or use a server "
+            "whose contract has it",
+            violations=[FieldViolation(field=f"{path}{'.' if path else ''}#{number}", description="unknown field")],
+        )
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        inner = f"{path}.{field.name}" if path else field.name
+        for item in value if field.is_repeated else (value,):
+            _refuse_unknown_fields(cast("Message", item), inner)
+
+
+async def _refuse(error: Exception, context: grpc.aio.ServicerContext[Any, Any], call: _Call) -> None:
+    """End the call with the error's status. What is no ForgeError is told as INTERNAL, its detail stays in the log."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, ForgeError):
+        answer = error
+    elif isinstance(error, sqlalchemy.exc.OperationalError):
+        log.error("store unavailable", method=call.method, detail=str(error.orig))
+        answer = UnavailableError("the service's store does not answer: try again")
+    else:
+        log.exception("internal error", method=call.method)
+        answer = InternalError()
+    _log_end(call, answer.reason_name())
+    await context.abort_with_status(rpc_status.to_status(to_status(answer, request_id=call.request_id)))
+
+
+def _log_end(call: _Call, outcome: str) -> None:
+    log.info(
+        "rpc", method=call.method, outcome=outcome, milliseconds=round((time.monotonic() - call.started) * 1000, 2)
+    )

@@ -1,0 +1,118 @@
+"""The job RPCs that both operator APIs have, over either service's messages."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import sqlalchemy as sa
+from google.protobuf.message import Message
+
+from cognateforge.exceptions import SequenceOutOfRangeError
+from cognateforge.job.v1 import job_pb2
+from training_common.jobs.hub import ChangeHub
+from training_common.jobs.scheduler import Scheduler
+from training_common.jobs.store import JobRow, JobStore, once
+from training_common.rpc import convert, paging
+from training_common.rpc.interceptor import current_caller
+
+# Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
+_BATCH = 200
+
+M = TypeVar("M", bound=Message)
+
+
+class JobService(Generic[M]):
+    """Get, list, watch and steer jobs; `to_message` makes the service's own job message of a row."""
+
+    def __init__(
+        self,
+        *,
+        store: JobStore,
+        scheduler: Scheduler,
+        hub: ChangeHub,
+        to_message: Callable[[JobRow], M],
+        units: Mapping[str, str],
+        heartbeat_s: float,
+    ) -> None:
+        self.store = store
+        self._scheduler = scheduler
+        self._hub = hub
+        self.to_message = to_message
+        self._units = units
+        self._heartbeat_s = heartbeat_s
+
+    async def mutate(
+        self, method: str, request: Any, work: Callable[[sa.Connection], JobRow], answer: Callable[[M], Message]
+    ) -> bytes:
+        """Do a mutation once for its request id, and return the answer's bytes, replayed or new."""
+        caller = current_caller().name
+        payload = request.SerializeToString(deterministic=True)
+
+        def transact() -> bytes:
+            with self.store.database.write() as connection:
+                return once(
+                    connection,
+                    caller=caller,
+                    request_id=request.request_id,
+                    method=method,
+                    payload=payload,
+                    work=lambda: answer(self.to_message(work(connection))).SerializeToString(),
+                )
+
+        stored = await self.store.database.run(transact)
+        self._scheduler.wake()
+        return stored
+
+    async def get(self, name: str) -> M:
+        """Return one job's message."""
+        return self.to_message(await self.store.database.run(self.store.get, name))
+
+    async def page(self, request: Any) -> tuple[list[M], str]:
+        """Return a page of jobs and the next page's token."""
+        before = paging.read_token(request, request.page_token)
+        size = paging.page_size(request.page_size)
+        wanted = convert.states(request.states)
+        rows = await self.store.database.run(lambda: self.store.page(states=wanted, before_id=before, limit=size + 1))
+        token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
+        return [self.to_message(row) for row in rows[:size]], token
+
+    async def watch(self, name: str, after_sequence: int) -> AsyncIterator[job_pb2.WatchFrame]:
+        """Yield every event after `after_sequence` once and in order, heartbeats, and the end frame."""
+        run = self.store.database.run
+        job = await run(self.store.get, name)
+        if after_sequence > job.last_sequence:
+            raise SequenceOutOfRangeError(
+                f"after_sequence {after_sequence} is beyond {name}'s last event {job.last_sequence}"
+            )
+        sequence, seen = after_sequence, 0
+        while True:
+            # The job is read before its events: what its end frame counts is then among the events that follow.
+            job = await run(self.store.get, name)
+            rows = await run(self.store.events_after, job.id, sequence, _BATCH)
+            for row in rows:
+                sequence = row.sequence
+                yield job_pb2.WatchFrame(event=convert.event(row, self._units))
+            if len(rows) == _BATCH:
+                continue
+            end = convert.end_frame(job)
+            if end is not None and sequence >= job.last_sequence:
+                yield end
+                return
+            if not rows:
+                now = await self._hub.wait(seen, self._heartbeat_s)
+                if now == seen:
+                    yield job_pb2.WatchFrame(heartbeat=job_pb2.Heartbeat(last_sequence=sequence))
+                seen = now
+
+    async def checkpoints(self, name: str) -> list[job_pb2.Checkpoint]:
+        """Return a job's checkpoints, newest first."""
+        job = await self.store.database.run(self.store.get, name)
+        rows = await self.store.database.run(self.store.checkpoints, job.id)
+        return [convert.checkpoint(row) for row in rows]
+
+    async def metrics(self, request: Any) -> list[job_pb2.MetricSeries]:
+        """Return a job's metrics over its steps."""
+        job = await self.store.database.run(self.store.get, request.name)
+        rows = await self.store.database.run(self.store.events_of_kind, job.id, "progress")
+        return convert.series(rows, request.metrics, self._units)

@@ -1,0 +1,105 @@
+"""A gRPC server of this project: its options, its standing tasks, and a drain that loses no call."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from grpc_reflection.v1alpha import reflection
+
+from training_common.rpc.health import HealthMonitor
+from training_common.rpc.interceptor import ContractInterceptor
+from training_common.rpc.policy import policies, role_names
+from training_common.settings import ServiceSettings, SettingsError
+
+log = structlog.get_logger(__name__)
+
+# Time for clients that watch health to take their next call elsewhere, before this server stops taking any.
+_DRAIN_NOTICE_S = 0.5
+
+
+def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.aio.Server:
+    """Return a server with the contract's interceptor. Errors: SettingsError for a role that the contract lacks."""
+    unknown = set(settings.security.local_roles) - set(role_names())
+    if unknown:
+        raise SettingsError(
+            f"security.local_roles: {', '.join(sorted(unknown))} is no role; choose from {', '.join(role_names())}"
+        )
+    return grpc.aio.server(
+        interceptors=[ContractInterceptor(policies(services), local_roles=settings.security.local_roles)],
+        maximum_concurrent_rpcs=settings.limits.max_concurrent_rpcs,
+        options=[
+            # Two servers on one port would share its calls in silence.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", settings.limits.max_request_bytes),
+        ],
+    )
+
+
+class RunningServer:
+    """A server that listens, with its standing tasks, until it is drained."""
+
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        *,
+        settings: ServiceSettings,
+        services: Sequence[str],
+        health: HealthMonitor,
+        tasks: Sequence[Coroutine[Any, Any, None]],
+    ) -> None:
+        self._server = server
+        self._settings = settings
+        self._health = health
+        self._standing = tasks
+        self._tasks: list[asyncio.Task[None]] = []
+        self.address = ""
+        reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+
+    async def start(self) -> None:
+        """Listen. `address` then holds the real port. Errors: RuntimeError, when the address is taken."""
+        wanted = self._settings.address
+        port = self._server.add_insecure_port(wanted)
+        self.address = wanted if wanted.startswith("unix:") else f"{wanted.rpartition(':')[0]}:{port}"
+        await self._health.check()
+        await self._server.start()
+        self._tasks = [asyncio.create_task(task) for task in (self._health.run(), *self._standing)]
+
+    async def stop(self) -> None:
+        """Drain: tell health watchers, take no new call, let running ones end, then stop. Workers go on."""
+        await self._health.drain()
+        await asyncio.sleep(_DRAIN_NOTICE_S)
+        await self._server.stop(self._settings.drain_grace_s)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def serve_until_signal(running: RunningServer, *, name: str, address_file: Path | None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. The bound address is logged, and written to `address_file`."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    await running.start()
+    log.info("serving", service=name, address=running.address)
+    if address_file is not None:
+        await asyncio.to_thread(_announce, address_file, running.address)
+    await stop.wait()
+    log.info("draining", service=name)
+    await running.stop()
+    if address_file is not None:
+        await asyncio.to_thread(address_file.unlink, missing_ok=True)
+    log.info("stopped", service=name)
+
+
+def _announce(address_file: Path, address: str) -> None:
+    # Renamed into place, so that a reader finds the whole address or no file.
+    scratch = address_file.with_suffix(".tmp")
+    scratch.write_text(address)
+    scratch.rename(address_file)
