@@ -1,0 +1,45 @@
+"""The `cognate` architecture: what it is, without torch. `cognate_model` builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent_server.architectures.factory import FoundationRequirement
+from training_common.models.fingerprints import COGNATE_V1_25M
+
+if TYPE_CHECKING:
+    from agent_server.adaptation import Adaptation
+    from agent_server.architectures.model import AgentModel
+
+# The forward pass's and its adaptive rules' version, as cognate_v1 has them.
+COGNATE_25M = FoundationRequirement(name="cognate_v1", fingerprint=COGNATE_V1_25M, act_version=1, ltm_version=1)
+
+
+class CognateArchitecture:
+    """Cognate with a classification head on its mean hidden state.
+
+    `requirement` is for tests with models of other sizes.
+    """
+
+    name = "cognate"
+    tasks: Sequence[str] = ("classification",)
+    description = "Cognate with a linear head on the mean of its hidden states; ACT and LTM are frozen unless asked."
+
+    def __init__(self, requirement: FoundationRequirement = COGNATE_25M) -> None:
+        self.required_architecture: FoundationRequirement | None = requirement
+
+    def build(
+        self, *, foundation_dir: Path, task: str, labels: Sequence[str], adaptation: Adaptation, seed: int
+    ) -> AgentModel:
+        """Return an untrained classifier on top of a fetched Cognate."""
+        from agent_server.architectures import cognate_model
+
+        return cognate_model.build(foundation_dir, task=task, labels=labels, adaptation=adaptation, seed=seed)
+
+    def load(self, folder: Path) -> AgentModel:
+        """Return a classifier that was published."""
+        from agent_server.architectures import cognate_model
+
+        return cognate_model.load(folder)
