@@ -7,7 +7,6 @@ raises `RowRefusedError`; the rows after it are read all the same.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import math
 import re
@@ -40,12 +39,6 @@ class Row:
         if isinstance(self.content, RowRefusedError):
             raise self.content
         return parse_object(self.content) if isinstance(self.content, bytes) else self.content
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -175,8 +168,7 @@ def _split_array(file: IO[bytes]) -> Iterator[tuple[bytearray, bytes]]:
     depth, in_string, skip = 0, False, 0
     element = bytearray()
     while chunk := file.read(_READ_BYTES):
-        position = start = skip
-        skip = 0
+        position, start, skip = skip, 0, 0
         while token := (_STRING_TOKEN if in_string else _ARRAY_TOKEN).search(chunk, position):
             sign, position = token[0], token.end()
             if in_string:
@@ -186,7 +178,7 @@ def _split_array(file: IO[bytes]) -> Iterator[tuple[bytearray, bytes]]:
                 continue
             in_string = sign == b'"'
             depth += (sign in b"[{") - (sign in b"]}")
-            if depth == 1 and sign == b"[" and not start and not element:
+            if depth == 1 and sign == b"[":
                 start = position  # the array itself opens
             elif (depth == 1 and sign == b",") or depth == 0:
                 _extend(element, chunk[start : position - 1])

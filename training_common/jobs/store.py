@@ -104,16 +104,16 @@ def append_event(
     kind: str,
     payload: Mapping[str, Any],
     *,
-    fencing_token: int | None = None,
+    only_token: int | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> JobRow:
     """Change a job and record the event that tells of it, in the caller's transaction.
 
-    Errors: FencedOutError, when `fencing_token` is given and no longer the job's. Nothing is written then.
+    Errors: FencedOutError, when `only_token` is given and no longer the job's. Nothing is written then.
     """
     condition = t.jobs.c.id == job_id
-    if fencing_token is not None:
-        condition &= t.jobs.c.fencing_token == fencing_token
+    if only_token is not None:
+        condition &= t.jobs.c.fencing_token == only_token
     statement = (
         sa.update(t.jobs)
         .where(condition)
@@ -122,7 +122,7 @@ def append_event(
     )
     row = connection.execute(statement).mappings().one_or_none()
     if row is None:
-        raise FencedOutError(f"job {job_id}: fencing token {fencing_token} is no longer current")
+        raise FencedOutError(f"job {job_id}: fencing token {only_token} is no longer current")
     job = _job(row)
     connection.execute(
         sa.insert(t.events).values(
@@ -143,7 +143,7 @@ def move(
     to: JobState,
     *,
     message: str = "",
-    fencing_token: int | None = None,
+    only_token: int | None = None,
     **changes: Any,
 ) -> JobRow:
     """Move a job to another state and record it, in the caller's transaction.
@@ -160,7 +160,7 @@ def move(
         changes = {"end_us": now_us(), "wish": "", "observed": True, **changes}
     payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
     return append_event(
-        connection, job.id, "state_change", payload, fencing_token=fencing_token, changes={"state": to.value, **changes}
+        connection, job.id, "state_change", payload, only_token=only_token, changes={"state": to.value, **changes}
     )
 
 
@@ -441,7 +441,7 @@ class AttemptStore:
                 self.job.id,
                 kind,
                 payload,
-                fencing_token=self.attempt.fencing_token,
+                only_token=self.attempt.fencing_token,
                 changes=changes,
             )
 
@@ -456,7 +456,7 @@ class AttemptStore:
         if to in FINAL or to is JobState.PAUSED:
             JobStore._end_attempt(connection, self.attempt.id)
             changes = {"wish": "", **changes}
-        return move(connection, job, to, message=message, fencing_token=self.attempt.fencing_token, **changes)
+        return move(connection, job, to, message=message, only_token=self.attempt.fencing_token, **changes)
 
     def set_facts(self, facts: Mapping[str, str]) -> None:
         """Add facts that the service tells about the job."""
@@ -470,7 +470,7 @@ class AttemptStore:
         now = now_us()
         payload: dict[str, Json] = {"step": step, "digest": digest, "size_bytes": size_bytes, "create_us": now}
         with self.database.write() as connection:
-            job = append_event(connection, self.job.id, "checkpoint", payload, fencing_token=self.attempt.fencing_token)
+            job = append_event(connection, self.job.id, "checkpoint", payload, only_token=self.attempt.fencing_token)
             connection.execute(
                 sa.insert(t.checkpoints).values(
                     job_id=job.id,
@@ -491,7 +491,7 @@ class AttemptStore:
         """Mark a checkpoint's files as gone or damaged, and tell so."""
         with self.database.write() as connection:
             payload = {"kind": kind, "message": message[:MAX_TEXT_CHARS], "facts": {"step": str(row.step)}}
-            append_event(connection, self.job.id, "note", payload, fencing_token=self.attempt.fencing_token)
+            append_event(connection, self.job.id, "note", payload, only_token=self.attempt.fencing_token)
             connection.execute(sa.update(t.checkpoints).filter_by(id=row.id).values(available=False))
 
     def _check(self, connection: sa.Connection) -> JobRow:

@@ -170,8 +170,8 @@ def _path(violation: Any) -> str:
     """Return "plan.datasets[2].weight" for a violation's field path."""
     parts = []
     for element in violation.field.elements:
-        index = f"[{element.index}]" if element.HasField("index") else ""
-        parts.append(f"{element.field_name}{index}")
+        subscript = "" if element.subscript is None else f"[{element.subscript.value!r}]"
+        parts.append(f"{element.field_name}{subscript}")
     return ".".join(parts)
 
 

@@ -1,10 +1,15 @@
-"""The job RPCs that both operator APIs have, over either service's messages."""
+"""The job RPCs that both operator APIs have, over either service's messages.
+
+`JobService` does the work, `JobRpcs` are the handlers. Both APIs name these RPCs and messages alike, each in its own
+package, so the handlers take the messages from the package that they are given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+import grpc
 import sqlalchemy as sa
 from google.protobuf.message import Message
 
@@ -19,6 +24,7 @@ from training_common.rpc.interceptor import current_caller
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
 _BATCH = 200
 
+Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
 
 
@@ -116,3 +122,47 @@ class JobService(Generic[M]):
         job = await self.store.database.run(self.store.get, request.name)
         rows = await self.store.database.run(self.store.events_of_kind, job.id, "progress")
         return convert.series(rows, request.metrics, self._units)
+
+
+class JobRpcs(Generic[M]):
+    """Handlers of the job RPCs; a servicer inherits them beside its generated base class.
+
+    `contract` is the generated module with the service's messages.
+    """
+
+    def __init__(self, jobs: JobService[M], contract: Any) -> None:
+        self._jobs = jobs
+        self._contract = contract
+
+    async def GetJob(self, request: Any, context: Context) -> Any:
+        return self._contract.GetJobResponse(job=await self._jobs.get(request.name))
+
+    async def ListJobs(self, request: Any, context: Context) -> Any:
+        jobs, token = await self._jobs.page(request)
+        return self._contract.ListJobsResponse(jobs=jobs, next_page_token=token)
+
+    async def WatchJob(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        async for frame in self._jobs.watch(request.name, request.after_sequence):
+            yield self._contract.WatchJobResponse(frame=frame)
+
+    async def PauseJob(self, request: Any, context: Context) -> Any:
+        return await self._steer("Pause", request, self._jobs.store.pause)
+
+    async def ResumeJob(self, request: Any, context: Context) -> Any:
+        return await self._steer("Resume", request, self._jobs.store.resume)
+
+    async def CancelJob(self, request: Any, context: Context) -> Any:
+        return await self._steer("Cancel", request, self._jobs.store.cancel)
+
+    async def ListCheckpoints(self, request: Any, context: Context) -> Any:
+        return self._contract.ListCheckpointsResponse(checkpoints=await self._jobs.checkpoints(request.name))
+
+    async def GetMetrics(self, request: Any, context: Context) -> Any:
+        return self._contract.GetMetricsResponse(series=await self._jobs.metrics(request))
+
+    async def _steer(self, verb: str, request: Any, move: Callable[[sa.Connection, str], JobRow]) -> Any:
+        answer = getattr(self._contract, f"{verb}JobResponse")
+        stored = await self._jobs.mutate(
+            f"{verb}Job", request, lambda connection: move(connection, request.name), lambda job: answer(job=job)
+        )
+        return answer.FromString(stored)

@@ -10,13 +10,16 @@ from typing import Any
 
 import grpc
 import structlog
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.interceptor import ContractInterceptor
 from training_common.rpc.policy import policies, role_names
 from training_common.settings import ServiceSettings, SettingsError
+from training_common.store.database import Database
 
+HEALTH = "grpc.health.v1.Health"
 log = structlog.get_logger(__name__)
 
 # Time for clients that watch health to take their next call elsewhere, before this server stops taking any.
@@ -51,15 +54,18 @@ class RunningServer:
         settings: ServiceSettings,
         services: Sequence[str],
         health: HealthMonitor,
+        database: Database,
         tasks: Sequence[Coroutine[Any, Any, None]],
     ) -> None:
         self._server = server
         self._settings = settings
         self._health = health
+        self._database = database
         self._standing = tasks
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
-        reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+        reflection.enable_server_reflection([*services, HEALTH, reflection.SERVICE_NAME], server)
 
     async def start(self) -> None:
         """Listen. `address` then holds the real port. Errors: RuntimeError, when the address is taken."""
@@ -78,6 +84,7 @@ class RunningServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._database.close)
 
 
 async def serve_until_signal(running: RunningServer, *, name: str, address_file: Path | None) -> None:

@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 
 # SQLite gives automatic keys to INTEGER columns only.
-_KEY = BigInteger().with_variant(Integer, "sqlite")
+KEY = BigInteger().with_variant(Integer, "sqlite")
 
 metadata = MetaData(
     naming_convention={
@@ -37,7 +37,7 @@ metadata = MetaData(
 jobs = Table(
     "jobs",
     metadata,
-    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("id", KEY, primary_key=True, autoincrement=True),
     Column("name", String(64), nullable=False, unique=True),
     Column("state", String(16), nullable=False, index=True),
     Column("plan", LargeBinary, nullable=False, comment="the plan message with its defaults filled in"),
@@ -64,7 +64,7 @@ jobs = Table(
 events = Table(
     "events",
     metadata,
-    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("id", KEY, primary_key=True, autoincrement=True),
     Column("job_id", ForeignKey("jobs.id"), nullable=False),
     Column("sequence", BigInteger, nullable=False),
     Column("time_us", BigInteger, nullable=False),
@@ -77,7 +77,7 @@ events = Table(
 attempts = Table(
     "attempts",
     metadata,
-    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("id", KEY, primary_key=True, autoincrement=True),
     Column("job_id", ForeignKey("jobs.id"), nullable=False),
     Column("number", Integer, nullable=False),
     Column("fencing_token", BigInteger, nullable=False),
@@ -94,7 +94,7 @@ attempts = Table(
 checkpoints = Table(
     "checkpoints",
     metadata,
-    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("id", KEY, primary_key=True, autoincrement=True),
     Column("job_id", ForeignKey("jobs.id"), nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("step", BigInteger, nullable=False),
@@ -120,7 +120,7 @@ requests = Table(
 artifacts = Table(
     "artifacts",
     metadata,
-    Column("id", _KEY, primary_key=True, autoincrement=True),
+    Column("id", KEY, primary_key=True, autoincrement=True),
     Column("family", String(48), nullable=False),
     Column("version", Integer, nullable=False),
     Column("state", String(16), nullable=False),

@@ -1,0 +1,31 @@
+"""Every metric that agent training reports: its name, its unit and what it means. Defined here and nowhere else.
+
+A metric that was not measured is absent from a progress event; none is ever estimated, carried over or filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from training_common.metrics import Metric
+
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric(
+        unit="nats/row",
+        definition="cross-entropy of the right label, mean over the rows since the progress event before",
+    ),
+    "train_accuracy": Metric(
+        unit="1",
+        definition="share of the rows trained on since the progress event before whose likeliest label was right",
+    ),
+    "validation_accuracy": Metric(
+        unit="1", definition="share of validation rows whose likeliest label is right, on the same rows each time"
+    ),
+    "learning_rate": Metric(unit="1", definition="the optimizer's learning rate in this step"),
+    "gradient_norm": Metric(unit="1", definition="norm of the gradient over the trained parameters, before clipping"),
+    "samples_per_s": Metric(
+        unit="rows/s", definition="trained rows over the time of their steps since the progress event before"
+    ),
+    "peak_memory_bytes": Metric(unit="bytes", definition="largest resident set of the worker process so far"),
+    "seconds_left": Metric(unit="s", definition="optimizer steps left times the running mean of a step's time"),
+}

@@ -1,0 +1,60 @@
+"""A training plan with every default in its place, and refused where this server cannot do what it asks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent_server.architectures.factory import AgentArchitectureFactory
+from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.exceptions import DataUnavailableError, FieldViolation, NotImplementedByServerError
+from training_common.settings import DataSettings
+
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_PEAK_LEARNING_RATE = 1e-3
+DEFAULT_CHECKPOINT_INTERVAL_STEPS = 100
+
+
+def with_defaults(plan: pb.TrainingPlan) -> pb.TrainingPlan:
+    """Return a copy in which 0 has become the default that the contract names."""
+    filled = pb.TrainingPlan()
+    filled.CopyFrom(plan)
+    filled.batch_size = plan.batch_size or DEFAULT_BATCH_SIZE
+    filled.checkpoint_interval_steps = plan.checkpoint_interval_steps or DEFAULT_CHECKPOINT_INTERVAL_STEPS
+    optimization = filled.optimization
+    optimization.peak_learning_rate = optimization.peak_learning_rate or DEFAULT_PEAK_LEARNING_RATE
+    optimization.schedule = optimization.schedule or pb.SCHEDULE_COSINE
+    optimization.warmup_steps = optimization.warmup_steps or max(1, plan.total_steps // 10)
+    optimization.gradient_clip_norm = optimization.gradient_clip_norm or 1.0
+    return filled
+
+
+def require_feasible(plan: pb.TrainingPlan, factory: AgentArchitectureFactory, data: DataSettings) -> None:
+    """Refuse what this server cannot do, before a row is written.
+
+    Errors: ArchitectureNotFoundError, NotImplementedByServerError, DataUnavailableError.
+    """
+    architecture = factory.get(plan.architecture)
+    task = plan.WhichOneof("task") or ""
+    if task not in architecture.tasks:
+        served = ", ".join(architecture.tasks)
+        raise NotImplementedByServerError(
+            f"plan.{task}: architecture {plan.architecture} does not serve this task yet; it serves {served}"
+        )
+    source = plan.classification.WhichOneof("source")
+    if source == "file":
+        data_file(plan.classification.file, data)
+
+
+def data_file(source: pb.FileSource, data: DataSettings) -> Path:
+    """Return a plan's file below the data folder. Errors: DataUnavailableError."""
+    field = "plan.classification.file.path"
+    if data.folder is None:
+        problem = "this server has no data folder: set data.folder, or use plan.classification.generated"
+    else:
+        root = data.folder.resolve()
+        path = (root / source.path).resolve()
+        # The contract forbids "..", but a link in the folder could still lead out of it.
+        if path.is_relative_to(root) and path.is_file():
+            return path
+        problem = f"{source.path} is no file in this server's data folder"
+    raise DataUnavailableError(f"{field}: {problem}", violations=[FieldViolation(field=field, description=problem)])

@@ -1,0 +1,73 @@
+"""AgentService: the registry of agents."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from agent_server.agents import aliases_of, find_agent, set_alias
+from agent_server.rpc import convert
+from cognateforge.agent.v1 import agent_pb2 as pb
+from cognateforge.agent.v1 import agent_pb2_grpc
+from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.jobs.store import once
+from training_common.rpc import fetch, paging
+from training_common.rpc.interceptor import current_caller
+from training_common.rpc.jobs import Context
+
+
+class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
+    """Agents over gRPC."""
+
+    def __init__(self, registry: ArtifactRegistry) -> None:
+        self._registry = registry
+
+    async def _find(self, name: str) -> ArtifactRow:
+        return await self._registry.database.run(find_agent, self._registry, name)
+
+    async def _messages(self, rows: list[ArtifactRow]) -> list[pb.Agent]:
+        aliases = await self._registry.database.run(aliases_of, self._registry, rows)
+        return [convert.agent(row, aliases[row.name]) for row in rows]
+
+    async def GetAgent(self, request: pb.GetAgentRequest, context: Context) -> Any:
+        [agent] = await self._messages([await self._find(request.name)])
+        return pb.GetAgentResponse(agent=agent)
+
+    async def ListAgents(self, request: pb.ListAgentsRequest, context: Context) -> Any:
+        before = paging.read_token(request, request.page_token)
+        size = paging.page_size(request.page_size)
+        rows = await self._registry.database.run(
+            lambda: self._registry.page(limit=size + 1, before_id=before, family=request.family)
+        )
+        token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
+        return pb.ListAgentsResponse(agents=await self._messages(rows[:size]), next_page_token=token)
+
+    async def FetchAgent(self, request: pb.FetchAgentRequest, context: Context) -> AsyncIterator[pb.FetchAgentResponse]:
+        row = await self._find(request.name)
+        fetch.check_offset(row, request.offset_bytes)
+        [agent] = await self._messages([row])
+        yield pb.FetchAgentResponse(header=pb.FetchAgentHeader(agent=agent, manifest=row.manifest))
+        async for chunk in fetch.chunks(self._registry.blobs, row, request.offset_bytes):
+            yield pb.FetchAgentResponse(chunk=chunk)
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> Any:
+        row = await self._find(request.name)
+        caller = current_caller().name
+        payload = request.SerializeToString(deterministic=True)
+
+        def transact() -> None:
+            with self._registry.database.write() as connection:
+                once(
+                    connection,
+                    caller=caller,
+                    request_id=request.request_id,
+                    method="SetAlias",
+                    payload=payload,
+                    work=lambda: set_alias(
+                        connection, row, request.alias, caller=caller, request_id=request.request_id
+                    ),
+                )
+
+        await self._registry.database.run(transact)
+        [agent] = await self._messages([row])
+        return pb.SetAliasResponse(agent=agent)

@@ -1,0 +1,58 @@
+"""AgentForgeTrainingService: convert, one domain call, convert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.plan import require_feasible, with_defaults
+from agent_server.rpc import convert
+from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.agent.v1 import training_pb2_grpc
+from cognateforge.exceptions import NotImplementedByServerError
+from cognateforge.job.v1 import job_pb2
+from training_common.rpc.interceptor import current_caller
+from training_common.rpc.jobs import Context, JobRpcs, JobService
+from training_common.settings import DataSettings
+
+
+class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrainingServiceServicer):
+    """Training jobs over gRPC."""
+
+    def __init__(
+        self,
+        jobs: JobService[pb.TrainingJob],
+        *,
+        factory: AgentArchitectureFactory,
+        data: DataSettings,
+        info: job_pb2.ServerInfo,
+    ) -> None:
+        super().__init__(jobs, pb)
+        self._factory = factory
+        self._data = data
+        self._info = info
+
+    async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
+        plan = with_defaults(request.plan)
+        require_feasible(plan, self._factory, self._data)
+        caller = current_caller().name
+        answer = await self._jobs.mutate(
+            "StartTraining",
+            request,
+            lambda connection: self._jobs.store.submit(
+                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
+            ),
+            lambda job: pb.StartTrainingResponse(job=job),
+        )
+        return pb.StartTrainingResponse.FromString(answer)
+
+    async def EvaluateAgent(self, request: pb.EvaluateAgentRequest, context: Context) -> Any:
+        raise NotImplementedByServerError(
+            "this release evaluates an agent once, before it is published: GetAgent returns the results"
+        )
+
+    async def ListArchitectures(self, request: pb.ListArchitecturesRequest, context: Context) -> Any:
+        return pb.ListArchitecturesResponse(architectures=[convert.architecture(item) for item in self._factory])
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> Any:
+        return pb.GetServerInfoResponse(info=self._info)

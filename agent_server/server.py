@@ -1,0 +1,70 @@
+"""The agent service's composition root: settings in, a server that is ready to start out."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+
+from agent_server import metrics, migrations
+from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.rpc import convert
+from agent_server.rpc.agents import AgentServicer
+from agent_server.rpc.training import TrainingServicer
+from agent_server.settings import AgentSettings
+from cognateforge.agent.v1 import agent_pb2_grpc, training_pb2_grpc
+from cognateforge.job.v1 import job_pb2
+from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.registry import ArtifactRegistry
+from training_common.engines.local import LocalEngine
+from training_common.jobs.hub import ChangeHub
+from training_common.jobs.scheduler import Scheduler
+from training_common.jobs.store import JobStore
+from training_common.rpc.health import HealthMonitor
+from training_common.rpc.jobs import JobService
+from training_common.rpc.server import RunningServer, create_server
+from training_common.store.database import Database
+
+log = structlog.get_logger(__name__)
+
+TRAINING = ("cognateforge.agent.v1.AgentForgeTrainingService",)
+REGISTRY = ("cognateforge.agent.v1.AgentService",)
+SERVICES = (*TRAINING, *REGISTRY)
+
+
+def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
+    """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
+    server = create_server(settings, SERVICES)
+    factory = AgentArchitectureFactory()
+    for problem in factory.problems:
+        log.warning("agent architecture not loaded", plugin=problem.name, entry=problem.value, reason=problem.reason)
+    database = Database(settings.database_url)
+    database.upgrade(Path(migrations.__file__).parent)
+    store = JobStore(database)
+    registry = ArtifactRegistry(database, BlobStore(settings.data_dir / "artifacts"))
+    engine = LocalEngine(module="agent_server.worker", log_dir=settings.data_dir / "logs")
+    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file)
+    events = ChangeHub(database, store.newest_event_id)
+    health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
+    jobs = JobService(
+        store=store,
+        scheduler=scheduler,
+        hub=events,
+        to_message=convert.job,
+        units={name: metric.unit for name, metric in metrics.METRICS.items()},
+        heartbeat_s=settings.heartbeat_frame_s,
+    )
+    info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
+    training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
+        TrainingServicer(jobs, factory=factory, data=settings.data, info=info), server
+    )
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
+    return RunningServer(
+        server,
+        settings=settings,
+        services=SERVICES,
+        health=health,
+        database=database,
+        tasks=[scheduler.run(), events.run()],
+    )

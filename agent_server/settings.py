@@ -1,0 +1,34 @@
+"""Settings of the agent service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from training_common.settings import Section, ServiceSettings, load
+
+ENVIRONMENT_PREFIX = "AGENT_SERVER_"
+
+
+class CognateEndpoint(Section):
+    """Where Cognate is. Only agent_server.foundation goes there."""
+
+    address: str = Field(default="127.0.0.1:7101", description="host:port of the Cognate service, or unix:PATH")
+    consul_service: str = Field(
+        default="", description="service name in Consul; when given, it takes the place of the address"
+    )
+    give_up_after_s: float = Field(default=300.0, gt=0, description="how long a worker waits for Cognate to be there")
+
+
+class AgentSettings(ServiceSettings):
+    """What the agent service is told."""
+
+    address: str = "127.0.0.1:7102"
+    data_dir: Path = Path("var/agent")
+    cognate: CognateEndpoint = CognateEndpoint()
+
+
+def load_settings(file: Path | None) -> AgentSettings:
+    """Read the settings. Errors: SettingsError."""
+    return load(AgentSettings, file=file, prefix=ENVIRONMENT_PREFIX)

@@ -1,0 +1,23 @@
+"""A pretraining plan with every default in its place."""
+
+from __future__ import annotations
+
+from cognateforge.cognate.v1 import pretraining_pb2 as pb
+
+DEFAULT_BATCH_SIZE = 4
+DEFAULT_SEQUENCE_LENGTH = 128
+DEFAULT_PEAK_LEARNING_RATE = 2e-3
+DEFAULT_CHECKPOINT_INTERVAL_STEPS = 100
+
+
+def with_defaults(plan: pb.PretrainingPlan) -> pb.PretrainingPlan:
+    """Return a copy in which 0 has become the default that the contract names."""
+    filled = pb.PretrainingPlan()
+    filled.CopyFrom(plan)
+    filled.batch_size = plan.batch_size or DEFAULT_BATCH_SIZE
+    filled.sequence_length = plan.sequence_length or DEFAULT_SEQUENCE_LENGTH
+    filled.peak_learning_rate = plan.peak_learning_rate or DEFAULT_PEAK_LEARNING_RATE
+    filled.warmup_steps = plan.warmup_steps or max(1, plan.total_steps // 10)
+    filled.checkpoint_interval_steps = plan.checkpoint_interval_steps or DEFAULT_CHECKPOINT_INTERVAL_STEPS
+    filled.progress_interval_steps = plan.progress_interval_steps or 1
+    return filled

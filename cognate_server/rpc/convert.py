@@ -1,0 +1,57 @@
+"""From rows and manifests to the messages of cognate/v1 and exchange/v1."""
+
+from __future__ import annotations
+
+from cognateforge.artifact.v1 import artifact_pb2
+from cognateforge.cognate.v1 import pretraining_pb2
+from cognateforge.exchange.v1 import model_pb2
+from training_common.artifacts.registry import ArtifactEvent, ArtifactRow
+from training_common.jobs.store import JobRow
+from training_common.rpc import convert
+
+_STATE = "MODEL_STATE_"
+
+
+def job(row: JobRow) -> pretraining_pb2.PretrainingJob:
+    """Return a pretraining job."""
+    plan = pretraining_pb2.PretrainingPlan.FromString(row.plan)
+    return pretraining_pb2.PretrainingJob(job=convert.job(row), plan=plan)
+
+
+def model_states(values: list[model_pb2.ModelState.ValueType]) -> list[str]:
+    """Return the states of a filter as they are stored."""
+    return [model_pb2.ModelState.Name(value).removeprefix(_STATE) for value in values]
+
+
+def architecture(row: ArtifactRow) -> model_pb2.Architecture:
+    """Return the forward pass that a model is for."""
+    return model_pb2.Architecture(**row.body["architecture"])
+
+
+def model(row: ArtifactRow) -> model_pb2.FoundationModel:
+    """Return a published model, out of its manifest."""
+    body = row.body
+    return model_pb2.FoundationModel(
+        name=row.name,
+        state=model_pb2.ModelState.Value(f"{_STATE}{row.state}"),
+        digest=row.digest,
+        architecture=architecture(row),
+        tokenizer_digest=body["tokenizer_digest"],
+        files=convert.files(row),
+        size_bytes=row.size_bytes,
+        create_time=convert.timestamp(row.create_us),
+        job=row.job,
+        data=convert.data_sources(row),
+        checks=[artifact_pb2.Check(**check) for check in body["checks"]],
+        steps=body["training"]["steps"],
+        tokens=body["training"]["tokens"],
+    )
+
+
+def event_frame(event: ArtifactEvent) -> model_pb2.WatchModelsResponse:
+    """Return one entry of the outbox as a frame."""
+    return model_pb2.WatchModelsResponse(
+        event=model_pb2.ModelEvent(
+            sequence=event.sequence, time=convert.timestamp(event.time_us), published=model(event.artifact)
+        )
+    )

@@ -1,0 +1,84 @@
+"""ModelService: the exchange's half about models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from cognate_server.models import Wanted, compare, find_model
+from cognate_server.rpc import convert
+from cognateforge.exceptions import SequenceOutOfRangeError
+from cognateforge.exchange.v1 import model_pb2 as pb
+from cognateforge.exchange.v1 import model_pb2_grpc
+from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.jobs.hub import ChangeHub
+from training_common.rpc import fetch, paging
+from training_common.rpc.jobs import Context
+
+_BATCH = 100
+_COMPARED = ("name", "fingerprint", "parameter_count", "act_version", "ltm_version")
+
+
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    """Foundation models over gRPC, read-only."""
+
+    def __init__(self, registry: ArtifactRegistry, hub: ChangeHub, *, heartbeat_s: float) -> None:
+        self._registry = registry
+        self._hub = hub
+        self._heartbeat_s = heartbeat_s
+
+    async def _find(self, name: str) -> ArtifactRow:
+        return await self._registry.database.run(find_model, self._registry, name)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> Any:
+        return pb.GetModelResponse(model=convert.model(await self._find(request.name)))
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> Any:
+        before = paging.read_token(request, request.page_token)
+        size = paging.page_size(request.page_size)
+        states = convert.model_states(list(request.states))
+        rows = await self._registry.database.run(
+            lambda: self._registry.page(limit=size + 1, before_id=before, states=states)
+        )
+        token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
+        return pb.ListModelsResponse(models=[convert.model(row) for row in rows[:size]], next_page_token=token)
+
+    async def FetchModel(self, request: pb.FetchModelRequest, context: Context) -> AsyncIterator[pb.FetchModelResponse]:
+        row = await self._find(request.name)
+        fetch.check_offset(row, request.offset_bytes)
+        yield pb.FetchModelResponse(header=pb.FetchHeader(model=convert.model(row), manifest=row.manifest))
+        async for chunk in fetch.chunks(self._registry.blobs, row, request.offset_bytes):
+            yield pb.FetchModelResponse(chunk=chunk)
+
+    async def CheckCompatibility(self, request: pb.CheckCompatibilityRequest, context: Context) -> Any:
+        row = await self._find(request.name)
+        wanted = Wanted(
+            architecture={part: getattr(request.architecture, part) for part in _COMPARED},
+            tokenizer_digest=request.tokenizer_digest,
+            accept_experimental=request.accept_experimental,
+        )
+        found = [
+            pb.Mismatch(field=d.field, model_value=d.model_value[:255], wanted_value=d.wanted_value[:255])
+            for d in compare(row, wanted)
+        ]
+        verdict = pb.VERDICT_INCOMPATIBLE if found else pb.VERDICT_COMPATIBLE
+        return pb.CheckCompatibilityResponse(verdict=verdict, mismatches=found, model_digest=row.digest)
+
+    async def WatchModels(
+        self, request: pb.WatchModelsRequest, context: Context
+    ) -> AsyncIterator[pb.WatchModelsResponse]:
+        run = self._registry.database.run
+        newest = await run(self._registry.newest_sequence)
+        if request.after_sequence > newest:
+            raise SequenceOutOfRangeError(f"after_sequence {request.after_sequence} is beyond the last event {newest}")
+        sequence, seen = request.after_sequence, 0
+        while True:
+            events = await run(self._registry.events_after, sequence, _BATCH)
+            for event in events:
+                sequence = event.sequence
+                yield convert.event_frame(event)
+            if not events:
+                now = await self._hub.wait(seen, self._heartbeat_s)
+                if now == seen:
+                    yield pb.WatchModelsResponse(heartbeat=pb.ModelHeartbeat(last_sequence=sequence))
+                seen = now

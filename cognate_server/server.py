@@ -1,0 +1,67 @@
+"""The Cognate service's composition root: settings in, a server that is ready to start out."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from cognate_server import metrics, migrations
+from cognate_server.rpc import convert
+from cognate_server.rpc.models import ModelServicer
+from cognate_server.rpc.pretraining import PretrainingServicer
+from cognate_server.rpc.resources import ResourceServicer
+from cognate_server.settings import CognateSettings
+from cognateforge.cognate.v1 import pretraining_pb2_grpc
+from cognateforge.exchange.v1 import model_pb2_grpc, resource_pb2_grpc
+from cognateforge.job.v1 import job_pb2
+from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.registry import ArtifactRegistry
+from training_common.engines.local import LocalEngine
+from training_common.jobs.hub import ChangeHub
+from training_common.jobs.scheduler import Scheduler
+from training_common.jobs.store import JobStore
+from training_common.rpc.health import HealthMonitor
+from training_common.rpc.jobs import JobService
+from training_common.rpc.server import RunningServer, create_server
+from training_common.store.database import Database
+
+TRAINING = ("cognateforge.cognate.v1.CognatePretrainingService",)
+EXCHANGE = ("cognateforge.exchange.v1.ModelService", "cognateforge.exchange.v1.ResourceService")
+SERVICES = (*TRAINING, *EXCHANGE)
+
+
+def build(settings: CognateSettings, settings_file: Path | None) -> RunningServer:
+    """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
+    server = create_server(settings, SERVICES)
+    database = Database(settings.database_url)
+    database.upgrade(Path(migrations.__file__).parent)
+    store = JobStore(database)
+    registry = ArtifactRegistry(database, BlobStore(settings.data_dir / "artifacts"))
+    engine = LocalEngine(module="cognate_server.worker", log_dir=settings.data_dir / "logs")
+    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file)
+    events, outbox = ChangeHub(database, store.newest_event_id), ChangeHub(database, registry.newest_sequence)
+    health = HealthMonitor(database, scheduler, training=TRAINING, other=EXCHANGE)
+    jobs = JobService(
+        store=store,
+        scheduler=scheduler,
+        hub=events,
+        to_message=convert.job,
+        units={name: metric.unit for name, metric in metrics.METRICS.items()},
+        heartbeat_s=settings.heartbeat_frame_s,
+    )
+    info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "watch_models"])
+    pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
+        PretrainingServicer(jobs, data=settings.data, info=info), server
+    )
+    model_pb2_grpc.add_ModelServiceServicer_to_server(
+        ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server
+    )
+    resource_pb2_grpc.add_ResourceServiceServicer_to_server(ResourceServicer(store, settings.workers), server)
+    return RunningServer(
+        server,
+        settings=settings,
+        services=SERVICES,
+        health=health,
+        database=database,
+        tasks=[scheduler.run(), events.run(), outbox.run()],
+    )
