@@ -336,11 +336,12 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         output, total, tokens = _forward(self.model, batch, self.memory, statistics=measure)
-        loss = total / max(1, tokens)
+        mean_loss = total / max(1, tokens)
         divergence = ponder_divergence(output, self.prior_N)
-        objective = loss + PONDER_WEIGHT * divergence
-        if not math.isfinite(float(objective)):
-            raise TrainingDivergedError(f"the loss of step {self.step + 1} is {float(loss)}; nothing was updated")
+        objective = mean_loss + PONDER_WEIGHT * divergence
+        loss = float(mean_loss.detach())
+        if not math.isfinite(float(objective.detach())):
+            raise TrainingDivergedError(f"the loss of step {self.step + 1} is {loss}; nothing was updated")
         self.optimizer.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
         if measure:
@@ -349,9 +350,9 @@ class _Run:
         self.memory = output.memory.detach() if batch.fresh_rows is not None else None
         self.step += 1
         if len(self.first_losses) < CURVE_ENDS:
-            self.first_losses.append(float(loss))
-        self.last_losses.append(float(loss))
-        return _StepOutcome(float(loss), float(divergence), lr, output)
+            self.first_losses.append(loss)
+        self.last_losses.append(loss)
+        return _StepOutcome(loss, float(divergence.detach()), lr, output)
 
     def write(self, folder: Path) -> None:
         """Fill a checkpoint's folder."""
