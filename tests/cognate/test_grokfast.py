@@ -1,0 +1,237 @@
+"""The optimizer against the authors' published algorithm, and the promises of its docstring."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cognate_server.grokfast as grokfast
+from cognate_server.grokfast import (
+    ALPHA,
+    BETAS,
+    EPSILON,
+    LAMBDA,
+    LAMBDA_FLOOR,
+    MAX_GRADIENT_NORM,
+    WEIGHT_DECAY,
+    GrokFastAdamW,
+    GrokFastDiverged,
+    parameter_groups,
+)
+
+LR = 1e-2
+WARMUP_STEPS = 4
+SHAPES = ((7, 5), (5,), (3, 2, 2))
+
+
+def make_parameters(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def make_gradients(steps: int, seed: int = 1) -> list[list[Tensor]]:
+    """Gradients with a common part, some of them longer than the clip."""
+    generator = torch.Generator().manual_seed(seed)
+    slow = [torch.randn(shape, generator=generator) * 0.05 for shape in SHAPES]
+    return [
+        [part + torch.randn(part.shape, generator=generator) * (0.02 + 0.2 * (step % 2)) for part in slow]
+        for step in range(steps)
+    ]
+
+
+def train(optimizer: GrokFastAdamW, parameters: list[nn.Parameter], gradients: list[list[Tensor]]) -> None:
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+
+def reference(parameters: Sequence[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
+    """Clip, then algorithm 2 of arXiv:2405.20233 as the authors' loop has it, then AdamW, each as plain arithmetic."""
+    values = [p.detach().double().clone() for p in parameters]
+    grads: dict[int, Tensor] | None = None
+    first, second = [torch.zeros_like(v) for v in values], [torch.zeros_like(v) for v in values]
+    for step, raw in enumerate(gradients):
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in raw))
+        clipped = [g.double() * min(1.0, MAX_GRADIENT_NORM / (norm + 1e-6)) for g in raw]
+        lamb = LAMBDA * min(1.0, step / WARMUP_STEPS)
+        if grads is None:
+            grads = {i: g.clone() for i, g in enumerate(clipped)}
+        for i, value in enumerate(values):
+            grads[i] = grads[i] * ALPHA + clipped[i] * (1 - ALPHA)
+            g = clipped[i] + grads[i] * lamb
+            first[i] = BETAS[0] * first[i] + (1 - BETAS[0]) * g
+            second[i] = BETAS[1] * second[i] + (1 - BETAS[1]) * g * g
+            mean = first[i] / (1 - BETAS[0] ** (step + 1))
+            variance = second[i] / (1 - BETAS[1] ** (step + 1))
+            values[i] = value * (1 - LR * WEIGHT_DECAY) - LR * mean / (variance.sqrt() + EPSILON)
+    return values
+
+
+@pytest.mark.parametrize("piece", [3, grokfast.PIECE])
+def test_updates_equal_the_published_algorithm(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve steps over ramp and clip equal the plain loop, cut into pieces or not."""
+    monkeypatch.setattr(grokfast, "PIECE", piece)
+    parameters, gradients = make_parameters(), make_gradients(12)
+    expected = reference(parameters, gradients)
+    train(GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS), parameters, gradients)
+    for parameter, value in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, atol=1e-6, rtol=1e-5)
+
+
+def test_lambda_ramps_while_the_ema_already_runs() -> None:
+    """0 at the first step, 2.0 after the warm-up; the EMA starts as a copy of the first, clipped gradient."""
+    parameters, gradients = make_parameters(), make_gradients(8)
+    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    seen = []
+    for step in gradients:
+        train(optimizer, parameters, [step])
+        assert optimizer.report is not None
+        seen.append(optimizer.report.grokfast_lambda)
+        if len(seen) == 1:
+            clip = min(1.0, MAX_GRADIENT_NORM / (optimizer.report.gradient_norm + 1e-6))
+            for parameter, gradient in zip(parameters, step, strict=True):
+                assert torch.equal(optimizer.state[parameter]["slow_gradient"], gradient * clip)
+    assert seen == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Saved after 5 of 12 steps and loaded with weights_only, it ends where the uninterrupted one ends."""
+    gradients = make_gradients(12)
+    whole = make_parameters()
+    train(GrokFastAdamW(whole, lr=LR, warmup_steps=WARMUP_STEPS), whole, gradients)
+
+    parameters = make_parameters()
+    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    train(optimizer, parameters, gradients[:5])
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train(resumed, parameters, gradients[5:])
+    assert all(torch.equal(a, b) for a, b in zip(parameters, whole, strict=True))
+
+
+def test_the_ema_stays_float32_through_a_checkpoint() -> None:
+    """torch would cast it to the parameter's type on load; its bits are kept instead."""
+    parameters = [nn.Parameter(p.detach().to(torch.bfloat16)) for p in make_parameters()]
+    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    train(optimizer, parameters, [[g.to(torch.bfloat16) for g in step] for step in make_gradients(3)])
+    before = [optimizer.state[p]["slow_gradient"].clone() for p in parameters]
+    resumed = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    resumed.load_state_dict(optimizer.state_dict())
+    after = [resumed.state[p]["slow_gradient"] for p in parameters]
+    assert [h.dtype for h in after] == [torch.float32] * 3
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    """One bad number would poison the EMA for good, so the step is refused before anything is written."""
+    parameters, gradients = make_parameters(), make_gradients(3)
+    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    train(optimizer, parameters, gradients[:2])
+    before = [p.detach().clone() for p in parameters]
+    slow_before = [optimizer.state[p]["slow_gradient"].clone() for p in parameters]
+    gradients[2][1][0] = bad
+    with pytest.raises(GrokFastDiverged, match="nothing was updated"):
+        train(optimizer, parameters, gradients[2:])
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    slow_after = [optimizer.state[p]["slow_gradient"] for p in parameters]
+    assert all(torch.equal(a, b) for a, b in zip(slow_after, slow_before, strict=True))
+
+
+def test_a_parameter_unfrozen_later_starts_its_own_ema() -> None:
+    """Its first gradient, not another's step count, starts h."""
+    parameters, gradients = make_parameters(), make_gradients(4)
+    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    for step in gradients:
+        for parameter, gradient in zip(parameters[:2], step[:2], strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    late = torch.full(SHAPES[2], 0.01)
+    for parameter in parameters:
+        parameter.grad = None
+    parameters[2].grad = late.clone()
+    optimizer.step()
+    assert torch.equal(optimizer.state[parameters[2]]["slow_gradient"], late)
+
+
+def test_telemetry_equals_its_definition() -> None:
+    """Cosine and norm ratio of the EMA before the step and the clipped gradient; absent where there is no EMA."""
+    parameters, gradients = make_parameters(), make_gradients(6)
+    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer.measure_next_step()
+    train(optimizer, parameters, gradients[:1])
+    assert optimizer.report is not None
+    assert optimizer.report.slow_gradient_cosine is None
+    train(optimizer, parameters, gradients[1:5])
+    slow = torch.cat([optimizer.state[p]["slow_gradient"].flatten() for p in parameters])
+    raw = torch.cat([g.flatten() for g in gradients[5]])
+    clipped = raw * min(1.0, MAX_GRADIENT_NORM / float(raw.norm() + 1e-6))
+    optimizer.measure_next_step()
+    train(optimizer, parameters, gradients[5:])
+    report = optimizer.report
+    assert report.gradient_norm == pytest.approx(float(raw.norm()), rel=1e-5)
+    assert report.slow_gradient_norm_ratio == pytest.approx(float(slow.norm() / clipped.norm()), rel=1e-5)
+    cosine = float(torch.nn.functional.cosine_similarity(slow, clipped, dim=0))
+    assert report.slow_gradient_cosine == pytest.approx(cosine, abs=1e-5)
+
+
+def test_telemetry_of_independent_gradients_is_what_theory_says() -> None:
+    """|EMA| / |g| is about sqrt((1 - alpha) / (1 + alpha)) = 0.1005, and the cosine about 0."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.zeros(20_000))
+    optimizer = GrokFastAdamW([parameter], lr=LR, warmup_steps=WARMUP_STEPS)
+    for step in range(400):
+        parameter.grad = torch.randn(20_000, generator=generator) * 1e-3
+        if step == 399:
+            optimizer.measure_next_step()
+        optimizer.step()
+    assert optimizer.report is not None
+    assert optimizer.report.slow_gradient_norm_ratio == pytest.approx(0.1005, abs=0.003)
+    assert optimizer.report.slow_gradient_cosine == pytest.approx(0, abs=0.03)
+
+
+def test_lambda_can_only_be_lowered_within_bounds_and_every_time_is_kept() -> None:
+    """Each lowering is a departure that a checkpoint carries; raising and going below the floor are refused."""
+    parameters, gradients = make_parameters(), make_gradients(6)
+    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    train(optimizer, parameters, gradients)
+    departure = optimizer.lower_lambda(1.0)
+    assert (departure.step, departure.before, departure.after) == (6, LAMBDA, 1.0)
+    assert optimizer.grokfast_lambda == 1.0
+    for refused in (1.5, 1.0, LAMBDA_FLOOR / 2, math.nan):
+        with pytest.raises(ValueError, match="may only be lowered"):
+            optimizer.lower_lambda(refused)
+    resumed = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert (resumed.departures, resumed.grokfast_lambda) == ((departure,), 1.0)
+
+
+def test_grokfast_cannot_be_configured() -> None:
+    """There is no argument for alpha or lambda, and none for leaving the filter out."""
+    for name in ("alpha", "lamb", "lambda_limit", "enabled", "betas"):
+        with pytest.raises(TypeError, match=name):
+            GrokFastAdamW(make_parameters(), lr=LR, warmup_steps=1, **{name: 0.5})
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("warmup_steps", 0)])
+def test_a_wrong_setting_is_named(field: str, value: float) -> None:
+    """The message says which one."""
+    settings: dict[str, Any] = {"lr": LR, "warmup_steps": 1, field: value}
+    with pytest.raises(ValueError, match=field):
+        GrokFastAdamW(make_parameters(), **settings)
+
+
+def test_only_weights_of_linear_maps_and_embeddings_decay() -> None:
+    """Norm scales, biases and frozen parameters do not."""
+    model = nn.Sequential(nn.Embedding(4, 3), nn.LayerNorm(3), nn.Linear(3, 2), nn.Linear(2, 2))
+    model[3].requires_grad_(False)
+    decayed, plain = parameter_groups(model)
+    assert [p.shape for p in decayed["params"]] == [(4, 3), (2, 3)]
+    assert len(plain["params"]) == 3
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (WEIGHT_DECAY, 0.0)

@@ -1,0 +1,307 @@
+"""Pretraining with a small model: bitwise resume, stopping, metrics and the loss's parts."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cognate_server.grokfast import GrokFastDiverged
+from cognate_server.metrics import METRICS, checked
+from cognate_server.stream import Batch
+from cognate_server.trainer import (
+    CheckpointMismatchError,
+    PretrainConfig,
+    PretrainResult,
+    TrainingDivergedError,
+    learning_rate,
+    ponder_divergence,
+    pretrain,
+    truncated_geometric,
+    unigram_entropy,
+    validate,
+)
+from training_common.attempt import AttemptStopped, CheckpointRef, Json, StopKind
+from training_common.models.cognate_v1 import (
+    CognateOutput,
+    CognateV1,
+    CognateV1Config,
+    MemoryState,
+    config_from_json,
+    load_state,
+)
+
+TINY = CognateV1Config(vocabulary_size=40, width=32, heads=4, feed_forward_width=48, memory_slots=6, memory_chunk=8)
+CONFIG = PretrainConfig(
+    seed=7,
+    total_steps=12,
+    batch_tokens=32,
+    sequence_length=16,
+    warmup_steps=3,
+    checkpoint_interval_steps=5,
+    progress_interval_steps=4,
+    validation_rows=3,
+    model=TINY,
+)
+
+
+class CountingStream:
+    """Rows that count upwards in steps of the row's own: learnable, endless, resumable."""
+
+    def __init__(self, *, packed: bool = False, carried: bool = False) -> None:
+        self.position = 0
+        self.packed = packed
+        self.carried = carried
+
+    def _batch(self, seed: int, rows: int = 2) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randint(0, 40, (rows, 1), generator=generator)
+        stride = torch.randint(1, 3, (rows, 1), generator=generator)
+        tokens = (start + stride * torch.arange(17)) % 40
+        segment_ids = (torch.arange(17) // 6).expand(rows, -1) if self.packed else None
+        if segment_ids is not None:
+            segment_ids = segment_ids.masked_fill(torch.arange(17) >= 15, -1)
+        fresh = torch.arange(rows) == seed % 2 if self.carried else None
+        return Batch(tokens=tokens, segment_ids=segment_ids, fresh_rows=fresh)
+
+    def next_batch(self) -> Batch:
+        self.position += 1
+        return self._batch(self.position)
+
+    def state_dict(self) -> Mapping[str, Json]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        assert isinstance(state["position"], int)
+        self.position = state["position"]
+
+    def validation_batches(self) -> Iterable[Batch]:
+        return [self._batch(10_000 + index) for index in range(4)]
+
+    def unigram_counts(self) -> Tensor:
+        return torch.full((40,), 100)
+
+
+class MemoryAttempt:
+    """An attempt without a server: checkpoints are folders, and a stop can be asked for at any poll."""
+
+    job = "jobs/00000000-0000-0000-0000-000000000000"
+
+    def __init__(self, workdir: Path, *, stop: tuple[int, StopKind] | None = None) -> None:
+        self.workdir = workdir
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self.saved: list[int] = []
+        self._stop = stop
+        self._polls = 0
+
+    def progress(self, *, step: int, total_steps: int, metrics: Mapping[str, Json]) -> None:
+        assert total_steps == CONFIG.total_steps
+        self.rows.append((step, json.loads(json.dumps(metrics, allow_nan=False))))
+
+    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
+        raise AssertionError(f"no event was expected, got {kind} {payload}")
+
+    def stop_requested(self) -> StopKind | None:
+        self._polls += 1
+        return self._stop[1] if self._stop is not None and self._polls >= self._stop[0] else None
+
+    def save_checkpoint(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
+        path = self.workdir / f"checkpoint-{step:06d}"
+        path.mkdir(parents=True)
+        write(path)
+        self.saved.append(step)
+        return CheckpointRef(step=step, path=path)
+
+    def latest_checkpoint(self) -> CheckpointRef | None:
+        paths = sorted(self.workdir.glob("checkpoint-*"))
+        return CheckpointRef(step=int(paths[-1].name[-6:]), path=paths[-1]) if paths else None
+
+
+def weights(result: PretrainResult) -> bytes:
+    return (result.model_dir / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("pause_at", [0, 3, 5, 9, 12])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pause_at: int, tmp_path: Path) -> None:
+    """Model, optimizer, EMA, carried memory, data position and the reported loss curve all go on as they were."""
+    whole = pretrain(CONFIG, CountingStream(packed=True, carried=True), MemoryAttempt(tmp_path / "whole"))
+    stopped = MemoryAttempt(tmp_path / "cut", stop=(pause_at + 1, StopKind.PAUSE))
+    with pytest.raises(AttemptStopped) as caught:
+        pretrain(CONFIG, CountingStream(packed=True, carried=True), stopped)
+    assert caught.value.kind is StopKind.PAUSE
+    assert stopped.saved[-1] == pause_at
+    resumed = pretrain(CONFIG, CountingStream(packed=True, carried=True), MemoryAttempt(tmp_path / "cut"))
+    assert weights(resumed) == weights(whole)
+    assert dataclasses.replace(resumed, model_dir=whole.model_dir) == whole
+
+
+@pytest.mark.parametrize("kind", [StopKind.CANCEL, StopKind.REVOKED])
+def test_cancel_and_revocation_write_nothing_more(kind: StopKind, tmp_path: Path) -> None:
+    """The last checkpoint is the planned one of before; no model folder appears."""
+    attempt = MemoryAttempt(tmp_path, stop=(9, kind))
+    with pytest.raises(AttemptStopped) as caught:
+        pretrain(CONFIG, CountingStream(), attempt)
+    assert caught.value.kind is kind
+    assert attempt.saved == [5]
+    assert not (tmp_path / "final").exists()
+
+
+def test_training_learns_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
+    """The loss falls, checkpoints come when planned and at the end, and the folder holds what was validated."""
+    attempt = MemoryAttempt(tmp_path)
+    result = pretrain(CONFIG, CountingStream(), attempt)
+    assert attempt.saved == [5, 10, 12]
+    assert result.step == 12
+    assert result.last_loss < result.first_loss
+    model = CognateV1(config_from_json(json.loads((result.model_dir / "config.json").read_text())))
+    load_state(model, result.model_dir / "model.safetensors")
+    batches = list(CountingStream().validation_batches())
+    cut = [batches[0], Batch(tokens=batches[1].tokens[:1])]
+    assert validate(model, cut) == result.validation
+    assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_progress_carries_defined_finite_metrics(tmp_path: Path) -> None:
+    """Every number has a definition; what is measured at the end only is absent before."""
+    attempt = MemoryAttempt(tmp_path)
+    result = pretrain(CONFIG, CountingStream(), attempt)
+    assert [step for step, _ in attempt.rows] == [1, 4, 8, 12, 12]
+    assert set().union(*(metrics for _, metrics in attempt.rows)) == set(METRICS)
+    first, later, last = attempt.rows[0][1], attempt.rows[1][1], attempt.rows[-1][1]
+    assert "slow_gradient_cosine" not in first, "there is no EMA before the first step"
+    assert "slow_gradient_cosine" in later
+    assert "validation_loss" not in later
+    assert last["validation_loss"] == result.validation.loss
+    assert first["grokfast_lambda"] == 0
+    assert attempt.rows[-2][1]["grokfast_lambda"] == 2
+    assert sum(later["halting_histogram"]) == pytest.approx(1)
+    assert later["compute_saved_ratio"] == pytest.approx(1 - later["mean_ponder_steps"] / TINY.max_steps)
+
+
+def test_a_metric_without_definition_or_value_is_refused() -> None:
+    """A misspelt name or a NaN is an error here, not a gap on a dashboard; None is left out."""
+    assert checked({"loss": 1.0, "validation_loss": None}) == {"loss": 1.0}
+    with pytest.raises(ValueError, match="los is not a metric"):
+        checked({"los": 1.0})
+    with pytest.raises(ValueError, match="loss must be finite"):
+        checked({"loss": math.nan})
+
+
+def test_validation_between_is_reported_when_asked_for(tmp_path: Path) -> None:
+    """At every interval before the end, and it changes nothing in the weights."""
+    attempt = MemoryAttempt(tmp_path / "a")
+    result = pretrain(dataclasses.replace(CONFIG, validation_interval_steps=6), CountingStream(), attempt)
+    assert [step for step, metrics in attempt.rows if "validation_loss" in metrics] == [6, 12]
+    assert weights(result) == weights(pretrain(CONFIG, CountingStream(), MemoryAttempt(tmp_path / "b")))
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    """Going on under another learning rate would be another run; another progress interval is the same run."""
+    with pytest.raises(AttemptStopped):
+        pretrain(CONFIG, CountingStream(), MemoryAttempt(tmp_path, stop=(4, StopKind.PAUSE)))
+    with pytest.raises(CheckpointMismatchError, match="step 3"):
+        pretrain(dataclasses.replace(CONFIG, peak_lr=2e-3), CountingStream(), MemoryAttempt(tmp_path))
+    pretrain(dataclasses.replace(CONFIG, progress_interval_steps=6), CountingStream(), MemoryAttempt(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the step, and no checkpoint of the bad state is written."""
+    monkeypatch.setattr(
+        CognateV1, "logits", lambda self, hidden: hidden.sum() * torch.full((len(hidden), 40), math.nan)
+    )
+    attempt = MemoryAttempt(tmp_path)
+    with pytest.raises(TrainingDivergedError, match="step 1 is nan"):
+        pretrain(CONFIG, CountingStream(), attempt)
+    assert attempt.saved == []
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finite loss can have an infinite gradient; the optimizer refuses it."""
+    logits = CognateV1.logits
+
+    def explosive(self: CognateV1, hidden: Tensor) -> Tensor:
+        result = logits(self, hidden)
+        result.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
+        return result
+
+    monkeypatch.setattr(CognateV1, "logits", explosive)
+    with pytest.raises(GrokFastDiverged):
+        pretrain(CONFIG, CountingStream(), MemoryAttempt(tmp_path))
+
+
+def test_targets_across_documents_and_padding_are_not_trained_on() -> None:
+    """The unigram entropy, and with it every loss, is over the targets that stay within a document."""
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    segment_ids = torch.tensor([[0, 0, 0, 1, 1, -1, -1]])
+    entropy = unigram_entropy([Batch(tokens=tokens, segment_ids=segment_ids)], 40)
+    assert entropy == pytest.approx(math.log(3)), "targets 2, 3 and 5"
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    """Linear to the peak over the warm-up, cosine to its tenth at the end."""
+    config = dataclasses.replace(CONFIG, total_steps=103, warmup_steps=3, peak_lr=2e-3)
+    assert [learning_rate(config, step) for step in (0, 1, 2)] == pytest.approx([2e-3 / 3, 4e-3 / 3, 2e-3])
+    assert learning_rate(config, 3) == pytest.approx(2e-3)
+    assert learning_rate(config, 53) == pytest.approx(1.1e-3)
+    assert learning_rate(config, 103) == pytest.approx(2e-4)
+
+
+def test_the_ponder_prior_is_geometric_with_mean_two() -> None:
+    """Equal ratios of neighbours, and the mean after truncation is the one asked for."""
+    prior = truncated_geometric(4, 2.0)
+    ratios = prior[1:] / prior[:-1]
+    torch.testing.assert_close(ratios, ratios[:1].expand(3))
+    assert float((prior * torch.arange(1, 5)).sum()) == pytest.approx(2.0)
+
+
+def test_ponder_divergence_ignores_padding_and_vanishes_at_the_prior() -> None:
+    """KL of the mean over real tokens: zero where that is the prior, by arithmetic elsewhere."""
+    prior = truncated_geometric(4, 2.0)
+    real = torch.tensor([[1, 2, 0]])
+
+    def divergence(*rows: Tensor) -> float:
+        halting = torch.stack([*rows, torch.zeros(4)]).unsqueeze(0)
+        state = MemoryState(torch.zeros(1, 1, 1))
+        output = CognateOutput(
+            hidden_BTD=torch.zeros(1, 3, 1), halting_BTN=halting, steps_BT=real, memory=state, memory_statistics=None
+        )
+        return float(ponder_divergence(output, prior))
+
+    assert divergence(prior, prior) == pytest.approx(0, abs=1e-6)
+    one, two = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1.0, 0, 0])
+    expected = sum(0.5 * math.log(0.5 / float(prior[n])) for n in (0, 1))
+    assert divergence(one, two) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("total_steps", 0),
+        ("batch_tokens", 40),
+        ("sequence_length", 0),
+        ("peak_lr", 1e-2),
+        ("warmup_steps", 13),
+        ("checkpoint_interval_steps", 0),
+        ("progress_interval_steps", -1),
+        ("validation_rows", 0),
+        ("validation_interval_steps", 0),
+        ("seed", -1),
+    ],
+)
+def test_a_config_error_names_its_field(name: str, value: float) -> None:
+    """The operator learns which field to change."""
+    change: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_a_stream_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """The message has both shapes."""
+    config = dataclasses.replace(CONFIG, batch_tokens=64)
+    with pytest.raises(ValueError, match=r"\(2, 17\), the config asks for \(4, 17\)"):
+        pretrain(config, CountingStream(), MemoryAttempt(tmp_path))
