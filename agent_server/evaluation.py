@@ -32,6 +32,10 @@ class EncodedRows:
         """Return the named rows, padded."""
         return collate([self.tokens[i] for i in indices], [self.labels[i] for i in indices])
 
+    def all(self) -> AgentBatch:
+        """Return every row, padded."""
+        return self.batch(range(len(self)))
+
     def sample(self, rows: int, seed: int) -> EncodedRows:
         """Return so many rows, the same ones for the same seed; 0 means all."""
         if rows == 0 or rows >= len(self):
@@ -66,7 +70,7 @@ class TrainingOrder:
     """
 
     def __init__(self, rows: EncodedRows, *, batch_size: int, seed: int) -> None:
-        self._rows = rows
+        self.rows = rows
         self._batch_size = batch_size
         self._seed = seed
         self._per_epoch = -(-len(rows) // batch_size)
@@ -77,16 +81,16 @@ class TrainingOrder:
         epoch, position = divmod(step, self._per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._order(epoch)
-        return self._rows.batch(self._batches[position])
+        return self.rows.batch(self._batches[position])
 
     def _order(self, epoch: int) -> list[list[int]]:
         # Seeds of neighbouring runs must not share epochs; 2**31 is far more of them than any run has.
         seed = self._seed * 2**31 + epoch
-        order = _permutation(len(self._rows), seed)
+        order = _permutation(len(self.rows), seed)
         span = self._batch_size * _BUCKET_BATCHES
         batches: list[list[int]] = []
         for start in range(0, len(order), span):
-            bucket = sorted(order[start : start + span], key=lambda i: len(self._rows.tokens[i]))
+            bucket = sorted(order[start : start + span], key=lambda i: len(self.rows.tokens[i]))
             batches += [bucket[i : i + self._batch_size] for i in range(0, len(bucket), self._batch_size)]
         return [batches[i] for i in _permutation(len(batches), seed)]
 

@@ -41,14 +41,15 @@ class Schedule(enum.StrEnum):
 class Optimization:
     """Which standard optimizer, how fast. Defaults are the contract's.
 
-    lr: highest learning rate, of the adapted base's parameters; the task head's is `head_lr_scale` times that.
+    lr: highest learning rate, of the adapted base's parameters; the task head's is `head_lr_scale` times that, since it
+        starts from random values.
     warmup_steps: steps of linear warm-up, or None for a tenth of the run.
     clip_norm: gradients are scaled down to this norm.
     """
 
     optimizer: OptimizerKind = OptimizerKind.ADAMW
     lr: float = 1e-3
-    head_lr_scale: float = 1.0
+    head_lr_scale: float = 3.0
     weight_decay: float = 0.01
     momentum: float = 0.0
     schedule: Schedule = Schedule.COSINE

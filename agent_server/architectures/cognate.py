@@ -18,14 +18,14 @@ COGNATE_25M = FoundationRequirement(name="cognate_v1", fingerprint=COGNATE_V1_25
 
 
 class CognateArchitecture:
-    """Cognate with a classification head on its mean hidden state.
+    """Cognate with a classification head.
 
     `requirement` is for tests with models of other sizes.
     """
 
     name = "cognate"
     tasks: Sequence[str] = ("classification",)
-    description = "Cognate with a linear head on the mean of its hidden states; ACT and LTM are frozen unless asked."
+    description = "Cognate with a linear head on mean hidden states and embeddings; ACT and LTM frozen unless asked."
 
     def __init__(self, requirement: FoundationRequirement = COGNATE_25M) -> None:
         self.required_architecture: FoundationRequirement | None = requirement

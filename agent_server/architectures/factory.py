@@ -8,7 +8,7 @@ calls them. A plugin that cannot be loaded is reported in `problems` and leaves 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -82,17 +82,22 @@ class PluginProblem:
 class AgentArchitectureFactory:
     """The installed agent architectures, by name.
 
+    given: architectures that take the place of installed ones of the same name.
+
     Errors: ArchitectureNotFoundError, when `get` is asked for one that is not installed or could not be loaded.
     """
 
-    def __init__(self) -> None:
-        self._architectures: dict[str, AgentArchitecture] = {}
+    def __init__(self, *, given: Iterable[AgentArchitecture] = ()) -> None:
+        self._architectures: dict[str, AgentArchitecture] = {architecture.name: architecture for architecture in given}
         self.problems: list[PluginProblem] = []
         # Sorted, with this project's own first, so that no plugin can take the place of a built-in by its name.
         entry_points = sorted(
             metadata.entry_points(group=GROUP), key=lambda e: (not e.value.startswith("agent_server."), e.name, e.value)
         )
+        taken = set(self._architectures)
         for entry_point in entry_points:
+            if entry_point.name in taken:
+                continue
             try:
                 self._add(_load(entry_point))
             except Exception as error:

@@ -45,6 +45,9 @@ class AgentModel(nn.Module, abc.ABC):
     def encode(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
         """Return the tokens of each text, cut off after max_tokens."""
 
+    def calibrate(self, batch: AgentBatch) -> None:
+        """Measure, on training rows, what the head needs to know before its first step. It belongs into buffers."""
+
     @abc.abstractmethod
     def forward(self, batch: AgentBatch) -> Tensor:
         """Return logits_BL."""

@@ -1,0 +1,161 @@
+"""Get a foundation model from Cognate: resolve, shake hands, fetch once.
+
+The only module of the agent service that speaks to Cognate. The cache holds a folder per model, named after its digest,
+so it needs no invalidation: a folder is either the model of that digest or is thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from agent_server.architectures.factory import FoundationRequirement
+from cognateforge.client import CognateClient, Discovery
+from cognateforge.client.manifest import MANIFEST_NAME
+from cognateforge.exceptions import ArtifactCorruptError, IncompatibleError, ModelExperimentalError
+from cognateforge.exchange.v1 import model_pb2 as pb
+
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+# 1 MiB, the exchange's own chunk: enough that hashing, not reading, decides the speed.
+_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foundation:
+    """A verified foundation model in the cache; `path` must not be written to."""
+
+    path: Path
+    name: str
+    digest: str
+    model: pb.FoundationModel
+
+
+def connect(
+    where: str | Sequence[str] | Discovery,
+    *,
+    tls: grpc.ChannelCredentials | None = None,
+    tls_server_name: str | None = None,
+) -> CognateClient:
+    """Return a client of Cognate, to be closed after use; `where` and the others are as CognateClient takes them."""
+    return CognateClient(where, tls=tls, tls_server_name=tls_server_name)
+
+
+def fetch(
+    client: CognateClient,
+    name: str,
+    *,
+    accept_experimental: bool,
+    required: FoundationRequirement | None,
+    cache_dir: Path,
+    tokenizer_digest: str = "",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Foundation:
+    """Return a foundation model that fits, from the cache where it is there already.
+
+    name: family and version, or a family alone for its newest version at this moment.
+    on_progress: bytes there are, bytes there will be; not called on a cache hit.
+
+    Errors: ModelNotFoundError, ModelExperimentalError, IncompatibleError, ArtifactCorruptError, LocalStorageError;
+    UnavailableError and its kin when Cognate cannot be reached.
+    """
+    model = client.models.GetModel(pb.GetModelRequest(name=name)).model
+    check_compatible(
+        client, model, required=required, accept_experimental=accept_experimental, tokenizer_digest=tokenizer_digest
+    )
+    path = cache_dir / _hexadecimal(model)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(cache_dir / f"{path.name}.lock"):
+        if path.exists() and not holds(path, model):
+            shutil.rmtree(path)
+        if not path.exists():
+            # By its exact version: a newer one may have been published since it was resolved.
+            fetched = client.fetch_model(model.name, path, on_progress)
+            if fetched.digest != model.digest or not holds(path, model):
+                raise ArtifactCorruptError(f"what came for {model.name} is not what {model.digest} names")
+    return Foundation(path=path, name=model.name, digest=model.digest, model=model)
+
+
+def _hexadecimal(model: pb.FoundationModel) -> str:
+    """Return the digest's hex digits, safe as a folder's name."""
+    found = _DIGEST.fullmatch(model.digest)
+    if found is None:
+        raise ArtifactCorruptError(f"Cognate names {model.digest!r} as the digest of {model.name}, which is no sha256")
+    return found[1]
+
+
+def check_compatible(
+    client: CognateClient,
+    model: pb.FoundationModel,
+    *,
+    required: FoundationRequirement | None,
+    accept_experimental: bool,
+    tokenizer_digest: str = "",
+) -> None:
+    """Shake hands with Cognate over one model.
+
+    Errors: ModelExperimentalError, when that alone is in the way; IncompatibleError, naming every mismatch.
+    """
+    if model.state == pb.MODEL_STATE_EXPERIMENTAL and not accept_experimental:
+        failed = [check.name for check in model.checks if not check.passed]
+        why = f" (failed: {', '.join(failed)})" if failed else ""
+        raise ModelExperimentalError(f"{model.name} is EXPERIMENTAL{why}; set accept_experimental to use it")
+    if required is None:
+        return
+    wanted = pb.Architecture(
+        name=required.name,
+        fingerprint=required.fingerprint,
+        act_version=required.act_version,
+        ltm_version=required.ltm_version,
+    )
+    request = pb.CheckCompatibilityRequest(
+        name=model.name,
+        architecture=wanted,
+        tokenizer_digest=tokenizer_digest,
+        accept_experimental=accept_experimental,
+    )
+    answer = client.models.CheckCompatibility(request)
+    if answer.verdict != pb.VERDICT_COMPATIBLE:
+        reasons = "; ".join(f"{m.field} is {m.model_value}, wanted {m.wanted_value}" for m in answer.mismatches)
+        raise IncompatibleError(
+            f"{model.name} does not fit the agent architecture: {reasons or 'Cognate gave no reason'}",
+            metadata={m.field: m.model_value for m in answer.mismatches},
+        )
+    if answer.model_digest != model.digest:
+        raise IncompatibleError(f"Cognate compared {answer.model_digest}, but {model.name} is {model.digest}")
+
+
+def holds(path: Path, model: pb.FoundationModel) -> bool:
+    """Return whether a folder holds a model's manifest and every file of it, each with its size and digest."""
+    manifest = path / MANIFEST_NAME
+    return (
+        manifest.is_file()
+        and file_digest(manifest) == model.digest
+        and all(
+            (path / file.path).is_file()
+            and (path / file.path).stat().st_size == file.size_bytes
+            and file_digest(path / file.path) == file.digest
+            for file in model.files
+        )
+    )
+
+
+def file_digest(path: Path) -> str:
+    """Return "sha256:" and the hex digest of a file."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256', _bufsize=_READ_BYTES).hexdigest()}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes; it ends with its process, however that ends."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
