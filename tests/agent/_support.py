@@ -1,0 +1,129 @@
+"""What the agent tests share: a tiny Cognate on disk, and an attempt in memory.
+
+A tiny model's head starts from random values here, as training from nothing is the pretraining service's own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from agent_server.architectures.cognate import CognateArchitecture
+from agent_server.architectures.factory import AgentArchitectureFactory, FoundationRequirement
+from training_common.attempt import CheckpointRef, Json, StopKind
+from training_common.models.cognate_v1 import CognateV1, CognateV1Config, config_to_json, save_state
+
+_TOKENIZER_VOCABULARY = 400
+TINY = CognateV1Config(
+    vocabulary_size=_TOKENIZER_VOCABULARY,
+    width=32,
+    heads=2,
+    feed_forward_width=64,
+    prelude_blocks=1,
+    core_blocks=1,
+    coda_blocks=1,
+    max_steps=3,
+    memory_slots=4,
+    memory_chunk=8,
+)
+
+
+def write_foundation(folder: Path, texts: Sequence[str], *, seed: int = 0) -> Path:
+    """Write a tiny random Cognate with a tokenizer of those texts, as a fetch would leave it."""
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=_TOKENIZER_VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model, generator = CognateV1(TINY), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+            elif not name.endswith("scale_D"):
+                parameter.normal_(0, 0.1, generator=generator)
+    save_state(model, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config_to_json(TINY)), encoding="utf-8")
+    return folder
+
+
+def factory() -> AgentArchitectureFactory:
+    """Return a factory with the cognate architecture, whatever is installed."""
+    return AgentArchitectureFactory(given=[CognateArchitecture(FoundationRequirement(name="cognate_v1"))])
+
+
+@dataclass
+class MemoryAttempt:
+    """An attempt whose rows are lists; `stop_at` asks for a stop once so many steps were taken."""
+
+    workdir: Path
+    stop_at: int | None = None
+    stop_kind: StopKind = StopKind.PAUSE
+    job: str = "jobs/00000000-0000-4000-8000-000000000000"
+    rows: list[tuple[int, dict[str, Json]]] = field(default_factory=list)
+    checkpoints: list[CheckpointRef] = field(default_factory=list)
+
+    def progress(self, *, step: int, total_steps: int, metrics: Mapping[str, Json]) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
+        raise AssertionError(f"no event was expected, and {kind} came: {payload}")
+
+    def stop_requested(self) -> StopKind | None:
+        reached = max((step for step, _ in self.rows), default=0)
+        return self.stop_kind if self.stop_at is not None and reached >= self.stop_at else None
+
+    def save_checkpoint(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
+        folder = self.workdir / "checkpoints" / str(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write(folder)
+        self.checkpoints.append(CheckpointRef(step=step, path=folder))
+        return self.checkpoints[-1]
+
+    def latest_checkpoint(self) -> CheckpointRef | None:
+        return self.checkpoints[-1] if self.checkpoints else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Labelled rows, as the trainer reads them."""
+
+    name: str
+    labels: Sequence[str]
+    train: Sequence[tuple[str, int]]
+    validation: Sequence[tuple[str, int]]
+    test: Sequence[tuple[str, int]]
+
+
+def toy_rows(*, seed: int = 0) -> Rows:
+    """Return three labels that single words tell apart, unevenly often, among words that tell nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    told = (("pay", "bill", "invoice"), ("fly", "plane", "airport"), ("sing", "song", "melody"))
+    filler = ("the", "a", "please", "my", "now", "for", "today", "this", "one", "next")
+
+    def pick(words: Sequence[str]) -> str:
+        return words[int(torch.randint(len(words), (1,), generator=generator))]
+
+    def row(i: int) -> tuple[str, int]:
+        label = (0, 0, 1, 2)[i % 4]
+        before, after = (
+            int(torch.randint(4, (1,), generator=generator)),
+            int(torch.randint(4, (1,), generator=generator)),
+        )
+        words = [pick(filler) for _ in range(before)] + [pick(told[label])] + [pick(filler) for _ in range(after)]
+        return " ".join(words), label
+
+    rows = [row(i) for i in range(240)]
+    return Rows(
+        name="toy", labels=("pay", "travel", "music"), train=rows[:160], validation=rows[160:200], test=rows[200:]
+    )
