@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from cognate_server.data.sources import DatasetShare, SourceSettings, parse_share, require_available
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
+from training_common.settings import DataSettings
 
 DEFAULT_BATCH_SIZE = 4
 DEFAULT_SEQUENCE_LENGTH = 128
@@ -21,3 +23,18 @@ def with_defaults(plan: pb.PretrainingPlan) -> pb.PretrainingPlan:
     filled.checkpoint_interval_steps = plan.checkpoint_interval_steps or DEFAULT_CHECKPOINT_INTERVAL_STEPS
     filled.progress_interval_steps = plan.progress_interval_steps or 1
     return filled
+
+
+def shares(plan: pb.PretrainingPlan) -> tuple[DatasetShare, ...]:
+    """Return the plan's sets as the data pipeline names them. Errors: InvalidFieldError."""
+    return tuple(parse_share(pb.Dataset.Name(share.dataset), share.weight) for share in plan.datasets)
+
+
+def source_settings(data: DataSettings) -> SourceSettings:
+    """Return what the server's settings let its jobs read."""
+    return SourceSettings(folder=data.folder, hub=data.hub)
+
+
+def require_data(plan: pb.PretrainingPlan, data: DataSettings) -> None:
+    """Refuse a plan whose sets cannot be had here, before a row is written. Errors: DataUnavailableError."""
+    require_available(shares(plan), source_settings(data))

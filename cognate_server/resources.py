@@ -24,22 +24,33 @@ class Availability:
     queued_jobs: int
 
 
-def measure(store: JobStore, settings: WorkerSettings) -> Availability:
-    """Measure now. Cores that are held are those that workers were given; memory is what their processes occupy."""
-    cores = os.cpu_count() or 1
-    counts = store.counts()
-    running = sum(count for state, count in counts.items() if state in HELD)
-    occupied = 0
-    for _, attempt in store.held():
-        try:
-            occupied += psutil.Process(int(attempt.handle.partition(":")[0])).memory_info().rss
-        except (psutil.NoSuchProcess, ValueError):
-            continue  # it ended meanwhile, or has not registered yet
-    return Availability(
-        cores=cores,
-        cores_held=min(cores, running * (settings.threads or cores)),
-        memory_bytes=psutil.virtual_memory().total,
-        memory_held_bytes=occupied,
-        running_jobs=running,
-        queued_jobs=sum(count for state, count in counts.items() if state in WAITING),
-    )
+class CognateResourceManager:
+    """The capacity of Cognate's host. ADR-005: this service's own, the other one sees it through the exchange only."""
+
+    def __init__(self, store: JobStore, settings: WorkerSettings) -> None:
+        self.database = store.database
+        self._store = store
+        self._settings = settings
+
+    def availability(self) -> Availability:
+        """Measure now. Cores held are those that workers were given; memory is what their processes occupy."""
+        cores = os.cpu_count() or 1
+        counts = self._store.counts()
+        running = sum(count for state, count in counts.items() if state in HELD)
+        return Availability(
+            cores=cores,
+            cores_held=min(cores, running * (self._settings.threads or cores)),
+            memory_bytes=psutil.virtual_memory().total,
+            memory_held_bytes=sum(_resident_bytes(attempt.handle) for _, attempt in self._store.held()),
+            running_jobs=running,
+            queued_jobs=sum(count for state, count in counts.items() if state in WAITING),
+        )
+
+
+def _resident_bytes(handle: str) -> int:
+    """Return what a worker occupies; 0 for one that ended meanwhile or has not registered yet."""
+    try:
+        resident: int = psutil.Process(int(handle.partition(":")[0])).memory_info().rss
+    except (psutil.NoSuchProcess, ValueError):
+        return 0
+    return resident

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cognate_server import metrics, migrations
+from cognate_server.resources import CognateResourceManager
 from cognate_server.rpc import convert
 from cognate_server.rpc.models import ModelServicer
 from cognate_server.rpc.pretraining import PretrainingServicer
@@ -56,7 +57,9 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server
     )
-    resource_pb2_grpc.add_ResourceServiceServicer_to_server(ResourceServicer(store, settings.workers), server)
+    resource_pb2_grpc.add_ResourceServiceServicer_to_server(
+        ResourceServicer(CognateResourceManager(store, settings.workers)), server
+    )
     return RunningServer(
         server,
         settings=settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -70,3 +71,16 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def code_digest(*packages: str) -> str:
+    """Return a digest over the Python files of installed packages: two runs share it when their code is the same."""
+    digests = {}
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(f"package {package} is not installed")
+        root = Path(next(iter(spec.submodule_search_locations)))
+        for path in sorted(root.rglob("*.py")):
+            digests[f"{package}/{path.relative_to(root).as_posix()}"] = sha256_file(path)
+    return sha256_bytes(canonical_json(digests))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cognate_server.plan import with_defaults
+from cognate_server.plan import require_data, with_defaults
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError
@@ -24,6 +24,7 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
 
     async def StartPretraining(self, request: pb.StartPretrainingRequest, context: Context) -> Any:
         plan = with_defaults(request.plan)
+        require_data(plan, self._data)
         caller = current_caller().name
         answer = await self._jobs.mutate(
             "StartPretraining",

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from cognate_server.resources import measure
+from cognate_server.resources import CognateResourceManager
 from cognateforge.exceptions import NotImplementedByServerError
 from cognateforge.exchange.v1 import resource_pb2 as pb
 from cognateforge.exchange.v1 import resource_pb2_grpc
-from training_common.jobs.store import JobStore
 from training_common.rpc.jobs import Context
-from training_common.settings import WorkerSettings
 
 _NO_LEASES = "this release lends no capacity: GetAvailability tells what there is, train on the agent's own host"
 
@@ -19,12 +17,11 @@ _NO_LEASES = "this release lends no capacity: GetAvailability tells what there i
 class ResourceServicer(resource_pb2_grpc.ResourceServiceServicer):
     """Capacity over gRPC."""
 
-    def __init__(self, store: JobStore, settings: WorkerSettings) -> None:
-        self._store = store
-        self._settings = settings
+    def __init__(self, resources: CognateResourceManager) -> None:
+        self._resources = resources
 
     async def GetAvailability(self, request: pb.GetAvailabilityRequest, context: Context) -> Any:
-        now = await self._store.database.run(measure, self._store, self._settings)
+        now = await self._resources.database.run(self._resources.availability)
         return pb.GetAvailabilityResponse(
             capacities=[
                 pb.Capacity(kind=pb.RESOURCE_KIND_CPU, total=now.cores, held=now.cores_held),

@@ -1,0 +1,148 @@
+"""The Cognate worker: data, random weights, training, gate, publication.
+
+python -m cognate_server.worker --settings FILE --job jobs/... --attempt N --token N
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from cognate_server.artifacts import CognateArtifactManager, TrainedModel
+from cognate_server.data.build import DataManifest, DataPlan, build_stream
+from cognate_server.gate import CheckKind, GateReport, Verdict, judge
+from cognate_server.grokfast import ALPHA, LAMBDA, GrokFastDiverged
+from cognate_server.plan import shares, source_settings
+from cognate_server.settings import CognateSettings, load_settings
+from cognate_server.trainer import PretrainConfig, PretrainResult, pretrain
+from cognate_server.trainer import TrainingDivergedError as TrainerDivergedError
+from cognateforge.cognate.v1 import pretraining_pb2 as pb
+from cognateforge.exceptions import IntegrityCheckFailedError, TrainingDivergedError
+from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.registry import ArtifactRegistry
+from training_common.jobs.states import JobState
+from training_common.models import cognate_v1
+from training_common.worker import WorkerContext, run
+
+ARCHITECTURE = "cognate_v1"
+
+
+def work(context: WorkerContext[CognateSettings]) -> None:
+    """Take one job from its plan to a published model."""
+    settings, attempt = context.settings, context.attempt
+    torch.set_num_threads(settings.workers.threads or os.cpu_count() or 1)
+    plan = pb.PretrainingPlan.FromString(attempt.store.job.plan)
+    tokenizer_file = context.job_dir / "tokenizer.json"
+    stream, data = build_stream(
+        DataPlan(
+            seed=plan.seed,
+            batch_size=plan.batch_size,
+            sequence_length=plan.sequence_length,
+            datasets=shares(plan),
+        ),
+        source_settings(settings.data),
+        tokenizer_file=tokenizer_file,
+    )
+    for source in data.sources:
+        attempt.event(
+            "data_ready",
+            {
+                "message": f"{source.source.dataset.value} ({source.source.kind.value}): "
+                f"{source.documents['train']} documents, {source.tokens['train']} tokens to train on",
+                "dataset": source.source.dataset.value,
+                "kind": source.source.kind.value,
+                "rows_read": source.report.rows_read,
+                "rows_refused": source.report.rows_refused,
+                "digest": source.source.digest,
+            },
+        )
+    attempt.move(JobState.RUNNING)
+    try:
+        result = pretrain(_config(plan), stream, attempt)
+    except (TrainerDivergedError, GrokFastDiverged) as error:
+        raise TrainingDivergedError(str(error)) from error
+    report = judge(result)
+    if report.verdict is Verdict.REFUSED:
+        failed = "; ".join(f"{c.name} is {c.value:g}, must be {c.rule} {c.threshold:g}" for c in report.failed)
+        raise IntegrityCheckFailedError(f"nothing was published: {failed}")
+    shutil.copyfile(tokenizer_file, result.model_dir / "tokenizer.json")
+    (result.model_dir / "data.json").write_text(json.dumps(data.to_json(), indent=1) + "\n", encoding="utf-8")
+    manager = CognateArtifactManager(ArtifactRegistry(context.database, BlobStore(settings.data_dir / "artifacts")))
+    manager.publish(_model(plan, data, result, report), attempt)
+
+
+def _config(plan: pb.PretrainingPlan) -> PretrainConfig:
+    return PretrainConfig(
+        seed=plan.seed,
+        total_steps=plan.total_steps,
+        batch_tokens=plan.batch_size * plan.sequence_length,
+        sequence_length=plan.sequence_length,
+        peak_lr=plan.peak_learning_rate,
+        warmup_steps=plan.warmup_steps,
+        checkpoint_interval_steps=plan.checkpoint_interval_steps,
+        progress_interval_steps=plan.progress_interval_steps,
+    )
+
+
+def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult, report: GateReport) -> TrainedModel:
+    tokens = result.step * plan.batch_size * plan.sequence_length
+    sources: list[dict[str, Any]] = [
+        {
+            "name": source.source.dataset.value,
+            "kind": source.source.kind.value,
+            "rows": source.documents["train"],
+            "digest": source.source.digest,
+        }
+        for source in data.sources
+    ]
+    checks: list[dict[str, Any]] = [
+        {
+            "name": check.name,
+            "integrity": check.kind is CheckKind.INTEGRITY,
+            "value": check.value,
+            "threshold": check.threshold,
+            "passed": check.passed,
+            "detail": f"must be {check.rule} the threshold",
+        }
+        for check in report.checks
+    ]
+    return TrainedModel(
+        folder=result.model_dir,
+        state="READY" if report.verdict is Verdict.READY else "EXPERIMENTAL",
+        architecture={
+            "name": ARCHITECTURE,
+            "fingerprint": cognate_v1.architecture_fingerprint(result.config),
+            "parameter_count": result.parameters,
+            "act_version": cognate_v1.SEMANTICS_VERSION,
+            "ltm_version": cognate_v1.SEMANTICS_VERSION,
+        },
+        tokenizer_digest=data.tokenizer_digest,
+        sources=sources,
+        checks=checks,
+        training={
+            "steps": result.step,
+            "tokens": tokens,
+            "seed": plan.seed,
+            "batch_size": plan.batch_size,
+            "sequence_length": plan.sequence_length,
+            "peak_learning_rate": plan.peak_learning_rate,
+            "warmup_steps": plan.warmup_steps,
+            "loss_first_10_steps": result.first_loss,
+            "loss_last_10_steps": result.last_loss,
+            "validation": dataclasses.asdict(result.validation),
+        },
+        grokfast={
+            "alpha": ALPHA,
+            "lambda": LAMBDA,
+            "departures": [dataclasses.asdict(departure) for departure in result.lambda_departures],
+        },
+    )
+
+
+if __name__ == "__main__":
+    run(load_settings, work)
