@@ -15,7 +15,8 @@
     ├── UnavailableError               CircuitOpenError
     ├── DeadlineExceededError
     ├── ResourceExhaustedError
-    └── InternalError
+    ├── InternalError
+    └── LocalError                     ClientSetupError, LocalStorageError: the caller's own side, never on the wire
 
 A reason (cognateforge.errors.v1.Reason) has one class, and the contract's table gives its status. A server raises the
 class, `to_status` makes google.rpc.Status of it, and the client's `from_rpc_error` makes the same class again.
@@ -29,6 +30,7 @@ from typing import ClassVar, cast
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -71,8 +73,7 @@ class ForgeError(Exception):
     @classmethod
     def info(cls) -> reasons_pb2.ReasonInfo:
         """Return the contract's row for this class's reason."""
-        options = Reason.DESCRIPTOR.values_by_number[cls.reason].GetOptions()
-        return cast("reasons_pb2.ReasonInfo", options.Extensions[reasons_pb2.info])
+        return Reason.DESCRIPTOR.values_by_number[cls.reason].GetOptions().Extensions[reasons_pb2.info]
 
     @classmethod
     def reason_name(cls) -> str:
@@ -277,6 +278,18 @@ class InternalError(ForgeError):
     reason = Reason.REASON_INTERNAL
 
 
+class LocalError(ForgeError):
+    """Something on the caller's own side. It has no reason, because no server raises it."""
+
+
+class ClientSetupError(LocalError):
+    """The client is set up in a way that it refuses, for instance plaintext to another machine."""
+
+
+class LocalStorageError(LocalError):
+    """The caller's own disk cannot take, or does not hold, what it should."""
+
+
 def _subclasses(root: type[ForgeError]) -> list[type[ForgeError]]:
     found: list[type[ForgeError]] = []
     for child in root.__subclasses__():
@@ -301,6 +314,9 @@ _BY_CODE: Mapping[grpc.StatusCode, type[ForgeError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.OUT_OF_RANGE: OutOfRangeError,
     grpc.StatusCode.ALREADY_EXISTS: ConflictError,
+    grpc.StatusCode.ABORTED: ConflictError,
+    # A call that its own caller cancels is not mapped: this is a server that let go of it.
+    grpc.StatusCode.CANCELLED: UnavailableError,
     grpc.StatusCode.DATA_LOSS: ArtifactCorruptError,
 }
 
@@ -329,11 +345,9 @@ def to_status(error: ForgeError, *, request_id: str = "") -> status_pb2.Status:
 
 def from_rpc_error(error: grpc.RpcError) -> ForgeError:
     """Return the error that the server raised, or the nearest one where the answer is not from a server of ours."""
-    call = cast("grpc.Call", error)
-    status = rpc_status.from_call(call)  # None where there are no rich details
-    code = call.code()
-    cls, violations, metadata, request_id = _BY_CODE.get(code, InternalError), [], {}, ""
-    for detail in status.details if status else ():
+    code, message = error.code(), error.details() or error.code().name
+    cls, violations, metadata, request_id = _class_of_code(code, message), [], {}, ""
+    for detail in _details(error):
         info, bad, request = (
             error_details_pb2.ErrorInfo(),
             error_details_pb2.BadRequest(),
@@ -345,5 +359,19 @@ def from_rpc_error(error: grpc.RpcError) -> ForgeError:
             violations = [FieldViolation(field=v.field, description=v.description) for v in bad.field_violations]
         elif detail.Unpack(request):
             request_id = request.request_id
-    message = call.details() or code.name
     return cls(message, violations=violations, metadata=metadata, request_id=request_id)
+
+
+def _details(error: grpc.RpcError) -> Sequence[any_pb2.Any]:
+    try:
+        status = rpc_status.from_call(cast("grpc.Call", error))  # None where there are no rich details
+    except (ValueError, DecodeError):  # the details contradict the status: something on the way rewrote one of them
+        return ()
+    return status.details if status else ()
+
+
+def _class_of_code(code: grpc.StatusCode, message: str) -> type[ForgeError]:
+    # A connection that breaks under a call is reported as INTERNAL, and is no fault inside the server.
+    if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
+        return UnavailableError
+    return _BY_CODE.get(code, InternalError)

@@ -1,0 +1,203 @@
+"""The asyncio clients: the same as the synchronous ones, call for call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2
+
+from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
+from cognateforge.client import fetch, services, watch
+from cognateforge.client.breaker import BreakerState, CallBreaker
+from cognateforge.client.channel import Addresses, AioSwappingChannel, Dialer
+from cognateforge.client.discovery import Discovery, StaticDiscovery, discovery_for
+from cognateforge.client.fetch import FetchedArtifact, Landing, OnProgress, Reader, Wanted
+from cognateforge.client.interceptors import CallGuard
+from cognateforge.client.patience import GIVE_UP_AFTER_S
+from cognateforge.client.sync import DEFAULT_TIMEOUT_S
+from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
+from cognateforge.exchange.v1 import model_pb2, model_pb2_grpc, resource_pb2_grpc
+from cognateforge.job.v1 import job_pb2
+
+if TYPE_CHECKING:
+    from cognateforge.agent.v1.agent_pb2_grpc import AgentServiceAsyncStub
+    from cognateforge.agent.v1.training_pb2_grpc import AgentForgeTrainingServiceAsyncStub
+    from cognateforge.cognate.v1.pretraining_pb2_grpc import CognatePretrainingServiceAsyncStub
+    from cognateforge.exchange.v1.model_pb2_grpc import ModelServiceAsyncStub
+    from cognateforge.exchange.v1.resource_pb2_grpc import ResourceServiceAsyncStub
+
+
+class _AsyncServiceClient:
+    """The arguments are those of the synchronous client. Use it with `async with`, or await open() and close()."""
+
+    _services: ClassVar[Sequence[ServiceDescriptor]]
+
+    def __init__(
+        self,
+        where: str | Sequence[str] | Discovery,
+        *,
+        tls: grpc.ChannelCredentials | None = None,
+        tls_server_name: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        breaker: CallBreaker | None = None,
+    ) -> None:
+        self._breaker = breaker or CallBreaker(", ".join(s.name for s in self._services[:1]))
+        guard = CallGuard(breaker=self._breaker, timeout_s=timeout_s)
+        dialer = Dialer(services=self._services, guard=guard, tls=tls, tls_server_name=tls_server_name)
+        self._discovery = discovery_for(where)
+        self._channel = AioSwappingChannel(dialer.dial_aio)
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._check_health = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+
+    @property
+    def addresses(self) -> Addresses:
+        """Where new calls go."""
+        return self._channel.addresses
+
+    @property
+    def breaker_state(self) -> BreakerState:
+        """Where the circuit breaker stands: closed, open or half-open."""
+        return self._breaker.state
+
+    async def open(self) -> Self:
+        """Find the service and dial it."""
+        loop = asyncio.get_running_loop()
+        static = isinstance(self._discovery, StaticDiscovery)
+        first = self._discovery.addresses() if static else await asyncio.to_thread(self._discovery.addresses)
+        self._channel.swap(first)
+
+        def on_change(addresses: Addresses) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._channel.swap, addresses)
+
+        self._unsubscribe = self._discovery.subscribe(on_change)
+        self._channel.swap(self._discovery.addresses())  # a change between the first look and the subscription
+        return self
+
+    async def health(self) -> str:
+        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN or UNKNOWN."""
+        status = (await self._check_health(health_pb2.HealthCheckRequest())).status
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+
+    async def close(self) -> None:
+        """End every call and let go of the connections."""
+        self._unsubscribe()
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncCognateClient(_AsyncServiceClient):
+    """The Cognate service: pretraining jobs, foundation models, capacity. Every failure is a ForgeError."""
+
+    _services = services.COGNATE
+
+    @cached_property
+    def pretraining(self) -> CognatePretrainingServiceAsyncStub:
+        """Pretraining jobs."""
+        return pretraining_pb2_grpc.CognatePretrainingServiceStub(self._channel)
+
+    @cached_property
+    def models(self) -> ModelServiceAsyncStub:
+        """Foundation models."""
+        return model_pb2_grpc.ModelServiceStub(self._channel)
+
+    @cached_property
+    def resources(self) -> ResourceServiceAsyncStub:
+        """Capacity and leases."""
+        return resource_pb2_grpc.ResourceServiceStub(self._channel)
+
+    def watch_job(
+        self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+    ) -> AsyncIterator[job_pb2.WatchFrame]:
+        """Yield a job's events and its end, as `CognateClient.watch_job` does."""
+        stub = self.pretraining
+
+        def open_stream(after: int, timeout_s: float) -> watch.AioStream:
+            request = pretraining_pb2.WatchJobRequest(name=name, after_sequence=after)
+            return stub.WatchJob(request, timeout=timeout_s)
+
+        return watch.watch_aio(open_stream, watch.Position(after_sequence, give_up_after_s))
+
+    async def fetch_model(
+        self,
+        name: str,
+        destination_dir: Path | str,
+        on_progress: OnProgress | None = None,
+        *,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> FetchedArtifact:
+        """Bring a model into `destination_dir`, as `CognateClient.fetch_model` does."""
+        stub = self.models
+        model = (await stub.GetModel(model_pb2.GetModelRequest(name=name))).model
+
+        def open_stream(offset: int, timeout_s: float) -> fetch.AioFetchStream[model_pb2.FetchModelResponse]:
+            return stub.FetchModel(model_pb2.FetchModelRequest(name=model.name, offset_bytes=offset), timeout=timeout_s)
+
+        landing = Landing(Wanted(name=model.name, digest=model.digest), Path(destination_dir))
+        reader = Reader(landing, fetch.model_parts, on_progress, give_up_after_s)
+        return await fetch.fetch_aio(landing, open_stream, reader)
+
+
+class AsyncAgentClient(_AsyncServiceClient):
+    """The agent service: training jobs and agents. Every failure is a ForgeError."""
+
+    _services = services.AGENT
+
+    @cached_property
+    def training(self) -> AgentForgeTrainingServiceAsyncStub:
+        """Training jobs."""
+        return training_pb2_grpc.AgentForgeTrainingServiceStub(self._channel)
+
+    @cached_property
+    def agents(self) -> AgentServiceAsyncStub:
+        """Agents and their aliases."""
+        return agent_pb2_grpc.AgentServiceStub(self._channel)
+
+    def watch_job(
+        self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+    ) -> AsyncIterator[job_pb2.WatchFrame]:
+        """Yield a job's events and its end, as `CognateClient.watch_job` does."""
+        stub = self.training
+
+        def open_stream(after: int, timeout_s: float) -> watch.AioStream:
+            request = training_pb2.WatchJobRequest(name=name, after_sequence=after)
+            return stub.WatchJob(request, timeout=timeout_s)
+
+        return watch.watch_aio(open_stream, watch.Position(after_sequence, give_up_after_s))
+
+    async def fetch_agent(
+        self,
+        name: str,
+        destination_dir: Path | str,
+        on_progress: OnProgress | None = None,
+        *,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> FetchedArtifact:
+        """Bring an agent into `destination_dir`, as `CognateClient.fetch_model` does for models."""
+        stub = self.agents
+        agent = (await stub.GetAgent(agent_pb2.GetAgentRequest(name=name))).agent
+
+        def open_stream(offset: int, timeout_s: float) -> fetch.AioFetchStream[agent_pb2.FetchAgentResponse]:
+            return stub.FetchAgent(agent_pb2.FetchAgentRequest(name=agent.name, offset_bytes=offset), timeout=timeout_s)
+
+        landing = Landing(Wanted(name=agent.name, digest=agent.digest), Path(destination_dir))
+        reader = Reader(landing, fetch.agent_parts, on_progress, give_up_after_s)
+        return await fetch.fetch_aio(landing, open_stream, reader)

@@ -1,0 +1,195 @@
+"""The synchronous clients: thin classes over the generated stubs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2
+
+from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
+from cognateforge.client import fetch, services, watch
+from cognateforge.client.breaker import BreakerState, CallBreaker
+from cognateforge.client.channel import Addresses, Dialer, SwappingChannel
+from cognateforge.client.discovery import Discovery, discovery_for
+from cognateforge.client.fetch import FetchedArtifact, Landing, OnProgress, Reader, Wanted
+from cognateforge.client.interceptors import CallGuard
+from cognateforge.client.patience import GIVE_UP_AFTER_S
+from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
+from cognateforge.exchange.v1 import model_pb2, model_pb2_grpc, resource_pb2_grpc
+from cognateforge.job.v1 import job_pb2
+
+# Enough for every unary call of the contract on a busy machine, little enough to notice a server that hangs.
+DEFAULT_TIMEOUT_S = 10.0
+
+
+class _ServiceClient:
+    """A channel that follows discovery and whose calls pass the guard.
+
+    where: "host:port", several of them with commas or as a list, "unix:path", or a Discovery, which stays the caller's.
+    tls: credentials of the channel. Without them only loopback and unix addresses are dialled.
+    timeout_s: deadline of unary calls that set none.
+    """
+
+    _services: ClassVar[Sequence[ServiceDescriptor]]
+
+    def __init__(
+        self,
+        where: str | Sequence[str] | Discovery,
+        *,
+        tls: grpc.ChannelCredentials | None = None,
+        tls_server_name: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        breaker: CallBreaker | None = None,
+    ) -> None:
+        self._breaker = breaker or CallBreaker(", ".join(s.name for s in self._services[:1]))
+        guard = CallGuard(breaker=self._breaker, timeout_s=timeout_s)
+        dialer = Dialer(services=self._services, guard=guard, tls=tls, tls_server_name=tls_server_name)
+        discovery = discovery_for(where)
+        self._channel = SwappingChannel(dialer.dial, discovery.addresses())
+        self._unsubscribe = discovery.subscribe(self._channel.swap)
+        self._channel.swap(discovery.addresses())  # a change between the first look and the subscription
+        self._check_health = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+
+    @property
+    def addresses(self) -> Addresses:
+        """Where new calls go."""
+        return self._channel.addresses
+
+    @property
+    def breaker_state(self) -> BreakerState:
+        """Where the circuit breaker stands: closed, open or half-open."""
+        return self._breaker.state
+
+    def health(self) -> str:
+        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN or UNKNOWN."""
+        status = self._check_health(health_pb2.HealthCheckRequest()).status
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+
+    def close(self) -> None:
+        """End every call and let go of the connections."""
+        self._unsubscribe()
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class CognateClient(_ServiceClient):
+    """The Cognate service: pretraining jobs, foundation models, capacity. Every failure is a ForgeError."""
+
+    _services = services.COGNATE
+
+    @cached_property
+    def pretraining(self) -> pretraining_pb2_grpc.CognatePretrainingServiceStub:
+        """Pretraining jobs."""
+        return pretraining_pb2_grpc.CognatePretrainingServiceStub(self._channel)
+
+    @cached_property
+    def models(self) -> model_pb2_grpc.ModelServiceStub:
+        """Foundation models."""
+        return model_pb2_grpc.ModelServiceStub(self._channel)
+
+    @cached_property
+    def resources(self) -> resource_pb2_grpc.ResourceServiceStub:
+        """Capacity and leases."""
+        return resource_pb2_grpc.ResourceServiceStub(self._channel)
+
+    def watch_job(
+        self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+    ) -> Iterator[job_pb2.WatchFrame]:
+        """Yield a job's events, each once and in order, and then the frame with its end.
+
+        Broken streams are followed by new ones from the last sequence, until nothing came for `give_up_after_s`.
+        Errors: JobNotFoundError, SequenceOutOfRangeError; UnavailableError or the like when the patience is spent.
+        """
+        stub = self.pretraining
+
+        def open_stream(after: int, timeout_s: float) -> watch.Stream:
+            request = pretraining_pb2.WatchJobRequest(name=name, after_sequence=after)
+            return stub.WatchJob(request, timeout=timeout_s)
+
+        return watch.watch(open_stream, watch.Position(after_sequence, give_up_after_s))
+
+    def fetch_model(
+        self,
+        name: str,
+        destination_dir: Path | str,
+        on_progress: OnProgress | None = None,
+        *,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> FetchedArtifact:
+        """Bring a model into `destination_dir`, which then holds its files and manifest.json.
+
+        on_progress: called with the payload bytes that are here, and all of them.
+        Errors: ModelNotFoundError, ArtifactCorruptError, LocalStorageError; UnavailableError or the like when nothing
+        came for `give_up_after_s`: then the next fetch goes on where this one stopped.
+        """
+        stub = self.models
+        model = stub.GetModel(model_pb2.GetModelRequest(name=name)).model
+
+        def open_stream(offset: int, timeout_s: float) -> fetch.FetchStream[model_pb2.FetchModelResponse]:
+            return stub.FetchModel(model_pb2.FetchModelRequest(name=model.name, offset_bytes=offset), timeout=timeout_s)
+
+        landing = Landing(Wanted(name=model.name, digest=model.digest), Path(destination_dir))
+        return fetch.fetch(landing, open_stream, Reader(landing, fetch.model_parts, on_progress, give_up_after_s))
+
+
+class AgentClient(_ServiceClient):
+    """The agent service: training jobs and agents. Every failure is a ForgeError."""
+
+    _services = services.AGENT
+
+    @cached_property
+    def training(self) -> training_pb2_grpc.AgentForgeTrainingServiceStub:
+        """Training jobs."""
+        return training_pb2_grpc.AgentForgeTrainingServiceStub(self._channel)
+
+    @cached_property
+    def agents(self) -> agent_pb2_grpc.AgentServiceStub:
+        """Agents and their aliases."""
+        return agent_pb2_grpc.AgentServiceStub(self._channel)
+
+    def watch_job(
+        self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+    ) -> Iterator[job_pb2.WatchFrame]:
+        """Yield a job's events and its end, as `CognateClient.watch_job` does."""
+        stub = self.training
+
+        def open_stream(after: int, timeout_s: float) -> watch.Stream:
+            request = training_pb2.WatchJobRequest(name=name, after_sequence=after)
+            return stub.WatchJob(request, timeout=timeout_s)
+
+        return watch.watch(open_stream, watch.Position(after_sequence, give_up_after_s))
+
+    def fetch_agent(
+        self,
+        name: str,
+        destination_dir: Path | str,
+        on_progress: OnProgress | None = None,
+        *,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> FetchedArtifact:
+        """Bring an agent into `destination_dir`, as `CognateClient.fetch_model` does for models."""
+        stub = self.agents
+        agent = stub.GetAgent(agent_pb2.GetAgentRequest(name=name)).agent
+
+        def open_stream(offset: int, timeout_s: float) -> fetch.FetchStream[agent_pb2.FetchAgentResponse]:
+            return stub.FetchAgent(agent_pb2.FetchAgentRequest(name=agent.name, offset_bytes=offset), timeout=timeout_s)
+
+        landing = Landing(Wanted(name=agent.name, digest=agent.digest), Path(destination_dir))
+        return fetch.fetch(landing, open_stream, Reader(landing, fetch.agent_parts, on_progress, give_up_after_s))
