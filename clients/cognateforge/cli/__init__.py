@@ -1,0 +1,8 @@
+"""The `forge` command."""
+
+
+def main() -> None:
+    """Run the command line. What a command needs is imported when it runs, so that `forge --help` is quick."""
+    from cognateforge.cli.app import app
+
+    app()

@@ -1,0 +1,5 @@
+"""`python -m cognateforge.cli`."""
+
+from cognateforge.cli import main
+
+main()

@@ -1,0 +1,180 @@
+"""Commands about models and agents: list, show, fetch, and the aliases of agents."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cognateforge.cli.exits import Exit
+from cognateforge.cli.jobs import Progress, RequestId
+from cognateforge.cli.session import Session, command, first_found, new_request_id, print_line, say
+
+if TYPE_CHECKING:
+    from cognateforge.agent.v1.agent_pb2 import Agent
+    from cognateforge.cli.session import Row
+    from cognateforge.client import FetchedArtifact
+    from cognateforge.exchange.v1.model_pb2 import FoundationModel
+
+Limit = Annotated[int, typer.Option(min=1, help="Most rows.")]
+
+
+class Kind(enum.StrEnum):
+    """What a name stands for."""
+
+    MODEL = "model"
+    AGENT = "agent"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for add in (_models, _agents, _fetch):
+        add(app)
+
+
+def _pages(call: Callable[[int, str], Any], rows: str, limit: int) -> Iterator[Any]:
+    token = ""
+    while limit > 0:
+        page = call(min(limit, 500), token)
+        found = getattr(page, rows)[:limit]
+        yield from found
+        limit, token = limit - len(found), page.next_page_token
+        if not token:
+            return
+
+
+def _models(app: typer.Typer) -> None:
+    @command(app)
+    def models(session: Session, limit: Limit = 50) -> None:
+        """List published foundation models, newest first."""
+        from cognateforge.cli.plain import enum_word
+        from cognateforge.exchange.v1 import model_pb2
+
+        stub = session.cognate_client.models
+
+        def page(size: int, token: str) -> model_pb2.ListModelsResponse:
+            return stub.ListModels(model_pb2.ListModelsRequest(page_size=size, page_token=token))
+
+        def cells(item: FoundationModel) -> tuple[object, ...]:
+            state = enum_word(model_pb2.ModelState.DESCRIPTOR, item.state)
+            return item.name, state, item.steps, item.tokens, item.size_bytes, item.digest
+
+        rows: list[Row] = [(item, {}, cells(item)) for item in _pages(page, "models", limit)]
+        session.table(("name", "state", "steps", "tokens", "bytes", "digest"), rows)
+
+    @command(app)
+    def model(session: Session, name: Annotated[str, typer.Argument(help="cognate-25m or cognate-25m@7.")]) -> None:
+        """Show one foundation model with its data and checks."""
+        from cognateforge.exchange.v1 import model_pb2
+
+        session.show(session.cognate_client.models.GetModel(model_pb2.GetModelRequest(name=name)).model)
+
+
+def _agents(app: typer.Typer) -> None:
+    @command(app)
+    def agents(
+        session: Session, family: Annotated[str, typer.Option(help="Only this family.")] = "", limit: Limit = 50
+    ) -> None:
+        """List published agents, newest first."""
+        from cognateforge.agent.v1 import agent_pb2
+
+        stub = session.agent_client.agents
+
+        def page(size: int, token: str) -> agent_pb2.ListAgentsResponse:
+            return stub.ListAgents(agent_pb2.ListAgentsRequest(page_size=size, page_token=token, family=family))
+
+        def cells(item: Agent) -> tuple[object, ...]:
+            return item.name, " ".join(item.aliases), item.task, item.foundation, item.size_bytes, item.digest
+
+        rows: list[Row] = [(item, {}, cells(item)) for item in _pages(page, "agents", limit)]
+        session.table(("name", "aliases", "task", "foundation", "bytes", "digest"), rows)
+
+    @command(app)
+    def agent(
+        session: Session, name: Annotated[str, typer.Argument(help="intent-router, with @3 or @production.")]
+    ) -> None:
+        """Show one agent with its evaluations."""
+        from cognateforge.agent.v1 import agent_pb2
+
+        session.show(session.agent_client.agents.GetAgent(agent_pb2.GetAgentRequest(name=name)).agent)
+
+    @command(app)
+    def alias(
+        session: Session,
+        name: Annotated[str, typer.Argument(help="Version, for instance intent-router@3.")],
+        alias_name: Annotated[str, typer.Argument(help="Alias, for instance production.", metavar="ALIAS")],
+        request_id: RequestId = None,
+    ) -> None:
+        """Point an alias at a version of an agent."""
+        from cognateforge.agent.v1 import agent_pb2
+
+        request = agent_pb2.SetAliasRequest(request_id=new_request_id(request_id), name=name, alias=alias_name)
+        moved = session.agent_client.agents.SetAlias(request).agent
+        if session.as_json:
+            session.show(moved)
+        else:
+            say(f"{alias_name} is {moved.name}")
+
+    @command(app)
+    def architectures(session: Session) -> None:
+        """List the agent architectures that the agent service can build."""
+        from cognateforge.agent.v1 import training_pb2
+
+        answer = session.agent_client.training.ListArchitectures(training_pb2.ListArchitecturesRequest())
+        rows: list[Row] = [
+            (item, {}, (item.name, " ".join(item.tasks), item.description)) for item in answer.architectures
+        ]
+        session.table(("name", "tasks", "description"), rows)
+
+
+def _fetch(app: typer.Typer) -> None:
+    @command(app)
+    def fetch(
+        session: Session,
+        name: Annotated[str, typer.Argument(help="Model or agent.")],
+        out: Annotated[Path, typer.Option("--out", help="Folder that will hold its files.")],
+        kind: Annotated[Kind | None, typer.Option(help="What the name stands for. Default: both are asked.")] = None,
+        progress: Progress = None,
+    ) -> Exit:
+        """Fetch a model or agent, resuming where an earlier fetch stopped, and check every digest."""
+        with _transfer(progress) as show:
+            tries: dict[Kind, Callable[[], FetchedArtifact]] = {
+                Kind.MODEL: lambda: session.cognate_client.fetch_model(name, out, show),
+                Kind.AGENT: lambda: session.agent_client.fetch_agent(name, out, show),
+            }
+            if kind is None and not name.rpartition("@")[2].isdecimal() and "@" in name:
+                kind = Kind.AGENT  # only agents have aliases
+            got = first_found([tries[kind]] if kind else list(tries.values()))
+        if session.as_json:
+            session.emit(
+                {
+                    "name": got.name,
+                    "path": str(got.path),
+                    "digest": got.digest,
+                    "size_bytes": got.size_bytes,
+                    "bytes_received": got.bytes_received,
+                }
+            )
+        else:
+            say(f"{got.name} {got.digest}: {got.bytes_received} of {got.size_bytes} bytes transferred")
+            print_line(str(got.path))
+        return Exit.OK
+
+
+@contextmanager
+def _transfer(progress: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("fetching"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,156 @@
+"""Following a job on the terminal: a live bar, or a plain line every so often."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+from cognateforge.cli.exits import Exit
+from cognateforge.cli.plain import enum_word
+from cognateforge.cli.session import Session, print_line, say
+from cognateforge.job.v1 import job_pb2
+
+if TYPE_CHECKING:
+    from cognateforge.job.v1.job_pb2 import Job, WatchFrame
+
+# A log that a person reads later: a line every ten seconds is enough.
+LINE_EVERY_S = 10.0
+
+# What a bar has room for, and the beginnings of the metrics' names.
+SHOWN: Mapping[str, tuple[str, ...]] = {
+    "loss": ("loss", "train_loss"),
+    "lr": ("lr", "learning_rate"),
+    "ponder": ("ponder_steps", "ponder", "mean_ponder"),
+    "tok/s": ("tokens_per_s",),
+}
+
+OnFrame = Callable[["WatchFrame"], None]
+
+
+def follow(session: Session, frames: Iterator[WatchFrame], job: Job, *, progress: bool | None) -> Exit:
+    """Print events and progress until the job's end, then its result. Ctrl-C leaves the job alone."""
+    artifact = job.artifact
+    try:
+        with _display(session, job, progress) as show:
+            for frame in frames:
+                if session.as_json:
+                    session.emit(frame)
+                show(frame)
+                if frame.WhichOneof("frame") == "event" and frame.event.HasField("artifact_published"):
+                    artifact = frame.event.artifact_published.name
+                if frame.HasField("end"):
+                    return _ended(session, job.name, frame.end, artifact)
+    except KeyboardInterrupt:
+        say(f"no longer watching; the job goes on: forge watch {job.name}")
+        return Exit.INTERRUPTED
+    raise AssertionError("a watch ends with an end frame or an error")
+
+
+def _ended(session: Session, name: str, end: job_pb2.End, artifact: str) -> Exit:
+    word = enum_word(job_pb2.JobState.DESCRIPTOR, end.state)
+    if not session.as_json:
+        print_line(f"{name} {word} {artifact}".rstrip())
+    if end.HasField("failure"):
+        say(f"error: {end.failure.reason}: {end.failure.message}")
+    return Exit.OK if end.state == job_pb2.JOB_STATE_SUCCEEDED else Exit.JOB_FAILED
+
+
+def _display(session: Session, job: Job, progress: bool | None) -> AbstractContextManager[OnFrame]:
+    if progress or (progress is None and sys.stderr.isatty()):
+        return _bar(job)
+    if progress is False or session.as_json:
+        return _nothing()
+    return _lines()
+
+
+@contextmanager
+def _nothing() -> Iterator[OnFrame]:
+    yield lambda frame: None
+
+
+@contextmanager
+def _lines() -> Iterator[OnFrame]:
+    last = float("-inf")
+
+    def show(frame: WatchFrame) -> None:
+        nonlocal last
+        event = frame.event
+        if event.HasField("progress"):
+            if time.monotonic() - last < LINE_EVERY_S and event.progress.step != event.progress.total_steps:
+                return
+            last = time.monotonic()
+            values = " ".join(f"{key} {value}" for key, value in shown(event.progress).items())
+            say(f"step {event.progress.step}/{event.progress.total_steps} {values}".rstrip())
+        elif text := told(frame):
+            say(text)
+
+    yield show
+
+
+@contextmanager
+def _bar(job: Job) -> Iterator[OnFrame]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        word = enum_word(job_pb2.JobState.DESCRIPTOR, job.state)
+        task = bar.add_task(word, total=job.total_steps or None, completed=job.step, values="")
+
+        def show(frame: WatchFrame) -> None:
+            event = frame.event
+            if event.HasField("progress"):
+                values = " ".join(f"{key} {value}" for key, value in shown(event.progress).items())
+                bar.update(task, completed=event.progress.step, total=event.progress.total_steps, values=values)
+            elif event.HasField("state_change"):
+                bar.update(task, description=enum_word(job_pb2.JobState.DESCRIPTOR, event.state_change.to))
+            elif text := told(frame):
+                bar.console.print(text, markup=False, highlight=False)
+
+        yield show
+
+
+def shown(progress: job_pb2.Progress) -> dict[str, str]:
+    """Return the metrics that a line has room for."""
+    values = {metric.name: metric.value for metric in progress.metrics if metric.HasField("value")}
+    found: dict[str, str] = {}
+    for label, names in SHOWN.items():
+        match = next((name for start in names for name in values if name.startswith(start)), None)
+        if match is not None:
+            found[label] = f"{values[match]:.4g}"
+    return found
+
+
+def told(frame: WatchFrame) -> str:
+    """Return one line about an event that is no progress, or nothing."""
+    event = frame.event
+    match event.WhichOneof("kind"):
+        case "state_change":
+            word = enum_word(job_pb2.JobState.DESCRIPTOR, event.state_change.to)
+            return f"{word} {event.state_change.message}".rstrip()
+        case "attempt_started":
+            return f"attempt {event.attempt_started.attempt} on {event.attempt_started.engine}"
+        case "checkpoint":
+            return f"checkpoint at step {event.checkpoint.step}"
+        case "artifact_published":
+            return f"published {event.artifact_published.name}"
+        case "note":
+            return f"{event.note.kind}: {event.note.message}"
+    return ""

@@ -1,0 +1,235 @@
+"""Commands about jobs, whichever service runs them."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from cognateforge.cli.exits import Exit
+from cognateforge.cli.session import Session, command, first_found, new_request_id, report, say
+
+if TYPE_CHECKING:
+    from cognateforge.cli.session import Row
+    from cognateforge.job.v1.job_pb2 import Checkpoint, Job, MetricSeries, WatchFrame
+
+JobName = Annotated[str, typer.Argument(help="Job: jobs/UUID, or the UUID alone.", metavar="NAME")]
+RequestId = Annotated[str | None, typer.Option(help="UUID of this wish: the same one again changes nothing twice.")]
+Progress = Annotated[
+    bool | None, typer.Option("--progress/--no-progress", help="Progress on stderr. Default: when it is a terminal.")
+]
+
+
+class Service(enum.StrEnum):
+    """Which service a job belongs to."""
+
+    COGNATE = "cognate"
+    AGENT = "agent"
+
+
+ServiceOption = Annotated[Service | None, typer.Option("--service", help="Whose job it is. Default: both are asked.")]
+
+
+@dataclass(frozen=True)
+class JobService:
+    """The job calls that both services have, under the same names in different packages."""
+
+    service: Service
+    session: Session
+
+    @property
+    def _client(self) -> Any:
+        return self.session.cognate_client if self.service is Service.COGNATE else self.session.agent_client
+
+    @property
+    def _stub(self) -> Any:
+        return self._client.pretraining if self.service is Service.COGNATE else self._client.training
+
+    def _request(self, kind: str, /, **fields: Any) -> Any:
+        module = "cognate.v1.pretraining_pb2" if self.service is Service.COGNATE else "agent.v1.training_pb2"
+        return getattr(importlib.import_module(f"cognateforge.{module}"), kind)(**fields)
+
+    def get(self, name: str) -> Any:
+        """Return the service's own job message: `job`, `plan` and more."""
+        return self._stub.GetJob(self._request("GetJobRequest", name=name)).job
+
+    def newest(self, states: list[int], limit: int) -> Iterator[Any]:
+        """Yield jobs, newest first."""
+        token = ""
+        while limit > 0:
+            page = self._stub.ListJobs(
+                self._request("ListJobsRequest", page_size=min(limit, 500), page_token=token, states=states)
+            )
+            yield from page.jobs[:limit]
+            limit, token = limit - len(page.jobs), page.next_page_token
+            if not token:
+                return
+
+    def steer(self, verb: str, name: str, request_id: str) -> Any:
+        """Pause, Resume or Cancel a job, and return it."""
+        request = self._request(f"{verb}JobRequest", name=name, request_id=request_id)
+        return getattr(self._stub, f"{verb}Job")(request).job
+
+    def checkpoints(self, name: str) -> list[Checkpoint]:
+        """Return a job's checkpoints, newest first."""
+        return list(self._stub.ListCheckpoints(self._request("ListCheckpointsRequest", name=name)).checkpoints)
+
+    def metrics(self, name: str, metrics: list[str]) -> list[MetricSeries]:
+        """Return a job's metrics over its steps."""
+        return list(self._stub.GetMetrics(self._request("GetMetricsRequest", name=name, metrics=metrics)).series)
+
+    def watch(self, name: str, after_sequence: int) -> Iterator[WatchFrame]:
+        """Yield a job's events and its end."""
+        return cast("Iterator[WatchFrame]", self._client.watch_job(name, after_sequence))
+
+
+def full_name(name: str) -> str:
+    """Return a job's full name."""
+    return name if name.startswith("jobs/") else f"jobs/{name}"
+
+
+def owner(session: Session, service: Service | None, name: str) -> tuple[JobService, Any]:
+    """Return the service that has the job, and the job."""
+
+    def ask(one: Service) -> tuple[JobService, Any]:
+        jobs = JobService(one, session)
+        return jobs, jobs.get(full_name(name))
+
+    asked = [service] if service else list(Service)
+    return first_found([lambda one=one: ask(one) for one in asked])  # type: ignore[misc]
+
+
+def state_word(job: Job) -> str:
+    """Return a job's state as a word, with a mark when its worker is out of sight."""
+    from cognateforge.cli.plain import enum_word
+    from cognateforge.job.v1 import job_pb2
+
+    word = enum_word(job_pb2.JobState.DESCRIPTOR, job.state)
+    return word if job.observed or word not in {"PREPARING", "RUNNING", "VALIDATING"} else f"{word} (out of sight)"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for add in (_reading, _watching, _steering):
+        add(app)
+
+
+def _reading(app: typer.Typer) -> None:
+    @command(app)
+    def jobs(
+        session: Session,
+        service: Annotated[Service | None, typer.Argument(help="Only this service's jobs.")] = None,
+        state: Annotated[list[str] | None, typer.Option(help="Only jobs in this state. May be repeated.")] = None,
+        limit: Annotated[int, typer.Option(min=1, help="Most jobs of each service.")] = 50,
+    ) -> Exit:
+        """List jobs, newest first."""
+        from cognateforge.exceptions import UnavailableError
+
+        states = [_state_number(word) for word in state or []]
+        rows: list[Row] = []
+        code = Exit.OK
+        for one in [service] if service else list(Service):
+            try:
+                found = list(JobService(one, session).newest(states, limit))
+            except UnavailableError as error:
+                say(f"{one}:")
+                code = report(error)
+                continue
+            for item in found:
+                job: Job = item.job
+                cells = (job.name, one, state_word(job), f"{job.step}/{job.total_steps}", job.artifact, job.caller)
+                rows.append((item, {"service": one.value}, cells))
+        session.table(("name", "service", "state", "step", "artifact", "caller"), rows)
+        return code
+
+    @command(app)
+    def job(session: Session, name: JobName, service: ServiceOption = None) -> None:
+        """Show one job and its plan."""
+        found, item = owner(session, service, name)
+        session.show(item, service=found.service.value)
+
+    @command(app)
+    def checkpoints(session: Session, name: JobName, service: ServiceOption = None) -> None:
+        """List a job's checkpoints, newest first."""
+        found, _ = owner(session, service, name)
+        items = found.checkpoints(full_name(name))
+        rows: list[Row] = [
+            (item, {}, (item.step, item.size_bytes, "yes" if item.available else "no", item.digest)) for item in items
+        ]
+        session.table(("step", "bytes", "available", "digest"), rows)
+
+    @command(app)
+    def metrics(
+        session: Session,
+        name: JobName,
+        service: ServiceOption = None,
+        metric: Annotated[list[str] | None, typer.Option(help="Only this metric. May be repeated.")] = None,
+    ) -> None:
+        """Show a job's metrics: first and last value, or every point with --json."""
+        found, _ = owner(session, service, name)
+        items = found.metrics(full_name(name), metric or [])
+        rows: list[Row] = [
+            (item, {}, (item.name, item.unit, len(item.values), *_ends(item.values), item.steps[-1]))
+            for item in items
+            if item.values
+        ]
+        session.table(("metric", "unit", "points", "first", "last", "at step"), rows)
+
+
+def _ends(values: Any) -> tuple[str, str]:
+    return f"{values[0]:.5g}", f"{values[-1]:.5g}"
+
+
+def _state_number(word: str) -> int:
+    from cognateforge.job.v1 import job_pb2
+
+    try:
+        return job_pb2.JobState.Value(f"JOB_STATE_{word.upper()}")
+    except ValueError:
+        words = ", ".join(name.removeprefix("JOB_STATE_").lower() for name in job_pb2.JobState.keys()[1:])
+        raise typer.BadParameter(f"{word!r} is no state: {words}", param_hint="--state") from None
+
+
+def _watching(app: typer.Typer) -> None:
+    @command(app)
+    def watch(
+        session: Session,
+        name: JobName,
+        service: ServiceOption = None,
+        after_sequence: Annotated[int, typer.Option(min=0, help="Only events after this one.")] = 0,
+        progress: Progress = None,
+    ) -> Exit:
+        """Follow a job to its end. The exit code tells how it ended."""
+        from cognateforge.cli.follow import follow
+
+        found, item = owner(session, service, name)
+        return follow(session, found.watch(item.job.name, after_sequence), item.job, progress=progress)
+
+
+def _steering(app: typer.Typer) -> None:
+    def steer(session: Session, verb: str, name: str, service: Service | None, request_id: str | None) -> None:
+        found, item = owner(session, service, name)
+        answer = found.steer(verb, item.job.name, new_request_id(request_id))
+        if session.as_json:
+            session.show(answer, service=found.service.value)
+        else:
+            say(f"{answer.job.name} {state_word(answer.job)}")
+
+    @command(app)
+    def pause(session: Session, name: JobName, service: ServiceOption = None, request_id: RequestId = None) -> None:
+        """Ask a job to save a checkpoint and let go of its worker."""
+        steer(session, "Pause", name, service, request_id)
+
+    @command(app)
+    def resume(session: Session, name: JobName, service: ServiceOption = None, request_id: RequestId = None) -> None:
+        """Queue a paused job again."""
+        steer(session, "Resume", name, service, request_id)
+
+    @command(app)
+    def cancel(session: Session, name: JobName, service: ServiceOption = None, request_id: RequestId = None) -> None:
+        """Ask a job to end without an artifact."""
+        steer(session, "Cancel", name, service, request_id)

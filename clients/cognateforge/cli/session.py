@@ -1,0 +1,256 @@
+"""What every command shares: where the services are, how results leave, how errors end."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from cognateforge.cli.exits import Exit, exit_for
+
+if TYPE_CHECKING:
+    import grpc
+    from google.protobuf.message import Message
+
+    from cognateforge.client import AgentClient, CognateClient
+    from cognateforge.exceptions import ForgeError
+
+    # What a list's row is made of: its message, fields beside it, and the cells for people.
+    Row = tuple[Message, Mapping[str, Any], Sequence[object]]
+
+T = TypeVar("T")
+
+PANEL = "Connection and output"
+
+COMMON: Mapping[str, tuple[Any, Any]] = {
+    "cognate": (
+        Annotated[
+            str, typer.Option("--cognate", envvar="FORGE_COGNATE", rich_help_panel=PANEL, help="Cognate service.")
+        ],
+        "127.0.0.1:7101",
+    ),
+    "agent_server": (
+        Annotated[
+            str, typer.Option("--agent-server", envvar="FORGE_AGENT", rich_help_panel=PANEL, help="Agent service.")
+        ],
+        "127.0.0.1:7102",
+    ),
+    "ca": (
+        Annotated[
+            Path | None,
+            typer.Option("--tls-ca", envvar="FORGE_TLS_CA", rich_help_panel=PANEL, help="PEM of who signs servers."),
+        ],
+        None,
+    ),
+    "cert": (
+        Annotated[
+            Path | None,
+            typer.Option("--tls-cert", envvar="FORGE_TLS_CERT", rich_help_panel=PANEL, help="PEM of your certificate."),
+        ],
+        None,
+    ),
+    "key": (
+        Annotated[
+            Path | None,
+            typer.Option("--tls-key", envvar="FORGE_TLS_KEY", rich_help_panel=PANEL, help="PEM of its key."),
+        ],
+        None,
+    ),
+    "timeout_s": (
+        Annotated[float, typer.Option("--timeout", min=0.001, rich_help_panel=PANEL, help="Seconds for each call.")],
+        10.0,
+    ),
+    "as_json": (
+        Annotated[bool, typer.Option("--json", rich_help_panel=PANEL, help="Results as JSON, one object a line.")],
+        False,
+    ),
+}
+
+
+@dataclass
+class Session:
+    """One run of a command."""
+
+    cognate: str
+    agent_server: str
+    ca: Path | None
+    cert: Path | None
+    key: Path | None
+    timeout_s: float
+    as_json: bool
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    @functools.cached_property
+    def cognate_client(self) -> CognateClient:
+        """The Cognate service, dialled when first used."""
+        from cognateforge.client import CognateClient
+
+        return self._open.enter_context(CognateClient(self.cognate, tls=self._tls, timeout_s=self.timeout_s))
+
+    @functools.cached_property
+    def agent_client(self) -> AgentClient:
+        """The agent service, dialled when first used."""
+        from cognateforge.client import AgentClient
+
+        return self._open.enter_context(AgentClient(self.agent_server, tls=self._tls, timeout_s=self.timeout_s))
+
+    @functools.cached_property
+    def _tls(self) -> grpc.ChannelCredentials | None:
+        if self.ca is None and self.cert is None and self.key is None:
+            return None
+        import grpc
+
+        from cognateforge.exceptions import ClientSetupError
+
+        if (self.cert is None) != (self.key is None):
+            raise ClientSetupError("--tls-cert and --tls-key belong together: give both")
+        try:
+            ca, key, cert = (path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
+        except OSError as error:
+            raise ClientSetupError(f"{error.filename} cannot be read: {error.strerror}") from error
+        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+    def emit(self, value: Message | dict[str, Any]) -> None:
+        """Print one result as a line of JSON."""
+        from cognateforge.cli.plain import to_line
+
+        print_line(to_line(value))
+
+    def show(self, value: Message, **extra: Any) -> None:
+        """Print one result: a line of JSON, or its fields one below the other."""
+        from cognateforge.cli.plain import to_plain
+
+        plain = {**extra, **to_plain(value)}
+        if self.as_json:
+            self.emit(plain)
+        else:
+            for line in _indented(plain):
+                print_line(line)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        """Print a list: each row's message and extra fields as a line of JSON, or its cells in a table."""
+        from cognateforge.cli.plain import to_plain
+
+        if self.as_json:
+            for message, extra, _ in rows:
+                self.emit({**extra, **to_plain(message)})
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns, box=None, pad_edge=False)
+        for _, _, cells in rows:
+            table.add_row(*(str(cell) for cell in cells))
+        # A pipe has no width: nothing is cut there.
+        console = Console() if sys.stdout.isatty() else Console(width=400)
+        console.print(table)
+
+    def close(self) -> None:
+        """End every call."""
+        self._open.close()
+
+
+def _indented(value: Mapping[str, Any], depth: int = 0) -> list[str]:
+    lines: list[str] = []
+    pad = "  " * depth
+    for key, item in value.items():
+        if isinstance(item, dict):
+            lines += [f"{pad}{key}:", *_indented(item, depth + 1)]
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            lines.append(f"{pad}{key}:")
+            for entry in item:
+                lines.append(f"{pad}  - " + ", ".join(f"{k} {v}" for k, v in entry.items() if v not in ("", None, [])))
+        elif item not in ("", []):
+            lines.append(f"{pad}{key}: {', '.join(map(str, item)) if isinstance(item, list) else item}")
+    return lines
+
+
+def print_line(text: str) -> None:
+    """Print a result to stdout, at once: a reader of a pipe follows a watched job."""
+    typer.echo(text)
+
+
+def say(text: str) -> None:
+    """Tell a person something, on stderr."""
+    typer.echo(text, err=True)
+
+
+def report(error: ForgeError) -> Exit:
+    """Print an error and what is known about it, and return its exit code."""
+    say(f"error: {error.message}")
+    for violation in error.violations:
+        say(f"  {violation.field}: {violation.description}")
+    if error.request_id:
+        say(f"  request id: {error.request_id}")
+    return exit_for(error)
+
+
+def new_request_id(given: str | None) -> str:
+    """Return the request id that was given, or a new one."""
+    return given or str(uuid.uuid4())
+
+
+def first_found(tries: Sequence[Callable[[], T]]) -> T:
+    """Return the first answer. What the others lack, or cannot tell, is an error only when nobody answers."""
+    from cognateforge.exceptions import ForbiddenError, NotFoundError, UnavailableError
+
+    errors: list[ForgeError] = []
+    for attempt in tries:
+        try:
+            return attempt()
+        except (NotFoundError, UnavailableError, ForbiddenError) as error:
+            errors.append(error)
+    # "Not found" is certain only when every service was asked.
+    raise next((error for error in errors if not isinstance(error, NotFoundError)), errors[0])
+
+
+def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., Exit | None]], Callable[..., None]]:
+    """Make a command of a function that takes a Session first. Every command gets the common options."""
+
+    def register(function: Callable[..., Exit | None]) -> Callable[..., None]:
+        own = list(inspect.signature(function).parameters.values())[1:]
+        hints = get_type_hints(function, include_extras=True)
+        hints.pop(next(iter(inspect.signature(function).parameters)))
+
+        def run(**values: Any) -> None:
+            session = Session(**{key: values.pop(key) for key in COMMON})
+            raise typer.Exit(_run(function, session, values))
+
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__annotations__ = {**hints, **{key: kind for key, (kind, _) in COMMON.items()}, "return": None}
+        parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
+        parameters += [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for key, (kind, default) in COMMON.items()
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        registered: Callable[..., None] = app.command(name)(run)
+        return registered
+
+    return register
+
+
+def _run(function: Callable[..., Exit | None], session: Session, values: dict[str, Any]) -> int:
+    from cognateforge.exceptions import ForgeError
+
+    try:
+        return int(function(session, **values) or Exit.OK)
+    except ForgeError as error:
+        return int(report(error))
+    except KeyboardInterrupt:
+        say("interrupted")
+        return int(Exit.INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(Exit.OK)
+    finally:
+        session.close()

@@ -1,0 +1,69 @@
+"""Commands about the services themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from cognateforge.cli.exits import Exit
+from cognateforge.cli.jobs import Service
+from cognateforge.cli.session import Session, command, print_line, report, say
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+
+    @command(app)
+    def status(session: Session) -> Exit:
+        """Show health, version and circuit breaker of both services."""
+        from cognateforge.exceptions import ForgeError
+
+        worst = Exit.OK
+        for service in Service:
+            try:
+                row = _status(session, service)
+            except ForgeError as error:
+                say(f"{service}:")
+                worst = worst or report(error)
+                row = {"service": service.value, "address": _address(session, service), "health": "UNREACHABLE"}
+            if session.as_json:
+                session.emit(row)
+            else:
+                print_line("  ".join(f"{key} {value}" for key, value in row.items() if value != []))
+            if row["health"] != "SERVING":
+                worst = worst or Exit.UNAVAILABLE
+        return worst
+
+    @command(app)
+    def version(session: Session) -> None:
+        """Show the version of this client."""
+        from importlib.metadata import version as installed
+
+        if session.as_json:
+            session.emit({"version": installed("cognateforge")})
+        else:
+            print_line(installed("cognateforge"))
+
+
+def _address(session: Session, service: Service) -> str:
+    return session.cognate if service is Service.COGNATE else session.agent_server
+
+
+def _status(session: Session, service: Service) -> dict[str, Any]:
+    from cognateforge.agent.v1 import training_pb2
+    from cognateforge.cognate.v1 import pretraining_pb2
+
+    if service is Service.COGNATE:
+        info = session.cognate_client.pretraining.GetServerInfo(pretraining_pb2.GetServerInfoRequest()).info
+    else:
+        info = session.agent_client.training.GetServerInfo(training_pb2.GetServerInfoRequest()).info
+    client = session.cognate_client if service is Service.COGNATE else session.agent_client
+    return {
+        "service": service.value,
+        "address": ", ".join(client.addresses),
+        "health": client.health(),
+        "version": info.version,
+        "capabilities": list(info.capabilities),
+        "breaker": client.breaker_state,
+    }

@@ -1,0 +1,232 @@
+"""Commands that submit jobs."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cognateforge.cli.exits import Exit
+from cognateforge.cli.jobs import JobService, Progress, RequestId, Service
+from cognateforge.cli.session import Session, command, new_request_id, print_line, say
+
+if TYPE_CHECKING:
+    from cognateforge.agent.v1 import training_pb2
+
+Watch = Annotated[bool, typer.Option("--watch", "--wait", help="Follow the job; the exit code tells how it ended.")]
+Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+class Dataset(enum.StrEnum):
+    """A set that pretraining can use."""
+
+    GSM8K = "gsm8k"
+    HOTPOTQA = "hotpotqa"
+    FORGE_ARITHMETIC = "forge-arithmetic"
+    FORGE_TWOHOP = "forge-twohop"
+
+
+class Task(enum.StrEnum):
+    """What an agent is to learn from rows."""
+
+    CLASSIFICATION = "classification"
+    BEHAVIOURAL = "behavioural"
+    DIALOGUE = "dialogue"
+    DOMAIN = "domain"
+
+
+class AdaptationKind(enum.StrEnum):
+    """How much of the base is trained."""
+
+    LORA = "lora"
+    FULL = "full"
+
+
+class Optimizer(enum.StrEnum):
+    """The standard optimizers."""
+
+    ADAMW = "adamw"
+    ADAM = "adam"
+    SGD = "sgd"
+
+
+class ScheduleKind(enum.StrEnum):
+    """The learning rate over time."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    _pretrain(app)
+    _train(app)
+
+
+def _submitted(session: Session, service: Service, item: Any, watch: bool, progress: bool | None) -> Exit:
+    if session.as_json:
+        session.show(item, service=service.value)
+    elif not watch:
+        print_line(item.job.name)
+    else:
+        say(f"submitted {item.job.name}")
+    if not watch:
+        return Exit.OK
+    from cognateforge.cli.follow import follow
+
+    frames = JobService(service, session).watch(item.job.name, 0)
+    return follow(session, frames, item.job, progress=progress)
+
+
+def _pretrain(app: typer.Typer) -> None:
+    @command(app)
+    def pretrain(
+        session: Session,
+        steps: Steps,
+        seed: Seed = 0,
+        batch_size: Annotated[int, typer.Option(help="Sequences in a step. 0: the server's choice.")] = 0,
+        sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence. 0: the server's choice.")] = 0,
+        lr: Annotated[float, typer.Option("--lr", help="Highest learning rate. 0: the server's choice.")] = 0.0,
+        warmup_steps: Annotated[int, typer.Option(help="Steps of warm-up. 0: a tenth of all.")] = 0,
+        checkpoint_interval: Annotated[int, typer.Option(help="Steps between checkpoints. 0: 100.")] = 0,
+        progress_interval: Annotated[int, typer.Option(help="Steps between progress events. 0: 1.")] = 0,
+        dataset: Annotated[
+            list[str] | None, typer.Option(help="SET or SET:WEIGHT. May be repeated. Default: both sets.")
+        ] = None,
+        watch: Watch = False,
+        progress: Progress = None,
+        request_id: RequestId = None,
+    ) -> Exit:
+        """Pretrain a Cognate-25M foundation model. GrokFast is always on and has no settings.
+
+        Sets: gsm8k, hotpotqa, forge-arithmetic, forge-twohop.
+        """
+        from cognateforge.cognate.v1 import pretraining_pb2
+
+        plan = pretraining_pb2.PretrainingPlan(
+            total_steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            peak_learning_rate=lr,
+            warmup_steps=warmup_steps,
+            checkpoint_interval_steps=checkpoint_interval,
+            progress_interval_steps=progress_interval,
+        )
+        for share in dataset or []:
+            number, weight = _share(share)
+            plan.datasets.add(dataset=number, weight=weight)
+        request = pretraining_pb2.StartPretrainingRequest(request_id=new_request_id(request_id), plan=plan)
+        item = session.cognate_client.pretraining.StartPretraining(request).job
+        return _submitted(session, Service.COGNATE, item, watch, progress)
+
+
+def _share(text: str) -> tuple[Any, float]:
+    from cognateforge.cognate.v1 import pretraining_pb2
+
+    name, _, weight = text.partition(":")
+    try:
+        number = pretraining_pb2.Dataset.Value(f"DATASET_{Dataset(name).name}")
+        return number, float(weight or 1.0)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not SET or SET:WEIGHT with a set of {', '.join(Dataset)}", param_hint="--dataset"
+        ) from None
+
+
+def _train(app: typer.Typer) -> None:
+    @command(app)
+    def train(
+        session: Session,
+        agent: Annotated[str, typer.Option(help="Family of the agent that is made.")],
+        foundation: Annotated[str, typer.Option(help="Foundation model, for instance cognate-25m@7.")],
+        steps: Steps,
+        data: Annotated[str, typer.Option(help="JSONL file under the server's data folder, or 'generated'.")],
+        architecture: Annotated[str, typer.Option(help="See forge architectures.")] = "cognate",
+        task: Annotated[Task, typer.Option(help="What it is to learn.")] = Task.CLASSIFICATION,
+        adaptation: Annotated[AdaptationKind, typer.Option(help="How much is trained.")] = AdaptationKind.LORA,
+        lora_rank: Annotated[int, typer.Option(help="0: 8.")] = 0,
+        lora_alpha: Annotated[float, typer.Option(help="0: twice the rank.")] = 0.0,
+        lora_dropout: Annotated[float, typer.Option(help="0 to 0.9.")] = 0.0,
+        unfreeze_act_ltm: Annotated[
+            bool, typer.Option("--unfreeze-act-ltm", help="Train halting unit and memory too.")
+        ] = False,
+        optimizer: Annotated[Optimizer, typer.Option(help="Which one.")] = Optimizer.ADAMW,
+        weight_decay: Annotated[float, typer.Option(help="For adamw. 0: 0.01.")] = 0.0,
+        momentum: Annotated[float, typer.Option(help="For sgd.")] = 0.0,
+        lr: Annotated[float, typer.Option("--lr", help="Highest learning rate. 0: 0.001.")] = 0.0,
+        schedule: Annotated[ScheduleKind, typer.Option(help="Of the learning rate.")] = ScheduleKind.COSINE,
+        warmup_steps: Annotated[int, typer.Option(help="0: a tenth of all.")] = 0,
+        clip_norm: Annotated[float, typer.Option(help="Gradients are scaled down to it. 0: 1.")] = 0.0,
+        batch_size: Annotated[int, typer.Option(help="Rows in a step. 0: 32.")] = 0,
+        seed: Seed = 0,
+        data_seed: Annotated[int, typer.Option(help="Seed of generated data.")] = 0,
+        checkpoint_interval: Annotated[int, typer.Option(help="Steps between checkpoints. 0: 100.")] = 0,
+        include_out_of_scope: Annotated[
+            bool, typer.Option("--include-out-of-scope", help="Keep rows of no label, as a label.")
+        ] = False,
+        max_rows_per_label: Annotated[int, typer.Option(help="0: all.")] = 0,
+        domain: Annotated[list[str] | None, typer.Option(help="Only rows of this domain. May be repeated.")] = None,
+        successes_only: Annotated[
+            bool, typer.Option("--successes-only", help="Leave out trajectories without success.")
+        ] = False,
+        accept_experimental: Annotated[
+            bool, typer.Option("--accept-experimental", help="Take an EXPERIMENTAL model too.")
+        ] = False,
+        watch: Watch = False,
+        progress: Progress = None,
+        request_id: RequestId = None,
+    ) -> Exit:
+        """Train an agent on a foundation model, with a standard optimizer."""
+        from cognateforge.agent.v1 import training_pb2 as pb
+
+        plan = pb.TrainingPlan(
+            agent=agent,
+            architecture=architecture,
+            foundation=pb.FoundationBase(name=foundation, accept_experimental=accept_experimental),
+            adaptation=pb.Adaptation(unfreeze_act_ltm=unfreeze_act_ltm),
+            optimization=pb.Optimization(
+                peak_learning_rate=lr,
+                schedule=pb.Schedule.Value(f"SCHEDULE_{schedule.name}"),
+                warmup_steps=warmup_steps,
+                gradient_clip_norm=clip_norm,
+            ),
+            total_steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            checkpoint_interval_steps=checkpoint_interval,
+        )
+        if adaptation is AdaptationKind.FULL:
+            plan.adaptation.full.SetInParent()
+        else:
+            plan.adaptation.lora.CopyFrom(pb.LoraAdaptation(rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout))
+        match optimizer:
+            case Optimizer.ADAMW:
+                plan.optimization.adamw.CopyFrom(pb.AdamW(weight_decay=weight_decay))
+            case Optimizer.ADAM:
+                plan.optimization.adam.SetInParent()
+            case Optimizer.SGD:
+                plan.optimization.sgd.CopyFrom(pb.Sgd(momentum=momentum))
+        _set_task(plan, task, data, data_seed)
+        if task is Task.CLASSIFICATION:
+            plan.classification.include_out_of_scope = include_out_of_scope
+            plan.classification.max_rows_per_label = max_rows_per_label
+            plan.classification.domains.extend(domain or [])
+        elif task is Task.BEHAVIOURAL:
+            plan.behavioural.successes_only = successes_only
+        request = pb.StartTrainingRequest(request_id=new_request_id(request_id), plan=plan)
+        item = session.agent_client.training.StartTraining(request).job
+        return _submitted(session, Service.AGENT, item, watch, progress)
+
+
+def _set_task(plan: training_pb2.TrainingPlan, task: Task, data: str, data_seed: int) -> None:
+    if task is Task.CLASSIFICATION and data == "generated":
+        plan.classification.generated.seed = data_seed
+        plan.classification.generated.SetInParent()
+        return
+    if data == "generated":
+        raise typer.BadParameter(f"only classification has generated rows; {task} needs a file", param_hint="--data")
+    getattr(plan, task.value).file.path = data
