@@ -306,8 +306,8 @@ def _first_rows(batches: Iterable[Batch], rows: int) -> list[Batch]:
     return taken
 
 
-class _Run:
-    """All that changes while a run goes on, and how it is saved and restored."""
+class PretrainingRun:
+    """All that changes while a run goes on: how a step changes it, and how it is saved and restored."""
 
     def __init__(self, config: PretrainConfig, data: TokenStream) -> None:
         torch.manual_seed(config.seed)
@@ -325,16 +325,32 @@ class _Run:
         self.first_losses: list[float] = []
         self.last_losses: collections.deque[float] = collections.deque(maxlen=CURVE_ENDS)
 
-    def train_step(self, *, measure: bool) -> _StepOutcome:
-        """Take one optimizer step.
+    def train_step(self, *, measure: bool) -> StepOutcome:
+        """Take one optimizer step; `measure` adds the telemetry that costs time.
 
         Errors: TrainingDivergedError, GrokFastDiverged; nothing is updated then.
         """
         batch = self.data.next_batch()
-        _check_shape(batch, self.config)
         lr = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        outcome = self.backward(batch, measure=measure)
+        if measure:
+            self.optimizer.measure_next_step()
+        self.optimizer.step()
+        self.memory = outcome.output.memory.detach() if batch.fresh_rows is not None else None
+        self.step += 1
+        if len(self.first_losses) < CURVE_ENDS:
+            self.first_losses.append(outcome.loss)
+        self.last_losses.append(outcome.loss)
+        return outcome
+
+    def backward(self, batch: Batch, *, measure: bool) -> StepOutcome:
+        """Replace the gradients by those of this batch: cross-entropy and the ponder prior.
+
+        Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
+        """
+        _check_shape(batch, self.config)
         output, total, tokens = _forward(self.model, batch, self.memory, statistics=measure)
         mean_loss = total / max(1, tokens)
         divergence = ponder_divergence(output, self.prior_N)
@@ -344,15 +360,7 @@ class _Run:
             raise TrainingDivergedError(f"the loss of step {self.step + 1} is {loss}; nothing was updated")
         self.optimizer.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
-        if measure:
-            self.optimizer.measure_next_step()
-        self.optimizer.step()
-        self.memory = output.memory.detach() if batch.fresh_rows is not None else None
-        self.step += 1
-        if len(self.first_losses) < CURVE_ENDS:
-            self.first_losses.append(loss)
-        self.last_losses.append(loss)
-        return _StepOutcome(loss, float(divergence.detach()), lr, output)
+        return StepOutcome(loss=loss, divergence=float(divergence.detach()), output=output)
 
     def write(self, folder: Path) -> None:
         """Fill a checkpoint's folder."""
@@ -391,11 +399,12 @@ class _Run:
         self.last_losses.extend(state["last_losses"])
 
 
-@dataclass(frozen=True)
-class _StepOutcome:
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What one batch gave: its loss in nats per token, the ponder prior's part unweighted, and the forward's output."""
+
     loss: float
     divergence: float
-    lr: float
     output: CognateOutput
 
 
@@ -432,7 +441,7 @@ def pretrain(config: PretrainConfig, data: TokenStream, attempt: Attempt) -> Pre
         step, after CANCEL and REVOKED nothing more was written. TrainingDivergedError, GrokFastDiverged,
         CheckpointMismatchError, ConstructionError.
     """
-    run = _Run(config, data)
+    run = PretrainingRun(config, data)
     checkpoint = attempt.latest_checkpoint()
     saved_step = -1
     if checkpoint is not None:
@@ -457,7 +466,7 @@ def pretrain(config: PretrainConfig, data: TokenStream, attempt: Attempt) -> Pre
     return _finish(run, attempt, validation_batches)
 
 
-def _obey(attempt: Attempt, run: _Run, saved_step: int) -> int:
+def _obey(attempt: Attempt, run: PretrainingRun, saved_step: int) -> int:
     """Raise AttemptStopped if the attempt is to end; return the step of the newest checkpoint."""
     kind = attempt.stop_requested()
     if kind is None:
@@ -467,18 +476,18 @@ def _obey(attempt: Attempt, run: _Run, saved_step: int) -> int:
     raise AttemptStopped(kind)
 
 
-def _report(attempt: Attempt, run: _Run, metrics: dict[str, Json]) -> None:
+def _report(attempt: Attempt, run: PretrainingRun, metrics: dict[str, Json]) -> None:
     attempt.progress(step=run.step, total_steps=run.config.total_steps, metrics=checked(metrics))
 
 
-def _step_metrics(run: _Run, outcome: _StepOutcome, clock: _Clock) -> dict[str, Json]:
+def _step_metrics(run: PretrainingRun, outcome: StepOutcome, clock: _Clock) -> dict[str, Json]:
     output, report = outcome.output, run.optimizer.report
     max_steps = run.config.model.max_steps
     histogram = _histogram(torch.bincount(output.steps_BT.reshape(-1), minlength=max_steps + 1))
     metrics: dict[str, Json] = {
         "loss": outcome.loss,
         "ponder_divergence": outcome.divergence,
-        "learning_rate": outcome.lr,
+        "learning_rate": learning_rate(run.config, run.step - 1),
         "mean_ponder_steps": _mean_steps(histogram),
         "halting_histogram": list(histogram),
         "halting_entropy_nats": -sum(share * math.log(share) for share in histogram if share),
@@ -502,7 +511,7 @@ def _peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def _finish(run: _Run, attempt: Attempt, validation_batches: list[Batch]) -> PretrainResult:
+def _finish(run: PretrainingRun, attempt: Attempt, validation_batches: list[Batch]) -> PretrainResult:
     """Validate, write the model folder and sum the run up."""
     report = validate(run.model, validation_batches)
     _report(
