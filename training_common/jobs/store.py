@@ -297,7 +297,7 @@ class JobStore:
         """Return how many jobs are in each state."""
         query = sa.select(t.jobs.c.state, sa.func.count()).group_by(t.jobs.c.state)
         with self.database.read() as connection:
-            return {JobState(state): count for state, count in connection.execute(query).tuples()}
+            return {JobState(state): count for state, count in connection.execute(query)}
 
     # --- scheduler
 

@@ -1,0 +1,271 @@
+"""Jobs, attempts and fencing, over a real database and real worker processes."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
+from tests.support.toy_service import ToyService
+from tests.support.toy_worker import expected_result
+from training_common.attempt import FencedOutError
+from training_common.jobs.states import FINAL, JobState
+from training_common.jobs.store import JobRow, once
+from training_common.store import tables as t
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[ToyService]:
+    service = ToyService(tmp_path)
+    yield service
+    service.database.close()
+
+
+def ended(job: JobRow) -> bool:
+    return job.state in FINAL
+
+
+def result(service: ToyService, job: JobRow) -> list[str]:
+    return [e.payload["message"] for e in service.events(job) if e.payload.get("kind") == "result"]
+
+
+def pid(handle: str) -> int:
+    return int(handle.partition(":")[0])
+
+
+def assert_contiguous(service: ToyService, job: JobRow) -> None:
+    sequences = [event.sequence for event in service.events(job)]
+    assert list(range(1, service.store.get(job.name).last_sequence + 1)) == sequences
+
+
+async def test_a_job_runs_in_a_worker_process_to_its_end(service: ToyService) -> None:
+    """Submit, work, succeed: every state is an event, and sequences are contiguous from 1."""
+    job = await service.until(service.submit(steps=12), ended)
+    assert job.state == JobState.SUCCEEDED
+    assert job.step == 12
+    assert [expected_result(12)] == result(service, job)
+    states = [e.payload["to"] for e in service.events(job) if e.kind == "state_change"]
+    assert states == ["QUEUED", "PREPARING", "RUNNING", "VALIDATING", "SUCCEEDED"]
+    assert_contiguous(service, job)
+
+
+async def test_a_killed_worker_is_followed_by_one_that_goes_on_from_the_checkpoint(service: ToyService) -> None:
+    """kill -9 of the worker costs the steps since its checkpoint and nothing else."""
+    job = service.submit(steps=60, step_s=0.02, checkpoint_every=10)
+    await service.until(job, lambda row: row.step >= 25)
+    os.kill(pid(service.handle(job)), signal.SIGKILL)
+    job = await service.until(job, ended)
+    assert job.state == JobState.SUCCEEDED
+    assert job.attempt == 2
+    assert [expected_result(60)] == result(service, job)
+    resumed = [e.payload["step"] for e in service.events(job) if e.kind == "progress" and e.attempt == 2]
+    assert resumed[0] in {21, 31}
+    assert_contiguous(service, job)
+
+
+async def test_a_worker_outlives_the_server_and_is_found_again(service: ToyService) -> None:
+    """A server that restarts sees the worker by its handle: no second attempt, nothing lost."""
+    job = service.submit(steps=50, step_s=0.02)
+    await service.until(job, lambda row: row.step >= 5)
+    before = service.handle(job)
+    service.restart()
+    assert before == service.handle(job)
+    job = await service.until(job, ended)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
+    assert [expected_result(50)] == result(service, job)
+
+
+async def test_pause_keeps_the_step_and_resume_goes_on(service: ToyService) -> None:
+    """A paused job holds no worker; after resume it ends as if it had never paused."""
+    job = service.submit(steps=60, step_s=0.02)
+    await service.until(job, lambda row: row.step >= 7)
+    assert service.steer("pause", job).state == JobState.PAUSING
+    job = await service.until(job, lambda row: row.state is JobState.PAUSED)
+    assert 0 < job.step < 60
+    assert service.store.held() == []
+    service.steer("resume", job)
+    job = await service.until(job, ended)
+    assert [expected_result(60)] == result(service, job)
+    steps = [e.payload["step"] for e in service.events(job) if e.kind == "progress"]
+    assert list(range(1, 61)) == steps
+
+
+async def test_cancel_ends_a_running_job(service: ToyService) -> None:
+    """The worker lets go by itself, and the job is CANCELLED with no artifact."""
+    job = service.submit(steps=10_000, step_s=0.01)
+    await service.until(job, lambda row: row.state is JobState.RUNNING)
+    assert service.steer("cancel", job).state == JobState.CANCELLING
+    job = await service.until(job, ended)
+    assert (job.state, job.artifact) == (JobState.CANCELLED, "")
+
+
+async def test_cancel_while_pausing_wins(service: ToyService) -> None:
+    """The newest wish counts, also when the worker has seen the older one."""
+    job = service.submit(steps=10_000, step_s=0.2)
+    await service.until(job, lambda row: row.state is JobState.RUNNING)
+    service.steer("pause", job)
+    service.steer("cancel", job)
+    assert (await service.until(job, ended)).state == JobState.CANCELLED
+
+
+def test_a_waiting_job_is_paused_and_cancelled_at_once(service: ToyService) -> None:
+    """No worker holds it, so nobody has to be asked."""
+    job = service.submit(steps=5)
+    assert service.steer("pause", job).state == JobState.PAUSED
+    assert service.steer("resume", job).state == JobState.QUEUED
+    assert service.steer("cancel", job).state == JobState.CANCELLED
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "cancel"])
+def test_an_ended_job_refuses_to_be_steered(service: ToyService, verb: str) -> None:
+    """The error names the state and says that nothing is allowed from it."""
+    job = service.submit(steps=5)
+    service.steer("cancel", job)
+    before = service.store.get(job.name)
+    with pytest.raises(IllegalTransitionError, match="is CANCELLED and cannot become"):
+        service.steer(verb, job)
+    assert before == service.store.get(job.name)
+
+
+async def test_a_typed_failure_keeps_its_reason(service: ToyService) -> None:
+    """What the worker refuses is told with the contract's reason, and is not tried again."""
+    job = await service.until(service.submit(steps=5, refuse_at=2), ended)
+    assert (job.state, job.failure_reason, job.attempt) == (JobState.FAILED, "DATA_UNAVAILABLE", 1)
+    assert job.failure_message == "the toy data is gone"
+
+
+async def test_an_unexpected_failure_keeps_its_detail_in_the_log(service: ToyService) -> None:
+    """Exception text may hold paths and data: the job tells where, the worker's log tells what."""
+    job = await service.until(service.submit(steps=5, raise_at=2), ended)
+    assert (job.state, job.failure_reason) == (JobState.FAILED, "INTERNAL")
+    assert "secret" not in job.failure_message
+    assert "RuntimeError at toy_worker.py" in job.failure_message
+    assert "secret detail of a library" in service.log(job)
+
+
+async def test_losses_without_progress_spend_the_retry_budget(service: ToyService) -> None:
+    """A worker that dies before each new checkpoint is not started for ever."""
+    job = service.submit(steps=10_000, step_s=0.05, checkpoint_every=100_000)
+    for number in range(1, 5):
+        await service.until(job, lambda row, n=number: row.attempt == n and row.state is JobState.RUNNING)  # type: ignore[misc]
+        os.kill(pid(service.handle(job)), signal.SIGKILL)
+    job = await service.until(job, ended)
+    assert (job.state, job.failure_reason, job.attempt) == (JobState.FAILED, "RETRY_BUDGET_SPENT", 4)
+
+
+async def test_losses_with_progress_do_not_fail_a_job(service: ToyService) -> None:
+    """Any number of kills is survived while every attempt brings a new checkpoint."""
+    job = service.submit(steps=60, step_s=0.02, checkpoint_every=5)
+    for number in range(1, 6):
+        start = service.store.get(job.name).step
+        floor = start - start % 5
+        await service.until(job, lambda row, n=number, s=floor: row.attempt == n and row.step >= s + 6)  # type: ignore[misc]
+        os.kill(pid(service.handle(job)), signal.SIGKILL)
+    job = await service.until(job, ended)
+    assert job.state == JobState.SUCCEEDED
+    assert [expected_result(60)] == result(service, job)
+
+
+async def test_a_worker_that_was_given_up_changes_nothing(service: ToyService) -> None:
+    """Fencing: after its job was cut, a stopped worker that wakes up cannot write, checkpoint or end the job."""
+    job = service.submit(steps=10_000, step_s=0.01)
+    await service.until(job, lambda row: row.step >= 3)
+    [(row, attempt)] = service.store.held()
+    stale = service.store.attempt(row.name, attempt.number, attempt.fencing_token)
+    os.kill(pid(attempt.handle), signal.SIGSTOP)
+    service.store.cut(row, attempt, message="given up by the test", retries=3)
+    after = service.store.get(job.name)
+    for write in (
+        lambda: stale.append("progress", {"step": 99, "total_steps": 1, "metrics": {}}),
+        lambda: stale.move(JobState.VALIDATING),
+        lambda: stale.add_checkpoint(step=99, digest="sha256:0", size_bytes=1, folder="x"),
+        lambda: stale.register("1:1"),
+        lambda: stale.set_facts({"a": "b"}),
+        stale.heartbeat,
+    ):
+        with pytest.raises(FencedOutError):
+            write()
+    assert after == service.store.get(job.name)
+    os.kill(pid(attempt.handle), signal.SIGCONT)
+    service.steer("cancel", after)
+
+
+async def test_a_silent_worker_is_unobserved_and_not_failed(tmp_path: Path) -> None:
+    """Losing sight of a worker is a condition: the state stays, and sight comes back."""
+    service = ToyService(tmp_path, lost_after_s=0.5)
+    job = service.submit(steps=300, step_s=0.01)
+    await service.until(job, lambda row: row.step >= 3)
+    os.kill(pid(service.handle(job)), signal.SIGSTOP)
+    silent = await service.until(job, lambda row: not row.observed)
+    assert (silent.state, silent.attempt) == (JobState.RUNNING, 1)
+    os.kill(pid(service.handle(job)), signal.SIGCONT)
+    seen = await service.until(job, lambda row: row.observed)
+    assert seen.state != JobState.FAILED
+    assert (await service.until(job, ended)).state == JobState.SUCCEEDED
+    service.database.close()
+
+
+async def test_a_damaged_checkpoint_is_skipped_and_told(service: ToyService) -> None:
+    """A bit that flipped in the newest checkpoint costs its steps: the one before it is used."""
+    job = service.submit(steps=60, step_s=0.02, checkpoint_every=10)
+    await service.until(job, lambda row: row.step >= 27)
+    os.kill(pid(service.handle(job)), signal.SIGKILL)
+    newest = service.store.checkpoints(job.id)[0]
+    folder = service.settings.data_dir / "jobs" / job.name.removeprefix("jobs/") / "checkpoints" / newest.folder
+    state = folder / "state.json"
+    state.write_bytes(state.read_bytes().replace(b'"step": 2', b'"step": 3'))
+    job = await service.until(job, ended)
+    assert [expected_result(60)] == result(service, job)
+    notes = [e.payload for e in service.events(job) if e.payload.get("kind") == "checkpoint_skipped"]
+    assert [str(newest.step)] == [note["facts"]["step"] for note in notes]
+
+
+async def test_slots_bound_how_many_workers_run(tmp_path: Path) -> None:
+    """With two slots the third job waits, and the oldest goes first."""
+    service = ToyService(tmp_path, slots=2)
+    jobs = [service.submit(steps=30, step_s=0.02) for _ in range(3)]
+    service.scheduler.tick()
+    assert [service.store.get(job.name).state for job in jobs] == ["PREPARING", "PREPARING", "QUEUED"]
+    for job in jobs:
+        assert (await service.until(job, ended)).state == JobState.SUCCEEDED
+    service.database.close()
+
+
+def test_a_request_id_does_its_work_once(service: ToyService) -> None:
+    """The first answer is replayed; another payload under the same id is refused and writes nothing."""
+
+    def start(payload: bytes) -> bytes:
+        with service.database.write() as connection:
+            return once(
+                connection,
+                caller="test",
+                request_id="8f14e45f-ceea-467f-a8f1-1e7b1ab7a5d5",
+                method="Start",
+                payload=payload,
+                work=lambda: service.store.submit(connection, plan=payload, total_steps=1, caller="test").name.encode(),
+            )
+
+    first = start(b"plan")
+    assert first == start(b"plan")
+    with pytest.raises(RequestIdReusedError):
+        start(b"other plan")
+    assert [first.decode()] == [row.name for row in service.store.page(states=(), before_id=None, limit=10)]
+
+
+def test_an_unknown_job_is_told_by_name(service: ToyService) -> None:
+    """The error repeats what was asked for."""
+    with pytest.raises(JobNotFoundError, match="jobs/nowhere"):
+        service.store.get("jobs/nowhere")
+
+
+def test_a_failed_transaction_leaves_no_row(service: ToyService) -> None:
+    """Job, first event and request id are one transaction."""
+    with pytest.raises(RuntimeError), service.database.write() as connection:
+        service.store.submit(connection, plan=b"", total_steps=1, caller="test")
+        raise RuntimeError
+    with service.database.read() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(t.jobs)).scalar() == 0
+        assert connection.execute(sa.select(sa.func.count()).select_from(t.events)).scalar() == 0

@@ -1,0 +1,71 @@
+"""A job service over the toy worker: real database, real scheduler, real processes, no gRPC."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cognate_server.migrations
+from tests.support.toy_worker import ToySettings
+from training_common.engines.local import LocalEngine
+from training_common.jobs.scheduler import Scheduler
+from training_common.jobs.store import EventRow, JobRow, JobStore
+from training_common.store.database import Database
+
+
+class ToyService:
+    """Stands for a server: `restart` is what a kill -9 and a new start do to it."""
+
+    def __init__(self, folder: Path, **workers: Any) -> None:
+        self.folder = folder
+        self.settings_file = folder / "settings.toml"
+        options = {"heartbeat_interval_s": 0.1, **workers}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in options.items()]
+        text = f'data_dir = "{folder / "data"}"\n[workers]\n' + "\n".join(lines) + "\n"
+        self.settings_file.write_text(text)
+        self.settings = ToySettings.model_validate({"data_dir": folder / "data", "workers": options})
+        self._start()
+        self.database.upgrade(Path(cognate_server.migrations.__file__).parent)
+
+    def _start(self) -> None:
+        self.database = Database(self.settings.database_url)
+        self.store = JobStore(self.database)
+        self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=self.folder / "logs")
+        self.scheduler = Scheduler(self.store, self.engine, self.settings.workers, settings_file=self.settings_file)
+
+    def restart(self) -> None:
+        """Forget everything that is only in memory."""
+        self.database.close()
+        self._start()
+
+    def submit(self, **plan: Any) -> JobRow:
+        with self.database.write() as connection:
+            return self.store.submit(
+                connection, plan=json.dumps(plan).encode(), total_steps=plan["steps"], caller="test"
+            )
+
+    def steer(self, verb: str, job: JobRow) -> JobRow:
+        with self.database.write() as connection:
+            moved: JobRow = getattr(self.store, verb)(connection, job.name)
+            return moved
+
+    def events(self, job: JobRow) -> list[EventRow]:
+        return self.store.events_after(job.id, 0, 100_000)
+
+    def handle(self, job: JobRow) -> str:
+        """Return the registered handle of the job's current attempt, "" before."""
+        return next((attempt.handle for row, attempt in self.store.held() if row.id == job.id), "")
+
+    def log(self, job: JobRow) -> str:
+        return (self.folder / "logs" / f"{job.name.removeprefix('jobs/')}.log").read_text()
+
+    async def until(self, job: JobRow, condition: Callable[[JobRow], bool], timeout_s: float = 60) -> JobRow:
+        """Let the scheduler work until the job fulfils the condition."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                self.scheduler.tick()
+                now = self.store.get(job.name)
+                if condition(now):
+                    return now
+                await asyncio.sleep(0.02)

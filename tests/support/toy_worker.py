@@ -1,0 +1,69 @@
+"""A real worker process with a toy job: it hashes instead of training, so that job tests need no torch.
+
+The plan is JSON: steps, step_s, checkpoint_every, and what to do wrong. The result depends on every step, so a
+resumed run ends with the same result only when nothing was lost or done twice.
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from cognateforge.exceptions import DataUnavailableError
+from training_common.attempt import AttemptStopped, StopKind
+from training_common.jobs.states import JobState
+from training_common.settings import ServiceSettings, load
+from training_common.worker import WorkerContext, run
+
+
+class ToySettings(ServiceSettings):
+    address: str = "127.0.0.1:0"
+    data_dir: Path = Path("var/toy")
+
+
+def load_settings(file: Path | None) -> ToySettings:
+    return load(ToySettings, file=file, prefix="TOY_SERVER_")
+
+
+def work(context: WorkerContext[ToySettings]) -> None:
+    attempt = context.attempt
+    plan = json.loads(attempt.store.job.plan)
+    step, value = 0, b""
+    checkpoint = attempt.latest_checkpoint()
+    if checkpoint is not None:
+        saved = json.loads((checkpoint.path / "state.json").read_text())
+        step, value = saved["step"], bytes.fromhex(saved["value"])
+    attempt.move(JobState.RUNNING)
+
+    def write(folder: Path) -> None:
+        (folder / "state.json").write_text(json.dumps({"step": step, "value": value.hex()}))
+
+    while step < plan["steps"]:
+        stop = attempt.stop_requested()
+        if stop is not None:
+            if stop is StopKind.PAUSE:
+                attempt.save_checkpoint(step=step, write=write)
+            raise AttemptStopped(stop)
+        if step == plan.get("raise_at"):
+            raise RuntimeError("secret detail of a library")
+        if step == plan.get("refuse_at"):
+            raise DataUnavailableError("the toy data is gone")
+        time.sleep(plan.get("step_s", 0.0))
+        step, value = step + 1, hashlib.sha256(value + bytes([step % 256])).digest()
+        attempt.progress(step=step, total_steps=plan["steps"], metrics={"loss": 1 / step})
+        if step % plan.get("checkpoint_every", 10) == 0:
+            attempt.save_checkpoint(step=step, write=write)
+    attempt.move(JobState.VALIDATING)
+    attempt.event("result", {"message": value.hex()})
+    attempt.move(JobState.SUCCEEDED)
+
+
+def expected_result(steps: int) -> str:
+    value = b""
+    for step in range(steps):
+        value = hashlib.sha256(value + bytes([step % 256])).digest()
+    return value.hex()
+
+
+if __name__ == "__main__":
+    run(load_settings, work)
