@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.data.classification import AgentDataProcessor, ClassificationSource
 from cognateforge.agent.v1 import training_pb2 as pb
-from cognateforge.exceptions import DataUnavailableError, FieldViolation, NotImplementedByServerError
+from cognateforge.exceptions import NotImplementedByServerError
 from training_common.settings import DataSettings
 
 DEFAULT_BATCH_SIZE = 32
@@ -40,21 +39,15 @@ def require_feasible(plan: pb.TrainingPlan, factory: AgentArchitectureFactory, d
         raise NotImplementedByServerError(
             f"plan.{task}: architecture {plan.architecture} does not serve this task yet; it serves {served}"
         )
-    source = plan.classification.WhichOneof("source")
-    if source == "file":
-        data_file(plan.classification.file, data)
+    AgentDataProcessor(folder=data.folder).require_available(classification_source(plan.classification))
 
 
-def data_file(source: pb.FileSource, data: DataSettings) -> Path:
-    """Return a plan's file below the data folder. Errors: DataUnavailableError."""
-    field = "plan.classification.file.path"
-    if data.folder is None:
-        problem = "this server has no data folder: set data.folder, or use plan.classification.generated"
-    else:
-        root = data.folder.resolve()
-        path = (root / source.path).resolve()
-        # The contract forbids "..", but a link in the folder could still lead out of it.
-        if path.is_relative_to(root) and path.is_file():
-            return path
-        problem = f"{source.path} is no file in this server's data folder"
-    raise DataUnavailableError(f"{field}: {problem}", violations=[FieldViolation(field=field, description=problem)])
+def classification_source(task: pb.ClassificationTask) -> ClassificationSource:
+    """Return a task's rows as the data pipeline names them."""
+    return ClassificationSource(
+        path=task.file.path if task.WhichOneof("source") == "file" else None,
+        generator_seed=task.generated.seed,
+        include_out_of_scope=task.include_out_of_scope,
+        max_rows_per_label=task.max_rows_per_label,
+        domains=tuple(task.domains),
+    )

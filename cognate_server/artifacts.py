@@ -1,19 +1,15 @@
-"""Publishing a foundation model: files under their digests, one manifest, one transaction with the job's end."""
+"""Foundation models as artifacts: what a manifest tells of one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cognate_server.models import FAMILY
+from training_common.artifacts.publish import publish_and_succeed
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
-from training_common.digests import code_digest
-from training_common.jobs.states import JobState
-from training_common.jobs.store import append_event
-from training_common.store.database import now_us
 from training_common.worker import WorkerAttempt
 
 
@@ -43,42 +39,21 @@ class CognateArtifactManager:
         self._registry = registry
 
     def publish(self, model: TrainedModel, attempt: WorkerAttempt) -> ArtifactRow:
-        """Publish a model and end its job as SUCCEEDED, both or neither.
-
-        Errors: FencedOutError, AttemptStopped, when the job was taken away or cancelled meanwhile; OSError.
-        """
-        names = sorted(path.name for path in model.folder.iterdir() if path.is_file())
-        files = [self._registry.blobs.put(model.folder / name, name) for name in names]
-        body = {
-            "kind": "foundation",
-            "create_us": now_us(),
-            "architecture": dict(model.architecture),
-            "tokenizer_digest": model.tokenizer_digest,
-            "data": model.sources,
-            "checks": model.checks,
-            "training": dict(model.training),
-            "grokfast": dict(model.grokfast),
-            "code": {
-                "version": version("cognateforge"),
-                "digest": code_digest("cognate_server", "training_common"),
+        """Publish a model and end its job as SUCCEEDED, both or neither. Errors: as `publish_and_succeed`."""
+        return publish_and_succeed(
+            self._registry,
+            attempt,
+            folder=model.folder,
+            family=FAMILY,
+            state=model.state,
+            body={
+                "kind": "foundation",
+                "architecture": dict(model.architecture),
+                "tokenizer_digest": model.tokenizer_digest,
+                "data": model.sources,
+                "checks": model.checks,
+                "training": dict(model.training),
+                "grokfast": dict(model.grokfast),
             },
-        }
-        store = attempt.store
-        with attempt.moving(), self._registry.database.write() as connection:
-            row = self._registry.publish(
-                connection,
-                family=FAMILY,
-                state=model.state,
-                job=store.job.name,
-                files=files,
-                body=lambda _: body,
-            )
-            append_event(
-                connection,
-                store.job.id,
-                "artifact_published",
-                {"name": row.name, "digest": row.digest},
-                only_token=store.attempt.fencing_token,
-            )
-            store.move_in(connection, JobState.SUCCEEDED, message=f"published {row.name}", artifact=row.name)
-        return row
+            code=("cognate_server", "training_common"),
+        )

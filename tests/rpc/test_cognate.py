@@ -245,9 +245,7 @@ def publish(folder: Path, *, state: str = "READY", payload: bytes = b"weights" *
     }
     file = registry.blobs.put(source, "model.safetensors")
     with database.write() as connection:
-        row = registry.publish(
-            connection, family="cognate-25m", state=state, job="jobs/x", files=[file], body=lambda _: body
-        )
+        row = registry.publish(connection, family="cognate-25m", state=state, job="jobs/x", files=[file], body=body)
     database.close()
     return row
 

@@ -6,7 +6,7 @@ A manifest is canonical JSON; its sha256 is the version's identity. It names eve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -77,20 +77,19 @@ class ArtifactRegistry:
         state: str,
         job: str,
         files: Sequence[StoredFile],
-        body: Callable[[str], dict[str, Any]],
+        body: Mapping[str, Any],
     ) -> ArtifactRow:
         """Give the next version number to files that are stored, in the caller's transaction.
 
-        `body` makes the manifest's own part for the name it is given. Row, outbox entry and whatever else the caller
-        writes are one transaction. A crash between manifest and commit leaves a manifest that no row names: its number
-        is passed over from then on.
+        `body` is the manifest's own part. Row, outbox entry and whatever else the caller writes are one transaction. A
+        crash between manifest and commit leaves a manifest that no row names: its number is passed over from then on.
         """
         newest = connection.execute(sa.select(sa.func.max(t.artifacts.c.version)).filter_by(family=family)).scalar()
         version = (newest or 0) + 1
         listed = [{"path": f.path, "size_bytes": f.size_bytes, "digest": f.digest} for f in files]
         while True:
             name = f"{family}@{version}"
-            manifest = canonical_json({**body(name), "schema": SCHEMA, "name": name, "state": state, "files": listed})
+            manifest = canonical_json({**body, "schema": SCHEMA, "name": name, "state": state, "files": listed})
             try:
                 self.blobs.put_manifest(family, version, manifest)
                 break

@@ -1,0 +1,106 @@
+"""The agent worker: data, the foundation across the exchange, fine-tuning, publication.
+
+python -m agent_server.worker --settings FILE --job jobs/... --attempt N --token N
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import torch
+
+from agent_server import foundation
+from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.artifacts import AgentArtifactManager
+from agent_server.data.classification import AgentDataProcessor
+from agent_server.plan import classification_source
+from agent_server.settings import AgentSettings, CognateEndpoint, load_settings
+from agent_server.train_config import from_plan
+from agent_server.trainer import train_agent
+from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.client import CognateClient, ConsulDiscovery, StaticDiscovery
+from cognateforge.exceptions import UnavailableError
+from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.registry import ArtifactRegistry
+from training_common.attempt import AttemptStopped
+from training_common.jobs.states import JobState
+from training_common.worker import WorkerContext, run
+
+# Long enough that a Cognate that restarts is not pressed, short enough that its return is seen at once.
+_RETRY_S = 1.0
+
+
+def work(context: WorkerContext[AgentSettings]) -> None:
+    """Take one job from its plan to a published agent."""
+    settings, attempt = context.settings, context.attempt
+    torch.set_num_threads(settings.workers.threads or os.cpu_count() or 1)
+    plan = pb.TrainingPlan.FromString(attempt.store.job.plan)
+    data = AgentDataProcessor(folder=settings.data.folder).process(classification_source(plan.classification))
+    attempt.event(
+        "data_ready",
+        {
+            "message": f"{data.name} ({data.manifest.kind}): {len(data.train)} rows to train on, {len(data.test)} to "
+            f"test on, {len(data.labels)} labels",
+            "dataset": data.name,
+            "kind": data.manifest.kind,
+            "rows_read": data.report.rows_read,
+            "rows_refused": data.report.rows_refused,
+            "digest": data.manifest.digest,
+        },
+    )
+    base = _fetch(context, plan)
+    attempt.store.set_facts({"foundation": base.name, "foundation_digest": base.digest})
+    attempt.event(
+        "foundation_ready",
+        {"message": f"{base.name} fetched and verified", "foundation": base.name, "digest": base.digest},
+    )
+    attempt.move(JobState.RUNNING)
+    config = from_plan(plan, foundation=base.name, foundation_digest=base.digest)
+    result = train_agent(config, base.path, data, attempt)
+    manifest = json.dumps(data.manifest.to_json(), indent=1) + "\n"
+    (result.folder / "data.json").write_text(manifest, encoding="utf-8")
+    registry = ArtifactRegistry(context.database, BlobStore(settings.data_dir / "artifacts"))
+    AgentArtifactManager(registry).publish(result, plan=plan, foundation=base, data=data.manifest, attempt=attempt)
+
+
+def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foundation.Foundation:
+    """Fetch the plan's foundation; while Cognate cannot be reached, wait for it and say so.
+
+    A later attempt takes the version that the first one resolved, so that a job has one foundation.
+    """
+    attempt, endpoint = context.attempt, context.settings.cognate
+    architecture = AgentArchitectureFactory().get(plan.architecture)
+    name = attempt.store.job.facts.get("foundation") or plan.foundation.name
+    give_up = time.monotonic() + endpoint.give_up_after_s
+    told = False
+    with CognateClient(_discovery(endpoint)) as client:
+        while True:
+            try:
+                return foundation.fetch(
+                    client,
+                    name,
+                    accept_experimental=plan.foundation.accept_experimental,
+                    required=architecture.required_architecture,
+                    cache_dir=context.settings.data_dir / "foundations",
+                )
+            except UnavailableError as error:
+                if time.monotonic() > give_up:
+                    raise
+                if not told:
+                    message = f"Cognate is away, waiting up to {endpoint.give_up_after_s:g} s: {error.message}"
+                    attempt.event("waiting_for_cognate", {"message": message})
+                    told = True
+            stop = attempt.stop_requested()
+            if stop is not None:
+                raise AttemptStopped(stop)
+            time.sleep(_RETRY_S)
+
+
+def _discovery(endpoint: CognateEndpoint) -> ConsulDiscovery | StaticDiscovery:
+    return ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else StaticDiscovery(endpoint.address)
+
+
+if __name__ == "__main__":
+    run(load_settings, work)
