@@ -6,7 +6,15 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from cognateforge.client.retry import RETRY_POLICY
 from tests.client.fakes import Driver, Fake, driver
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries as often as always, with shorter pauses."""
+    monkeypatch.setitem(RETRY_POLICY, "initialBackoff", "0.01s")
+    monkeypatch.setitem(RETRY_POLICY, "maxBackoff", "0.02s")
 
 
 @pytest.fixture

@@ -102,6 +102,8 @@ class History:
     how: grpc.StatusCode | None = grpc.StatusCode.UNAVAILABLE
     # Events before after_sequence that a careless server sends again.
     overlap: int = 0
+    # While it is set to an Event, a stream that sent every event waits for it.
+    pause_before_end: threading.Event | None = None
 
     def frames(self, after: int, context: grpc.ServicerContext) -> Iterator[job_pb2.WatchFrame]:
         """Yield what one stream sends."""
@@ -114,6 +116,8 @@ class History:
                 fail(context, self.how)
             yield job_pb2.WatchFrame(event=event)
         yield job_pb2.WatchFrame(heartbeat=job_pb2.Heartbeat(last_sequence=len(self.events)))
+        if self.pause_before_end is not None:
+            self.pause_before_end.wait(10)
         end = job_pb2.End()
         end.CopyFrom(self.end)
         end.last_sequence = len(self.events)
@@ -411,6 +415,7 @@ class Fake:
         self.agent.name = "intent-router@3"
         self.pretraining = FakePretraining(self.script, self.history)
         self.port = 0
+        self.unix_path: Path | None = None
         self.start()
 
     @property
@@ -428,6 +433,8 @@ class Fake:
         agent_pb2_grpc.add_AgentServiceServicer_to_server(FakeAgents(self.script, self.agent), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(FakeHealth(self.script), self.server)
         self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        if self.unix_path is not None:
+            self.server.add_insecure_port(f"unix:{self.unix_path}")
         self.server.start()
 
     def stop(self) -> None:

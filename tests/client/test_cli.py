@@ -1,0 +1,306 @@
+"""The forge command against a real server: results on stdout, everything else on stderr, exit codes for scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from typer.testing import CliRunner, Result
+
+from cognateforge import exceptions
+from cognateforge.cli.app import app
+from cognateforge.cli.exits import MEANING, Exit, exit_for
+from cognateforge.job.v1 import job_pb2
+from tests.client.fakes import AGENT_JOB, JOB, Fake, progress_events
+
+
+class Forge:
+    """Runs commands against the fake server."""
+
+    def __init__(self, address: str) -> None:
+        self._env = {"FORGE_COGNATE": address, "FORGE_AGENT": address}
+
+    def __call__(self, *args: str) -> Result:
+        return CliRunner().invoke(app, list(args), env=self._env, catch_exceptions=False)
+
+    def json(self, *args: str) -> list[dict[str, Any]]:
+        """Run with --json and return its lines."""
+        result = self(*args, "--json")
+        assert result.exit_code == 0, result.stderr
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture
+def forge(fake: Fake) -> Forge:
+    """The command line, pointed at the fake server."""
+    return Forge(fake.address)
+
+
+def test_every_exit_code_is_in_the_help() -> None:
+    """One table in code, and the same one in `forge --help`."""
+    text = CliRunner().invoke(app, ["--help"]).stdout
+    assert set(Exit) == set(MEANING)
+    for code in Exit:
+        assert re.search(rf"^\s*{code.value}  ", text, re.MULTILINE), code
+
+
+def test_every_error_has_an_exit_code() -> None:
+    """No error of the tree but a fault inside the server is reported as one."""
+    codes = {name: exit_for(cls("x")) for name, cls in exceptions.BY_REASON.items()}
+    assert [name for name, code in codes.items() if code is Exit.INTERNAL] == ["INTERNAL"]
+    assert exit_for(exceptions.LocalStorageError("x")) is Exit.LOCAL
+
+
+def test_pretrain_submits_the_plan(forge: Forge, fake: Fake) -> None:
+    """Each option is a field of the plan; stdout is the job's name."""
+    result = forge(
+        *("pretrain", "--steps", "30", "--seed", "7", "--batch-size", "2", "--sequence-length", "64", "--lr", "0.001"),
+        *("--warmup-steps", "3", "--checkpoint-interval", "10", "--progress-interval", "5"),
+        *("--dataset", "forge-arithmetic:2", "--dataset", "hotpotqa"),
+        *("--request-id", "00000000-0000-4000-8000-00000000000a"),
+    )
+    assert (result.exit_code, result.stdout) == (0, f"{JOB}\n")
+    request = fake.script.calls[-1].request
+    assert request.request_id == "00000000-0000-4000-8000-00000000000a"
+    plan = request.plan
+    assert (plan.total_steps, plan.seed, plan.batch_size, plan.sequence_length) == (30, 7, 2, 64)
+    assert (plan.peak_learning_rate, plan.warmup_steps) == (0.001, 3)
+    assert (plan.checkpoint_interval_steps, plan.progress_interval_steps) == (10, 5)
+    assert [(share.dataset, share.weight) for share in plan.datasets] == [(3, 2.0), (2, 1.0)]
+
+
+def test_pretrain_refuses_an_unknown_set(forge: Forge, fake: Fake) -> None:
+    """Usage errors never reach the server."""
+    result = forge("pretrain", "--steps", "1", "--dataset", "wikipedia")
+    assert result.exit_code == 2
+    assert fake.script.calls == []
+
+
+def test_pretrain_watch_ends_with_the_result(forge: Forge) -> None:
+    """Progress on stderr, the outcome on stdout."""
+    result = forge("pretrain", "--steps", "20", "--watch")
+    assert (result.exit_code, result.stdout) == (0, f"{JOB} SUCCEEDED cognate-25m@7\n")
+    assert re.search(r"step \d+/20 loss [\d.]+ ponder 2.5", result.stderr)
+
+
+def test_a_live_bar_can_be_forced(forge: Forge) -> None:
+    """--progress draws on stderr even where that is no terminal, and leaves stdout alone."""
+    result = forge("watch", JOB, "--progress")
+    assert (result.exit_code, result.stdout) == (0, f"{JOB} SUCCEEDED cognate-25m@7\n")
+    assert "20/20" in result.stderr.replace(" ", "") or "19/20" in result.stderr
+
+
+def test_train_submits_the_plan(forge: Forge, fake: Fake) -> None:
+    """Base, task, adaptation and optimizer end in their oneofs."""
+    common = ("train", "--agent", "router", "--foundation", "cognate-25m@7", "--steps", "9")
+    result = forge(
+        *common,
+        *("--data", "agent/clinc.jsonl", "--adaptation", "lora", "--lora-rank", "4", "--optimizer", "sgd"),
+        *("--momentum", "0.9", "--lr", "0.01", "--schedule", "linear", "--batch-size", "8", "--accept-experimental"),
+        *("--domain", "banking", "--include-out-of-scope"),
+    )
+    assert (result.exit_code, result.stdout) == (0, f"{AGENT_JOB}\n")
+    plan = fake.script.calls[-1].request.plan
+    assert (plan.agent, plan.architecture, plan.total_steps, plan.batch_size) == ("router", "cognate", 9, 8)
+    assert (plan.foundation.name, plan.foundation.accept_experimental) == ("cognate-25m@7", True)
+    assert plan.classification.file.path == "agent/clinc.jsonl"
+    assert (list(plan.classification.domains), plan.classification.include_out_of_scope) == (["banking"], True)
+    assert (plan.adaptation.lora.rank, plan.optimization.sgd.momentum) == (4, 0.9)
+    assert (plan.optimization.peak_learning_rate, plan.optimization.schedule) == (0.01, 2)
+
+    assert forge(*common, "--data", "generated", "--adaptation", "full", "--optimizer", "adam").exit_code == 0
+    plan = fake.script.calls[-1].request.plan
+    assert plan.classification.WhichOneof("source") == "generated"
+    assert plan.adaptation.WhichOneof("method") == "full"
+    assert plan.optimization.WhichOneof("optimizer") == "adam"
+
+    assert forge(*common, "--data", "d.jsonl", "--task", "dialogue").exit_code == 0
+    assert fake.script.calls[-1].request.plan.dialogue.file.path == "d.jsonl"
+    assert forge(*common, "--data", "generated", "--task", "dialogue").exit_code == 2
+
+
+def test_watch_as_json_is_one_object_a_line(forge: Forge) -> None:
+    """Every event in order, numbers as numbers, then the end."""
+    *events, end = forge.json("watch", JOB, "--service", "cognate")
+    assert [frame["event"]["sequence"] for frame in events] == list(range(1, 21))
+    assert events[0]["event"]["state_change"] == {"from": "UNSPECIFIED", "to": "RUNNING", "message": ""}
+    assert events[1]["event"]["progress"]["metrics"][1] == {
+        "name": "ponder_steps",
+        "unit": "1",
+        "value": 2.5,
+        "bins": [],
+    }
+    assert end == {"end": {"state": "SUCCEEDED", "last_sequence": 20}}
+
+
+def test_watch_survives_broken_streams(forge: Forge, fake: Fake) -> None:
+    """What the library promises, the command keeps."""
+    fake.history.cuts = deque([3, 4, 5])
+    events = forge.json("watch", JOB, "--service", "cognate", "--after-sequence", "2")[:-1]
+    assert [frame["event"]["sequence"] for frame in events] == list(range(3, 21))
+
+
+@pytest.mark.parametrize("state", [job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED])
+def test_a_job_without_success_is_exit_code_1(forge: Forge, fake: Fake, state: job_pb2.JobState.ValueType) -> None:
+    """Failure's reason and message are told."""
+    failure = job_pb2.Failure(reason="TRAINING_DIVERGED", message="loss is nan at step 12")
+    fake.history.events = progress_events(5)[:-1]
+    fake.history.end = job_pb2.End(state=state, failure=failure)
+    result = forge("watch", JOB)
+    assert result.exit_code == 1
+    assert "error: TRAINING_DIVERGED: loss is nan at step 12" in result.stderr
+
+
+def test_jobs_lists_both_services(forge: Forge) -> None:
+    """Newest first, over pages, with the service beside each job."""
+    rows = forge.json("jobs")
+    assert [(row["service"], row["job"]["name"]) for row in rows] == [
+        ("cognate", JOB),
+        ("cognate", JOB),
+        ("agent", AGENT_JOB),
+    ]
+    assert [row["service"] for row in forge.json("jobs", "agent")] == ["agent"]
+    text = forge("jobs", "--limit", "1").stdout
+    assert JOB in text
+    assert "RUNNING" in text
+    assert "2/20" in text
+    assert forge("jobs", "--state", "asleep").exit_code == 2
+
+
+def test_a_job_is_found_in_either_service(forge: Forge) -> None:
+    """By its full name or its UUID; --service asks only one."""
+    assert forge.json("job", JOB)[0]["service"] == "cognate"
+    assert forge.json("job", AGENT_JOB.removeprefix("jobs/"))[0]["service"] == "agent"
+    assert forge("job", AGENT_JOB, "--service", "cognate").exit_code == 3
+    assert "state: RUNNING" in forge("job", JOB).stdout
+
+
+def test_steering_a_job(forge: Forge, fake: Fake) -> None:
+    """Each command has its own request id; an illegal transition is a precondition."""
+    assert "PAUSING" in forge("pause", JOB).stderr
+    assert forge.json("cancel", JOB)[0]["job"]["state"] == "CANCELLING"
+    ids = [call.request.request_id for call in fake.script.calls if call.method in {"PauseJob", "CancelJob"}]
+    assert len(set(ids)) == 2
+    result = forge("resume", JOB)
+    assert result.exit_code == 5
+    assert result.stderr.startswith("error: job is RUNNING; PAUSED jobs can be resumed\n")
+
+
+def test_checkpoints_metrics_and_architectures(forge: Forge) -> None:
+    """Lists as tables or lines."""
+    assert forge.json("checkpoints", JOB)[0]["step"] == 10
+    assert forge.json("metrics", JOB) == [{"name": "loss", "unit": "nats/token", "steps": [1, 2], "values": [4.0, 3.5]}]
+    assert "3.5" in forge("metrics", JOB).stdout
+    assert forge.json("architectures")[0]["tasks"] == ["classification"]
+    assert "yes" in forge("checkpoints", JOB).stdout
+
+
+def test_models_agents_and_aliases(forge: Forge, fake: Fake) -> None:
+    """The registries of both services."""
+    assert forge.json("models")[0]["state"] == "EXPERIMENTAL"
+    assert forge.json("model", "cognate-25m")[0]["name"] == "cognate-25m@7"
+    assert forge.json("agents")[0]["aliases"] == ["production"]
+    assert forge.json("agent", "intent-router@production")[0]["name"] == "intent-router@3"
+    assert "production is intent-router@3" in forge("alias", "intent-router@3", "production").stderr
+    assert fake.script.calls[-1].request.alias == "production"
+    assert forge("model", "gpt").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "landed"), [("cognate-25m@7", "cognate-25m@7"), ("intent-router@production", "intent-router@3")]
+)
+def test_fetch_brings_models_and_agents(forge: Forge, tmp_path: Path, name: str, landed: str) -> None:
+    """By name alone; a second time nothing is transferred."""
+    [got] = forge.json("fetch", name, "--out", str(tmp_path / "x"))
+    assert (got["name"], got["path"], got["bytes_received"]) == (landed, str(tmp_path / "x"), got["size_bytes"])
+    [again] = forge.json("fetch", name, "--out", str(tmp_path / "x"))
+    assert again["bytes_received"] == 0
+    assert forge("fetch", name, "--out", str(tmp_path / "x")).stdout == f"{tmp_path / 'x'}\n"
+
+
+def test_fetch_of_a_damaged_model_is_exit_code_8(forge: Forge, fake: Fake, tmp_path: Path) -> None:
+    """Corruption has a code of its own."""
+    fake.model.tamper = lambda payload: bytes(len(payload))
+    assert forge("fetch", "cognate-25m", "--out", str(tmp_path / "x"), "--progress").exit_code == 8
+
+
+def test_status_shows_both_services(forge: Forge) -> None:
+    """Health, version, capabilities, breaker."""
+    cognate, agent = forge.json("status")
+    assert cognate["health"] == agent["health"] == "SERVING"
+    assert (cognate["version"], cognate["capabilities"], cognate["breaker"]) == ("9.9", ["generated-data"], "closed")
+
+
+def test_a_service_that_is_away_is_exit_code_4(fake: Fake) -> None:
+    """And what can be told is told."""
+    address = fake.address
+    fake.stop()
+    result = Forge(address)("status", "--json")
+    assert result.exit_code == 4
+    assert [json.loads(line)["health"] for line in result.stdout.splitlines()] == ["UNREACHABLE"] * 2
+    assert Forge(address)("jobs").exit_code == 4
+    assert Forge(address)("job", JOB).exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (exceptions.InvalidFieldError("plan breaks a rule"), 2),
+        (exceptions.ArchitectureNotFoundError(), 5),
+        (exceptions.RoleMissingError(), 7),
+        (exceptions.RequestIdReusedError(), 9),
+        (exceptions.ResourceExhaustedError(), 10),
+        (exceptions.NotImplementedByServerError(), 11),
+        (grpc.StatusCode.UNKNOWN, 12),
+    ],
+)
+def test_errors_are_told_without_a_traceback(
+    forge: Forge, fake: Fake, failure: exceptions.ForgeError | grpc.StatusCode, code: int
+) -> None:
+    """One line, the violations, the request id."""
+    if isinstance(failure, exceptions.ForgeError):
+        failure.violations = (exceptions.FieldViolation(field="plan.steps", description="must be positive"),)
+    fake.script.always = failure
+    result = forge("pretrain", "--steps", "1")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    if isinstance(failure, exceptions.ForgeError):
+        assert "\n  plan.steps: must be positive\n" in result.stderr
+        assert "request id: request-7" in result.stderr
+
+
+def test_a_deadline_is_exit_code_6(forge: Forge, fake: Fake) -> None:
+    """--timeout bounds each call."""
+    fake.script.gate = threading.Event()
+    assert forge("model", "cognate-25m", "--timeout", "0.1").exit_code == 6
+
+
+def test_plaintext_to_another_machine_is_refused() -> None:
+    """Exit code 13, and the remedy."""
+    result = Forge("10.0.0.1:7101")("models")
+    assert result.exit_code == 13
+    assert "give TLS credentials" in result.stderr
+
+
+def test_ctrl_c_leaves_the_job_alone(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 130, and how to watch again."""
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cognateforge.cli.follow.told", interrupted)
+    result = forge("watch", JOB)
+    assert result.exit_code == 130
+    assert f"forge watch {JOB}" in result.stderr
+
+
+def test_version(forge: Forge) -> None:
+    """The distribution's."""
+    assert forge.json("version") == [{"version": forge("version").stdout.strip()}]
