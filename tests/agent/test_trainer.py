@@ -80,7 +80,7 @@ def test_a_trained_agent_beats_the_best_constant_answer(
 
 
 def test_forge_intents_are_learnt_beyond_the_majority(tmp_path: Path) -> None:
-    """On the project's own set, whose test wordings are new, a tiny random foundation beats the best constant answer."""
+    """On the project's own set, with new wordings in its test, a tiny random foundation beats a constant answer."""
     data = AgentDataProcessor().process(ClassificationSource(generator_seed=1))
     foundation = write_foundation(tmp_path / "foundation", [text for text, _ in data.train])
     config = dataclasses.replace(CONFIG, total_steps=80, batch_size=32, evaluation_rows=0)
