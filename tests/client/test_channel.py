@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from cognateforge import exceptions
 from cognateforge.client import AsyncCognateClient, CognateClient, ConsulDiscovery, StaticDiscovery
 from cognateforge.client.channel import is_local, target_of
-from tests.client.fakes import Fake, driver
+from tests.client.fakes import Fake, driver, until
 
 
 @pytest.mark.parametrize(
@@ -168,14 +167,6 @@ def consul() -> Iterator[ConsulDouble]:
 def discovery(consul: ConsulDouble, **kwargs: Any) -> ConsulDiscovery:
     """Return a discovery with short waits."""
     return ConsulDiscovery("cognate", host="127.0.0.1", port=consul.port, retry_s=0.02, wait_s=0.5, **kwargs)
-
-
-async def until(condition: Any) -> None:
-    """Wait for something that another thread does."""
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 async def test_a_client_moves_with_its_service(kind: str, fake: Fake, consul: ConsulDouble) -> None:

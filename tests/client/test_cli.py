@@ -125,6 +125,13 @@ def test_train_submits_the_plan(forge: Forge, fake: Fake) -> None:
     assert forge(*common, "--data", "generated", "--task", "dialogue").exit_code == 2
 
 
+def test_pretrain_watch_as_json_starts_with_the_job(forge: Forge) -> None:
+    """The submitted job, then what `forge watch --json` prints."""
+    first, *frames = forge.json("pretrain", "--steps", "20", "--wait")
+    assert (first["service"], first["job"]["name"], first["plan"]["total_steps"]) == ("cognate", JOB, 20)
+    assert frames == forge.json("watch", JOB)
+
+
 def test_watch_as_json_is_one_object_a_line(forge: Forge) -> None:
     """Every event in order, numbers as numbers, then the end."""
     *events, end = forge.json("watch", JOB, "--service", "cognate")

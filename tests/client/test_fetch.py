@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -15,8 +16,8 @@ import pytest
 
 from cognateforge import exceptions
 from cognateforge.client import CognateClient, FetchedArtifact
-from cognateforge.client.fetch import Landing
-from tests.client.fakes import Artifact, Driver, Fake
+from cognateforge.client.fetch import Landing, Wanted
+from tests.client.fakes import Artifact, CuttingProxy, Driver, Fake, driver, progress_events, until
 
 
 def names(folder: Path) -> list[str]:
@@ -238,6 +239,43 @@ def test_two_fetches_of_one_artifact_transfer_it_once(fake: Fake, tmp_path: Path
         thread.join(20)
     assert [0, 0, 0, len(fake.model.payload)] == sorted(one.bytes_received for one in got)
     assert_landed(got[0], fake.model)
+
+
+async def test_a_cancelled_fetch_lets_go_of_its_folder(fake: Fake, tmp_path: Path) -> None:
+    """While it waits for another fetch, or in the middle of its own: the next fetch is not held up."""
+    holder = Landing(Wanted(name=fake.model.name, digest=fake.model.digest), tmp_path / "model")
+    holder.open()
+    async with driver("aio", fake.address) as client:
+        waiting = asyncio.create_task(client.fetch(tmp_path / "model"))
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        holder.close()
+        fake.model.cuts = deque([8500, *[0] * 1000])
+        halfway = asyncio.create_task(client.fetch(tmp_path / "model"))
+        await until(lambda: fake.model.sent_bytes >= 8500)
+        halfway.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await halfway
+        fake.model.cuts.clear()
+        assert_landed(await client.fetch(tmp_path / "model"), fake.model)
+
+
+async def test_cut_connections_are_resumed(kind: str, fake: Fake, tmp_path: Path) -> None:
+    """Real TCP connections that are reset in the middle, for a fetch and for a watch."""
+    fake.model.files["model.safetensors"] = random.Random(3).randbytes(300_000)  # noqa: S311
+    fake.history.events = progress_events(400)
+    proxy = CuttingProxy(fake.port, after_bytes=[100_000, 3_000, 150_000, 2_000, 9_000, 12_000])
+    try:
+        async with driver(kind, proxy.address) as client:
+            assert_landed(await client.fetch(tmp_path / "model"), fake.model)
+            assert len(fake.model.payload) <= fake.model.sent_bytes
+            frames = await client.watch()
+            assert [frame.event.sequence for frame in frames[:-1]] == list(range(1, 401))
+        assert proxy.cut >= 3
+    finally:
+        proxy.close()
 
 
 async def test_a_full_disk_is_a_clear_error(

@@ -218,7 +218,7 @@ class AioSwappingChannel(grpc.aio.Channel):
         self._dial = dial
         self._addresses: Addresses = ()
         self._channel: grpc.aio.Channel | None = None
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], grpc.aio.Channel] = {}
 
     @property
     def addresses(self) -> Addresses:
@@ -232,13 +232,16 @@ class AioSwappingChannel(grpc.aio.Channel):
         old, self._channel, self._addresses = self._channel, self._dial(addresses), addresses
         if old is not None:
             task = asyncio.get_running_loop().create_task(old.close(CLOSE_GRACE_S))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._closing[task] = old
+            task.add_done_callback(self._closing.pop)
 
     async def close(self, grace: float | None = None) -> None:
-        for task in list(self._closing):
+        retired = dict(self._closing)
+        for task in retired:
             task.cancel()
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        await asyncio.gather(*retired, return_exceptions=True)
+        for channel in retired.values():
+            await channel.close()
         if self._channel is not None:
             await self._channel.close(grace)
 

@@ -149,4 +149,4 @@ def _address(node: dict[str, Any]) -> str:
 
 def discovery_for(where: str | Sequence[str] | Discovery) -> Discovery:
     """Return a Discovery for addresses, or the one that was given."""
-    return StaticDiscovery(where) if isinstance(where, (str, list, tuple)) else where  # type: ignore[return-value]
+    return StaticDiscovery(where) if isinstance(where, (str, Sequence)) else where

@@ -21,18 +21,28 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
 from cognateforge.agent.v1 import agent_pb2
 from cognateforge.artifact.v1 import artifact_pb2
+from cognateforge.client.deadline import remaining_budget_s
 from cognateforge.client.manifest import MANIFEST_NAME, Manifest, ManifestFile, parse_manifest
 from cognateforge.client.patience import BREAKS, STREAM_LIFE_S, Patience
-from cognateforge.exceptions import ArtifactCorruptError, ForgeError, LocalStorageError, UnavailableError
+from cognateforge.exceptions import (
+    ArtifactCorruptError,
+    DeadlineExceededError,
+    ForgeError,
+    LocalStorageError,
+    UnavailableError,
+)
 from cognateforge.exchange.v1 import model_pb2
 
 OnProgress = Callable[[int, int], None]
 
 # As much as a chunk of the contract: what is read at once when files on disk are hashed again.
 READ_BYTES = 1 << 20
+# How often a fetch asks whether another one of the same artifact has finished.
+LOCK_POLL_S = 0.05
 
 ResponseT_co = TypeVar("ResponseT_co", covariant=True)
 ResponseT = TypeVar("ResponseT")
+StepT = TypeVar("StepT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +109,7 @@ class Landing:
         self._file: BinaryIO | None = None
         self._hash = hashlib.sha256()
         self._lock: int | None = None
+        self._given_up = False
 
     def open(self) -> FetchedArtifact | None:
         """Take the folder with what an earlier fetch left in it, or return the artifact where nothing is left to do.
@@ -197,6 +208,10 @@ class Landing:
         self._drop_file()
         shutil.rmtree(self.partial, ignore_errors=True)
 
+    def give_up(self) -> None:
+        """Stop waiting for another fetch. Thread-safe."""
+        self._given_up = True
+
     def close(self) -> None:
         """Let go of the folder. What arrived stays for the next fetch."""
         self._drop_file()
@@ -210,13 +225,27 @@ class Landing:
         while self._lock is None:
             self.partial.mkdir(exist_ok=True)
             lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._wait_for(lock)
+            except BaseException:
+                os.close(lock)
+                raise
             # Whoever held it before may have renamed or removed it meanwhile.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), os.stat(self.partial)):
                     self._lock = lock
             if self._lock is None:
                 os.close(lock)
+
+    def _wait_for(self, lock: int) -> None:
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                left_s = remaining_budget_s()
+                if self._given_up or (left_s is not None and left_s <= 0):
+                    raise DeadlineExceededError(f"another fetch of {self.wanted.name} is still busy") from None
+            time.sleep(LOCK_POLL_S)
 
     def _resume(self) -> None:
         path = self.partial / MANIFEST_NAME
@@ -429,7 +458,7 @@ async def fetch_aio(
 ) -> FetchedArtifact:
     """The same for asyncio. Hashing what lies on disk, and the last fsyncs, leave the event loop alone."""
     try:
-        if done := await asyncio.to_thread(landing.open):
+        if done := await _in_thread(landing.open, landing):
             return done
         while not landing.complete:
             error: ForgeError | None = None
@@ -447,6 +476,18 @@ async def fetch_aio(
                 stream.cancel()
             if not landing.complete:
                 await asyncio.sleep(reader.broken(error))
-        return await asyncio.to_thread(landing.finish)
+        return await _in_thread(landing.finish, landing)
     finally:
         landing.close()
+
+
+async def _in_thread(step: Callable[[], StepT], landing: Landing) -> StepT:
+    """Run a step beside the event loop. A cancelled fetch lets go of its folder only when the step has ended."""
+    task = asyncio.create_task(asyncio.to_thread(step))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        landing.give_up()
+        await asyncio.wait({task})
+        task.cancelled() or task.exception()  # looked at, so that asyncio does not complain about it
+        raise

@@ -15,7 +15,7 @@ BREAKS = (UnavailableError, ResourceExhaustedError, DeadlineExceededError)
 STREAM_LIFE_S = 300.0
 GIVE_UP_AFTER_S = 120.0
 
-FIRST_PAUSE_S = 0.05
+FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 2.0
 
 
