@@ -176,8 +176,12 @@ class AgentDataProcessor:
         if self._folder is None:
             raise DataUnavailableError("no data folder is set on this server, so it has no files; use generated rows")
         root = self._folder.resolve()
-        found = (root / path).resolve()
-        if not found.is_relative_to(root):
+        try:
+            found = (root / path).resolve()
+            inside = found.is_relative_to(root)
+        except (OSError, ValueError):  # a loop of links, or a zero byte
+            inside = False
+        if not inside:
             description = f"{quote(path)} leads out of the data folder"
             raise InvalidFieldError(description, violations=[FieldViolation(field="path", description=description)])
         if found.is_dir():

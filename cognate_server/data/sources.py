@@ -193,7 +193,10 @@ def _resolve_one(dataset: DatasetId, settings: SourceSettings) -> Source:
         return _generated(dataset, settings)
     if found := _find(dataset, settings.folder):
         path, name = found
-        file = SourceFile(name=name, sha256=sha256_file(path), size_bytes=path.stat().st_size)
+        try:
+            file = SourceFile(name=name, sha256=sha256_file(path), size_bytes=path.stat().st_size)
+        except OSError as error:
+            raise DataUnavailableError(f"{name} in the data folder cannot be read: {error.strerror}") from error
         return Source(
             dataset=dataset,
             kind=SourceKind.FOLDER,

@@ -7,6 +7,7 @@ Text never becomes a control token, even when it spells one: control tokens are 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -76,8 +77,13 @@ class CognateTokenizer:
         return cls(tokenizer)
 
     def save(self, path: Path) -> None:
-        """Write tokenizer.json."""
-        path.write_text(self.to_json(), encoding="utf-8")
+        """Write tokenizer.json, whole or not at all: a later attempt of a killed worker's job reads it."""
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(self.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
 
     def to_json(self) -> str:
         """Return the text of tokenizer.json."""

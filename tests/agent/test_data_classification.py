@@ -124,7 +124,7 @@ def test_filters_leave_out_and_count(tmp_path: Path) -> None:
         _process(tmp_path, rows, domains=("x",))
 
 
-@pytest.mark.parametrize("path", ["../secret.jsonl", "a/../../secret.jsonl", "/etc/passwd", "link.jsonl"])
+@pytest.mark.parametrize("path", ["../secret.jsonl", "a/../../secret.jsonl", "/etc/passwd", "link.jsonl", "a\0b"])
 def test_no_path_leads_out_of_the_folder(tmp_path: Path, path: str) -> None:
     """Links are followed before they are judged."""
     folder = tmp_path / "data"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cognate_server.data import sources
 from cognate_server.data.build import DataPlan, build_stream
 from cognate_server.data.generate import generate_rows
 from cognate_server.data.processor import CognateDatasetProcessor
@@ -43,13 +44,13 @@ def _lines(rows: int) -> list[bytes]:
 
 def test_a_folder_comes_before_the_generator(tmp_path: Path) -> None:
     """Only the set that the folder has comes from it; the other one is generated, under its own name."""
-    sources = [source for source, _ in resolve((), SourceSettings(folder=_folder(tmp_path, _lines(3))))]
-    assert [(source.dataset, source.kind) for source in sources] == [
+    found = [source for source, _ in resolve((), SourceSettings(folder=_folder(tmp_path, _lines(3))))]
+    assert [(source.dataset, source.kind) for source in found] == [
         (DatasetId.GSM8K, SourceKind.FOLDER),
         (DatasetId.FORGE_TWOHOP, SourceKind.GENERATED),
     ]
-    assert sources[0].files[0].name == "gsm8k/train.jsonl"
-    assert "hotpotqa cannot be read" in sources[1].note
+    assert found[0].files[0].name == "gsm8k/train.jsonl"
+    assert "hotpotqa cannot be read" in found[1].note
 
 
 @pytest.mark.parametrize("share", [GSM8K, HOTPOTQA])
@@ -128,6 +129,19 @@ def test_hostile_rows_are_refused_one_by_one_and_none_is_lost(tmp_path: Path) ->
     ]  # fmt: skip
     assert {finding.file for finding in report.findings} == {"train.jsonl"}
     assert all(finding.remedy for finding in report.findings)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A named set fails; without a name the generated one takes its place, and the manifest says why."""
+
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sources, "sha256_file", denied)
+    settings = SourceSettings(folder=_folder(tmp_path, _lines(1)))
+    with pytest.raises(DataUnavailableError, match="Permission denied"):
+        resolve([GSM8K], settings)
+    assert "Permission denied" in resolve((), settings)[0][0].note
 
 
 def test_a_set_without_a_usable_row_fails_with_its_first_finding(tmp_path: Path) -> None:
