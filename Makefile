@@ -1,0 +1,66 @@
+# Everything a person does here starts with make; `make help` lists it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CODE := clients training_common cognate_server agent_server tests tools deploy
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-run demo up test unit lint format proto proto-breaking bench clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+# Two sets of packages share one environment: what a demonstration needs, and what development needs on top.
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing the services and the client library (PyTorch is the largest part)"
+	$(PIP) --editable '.[cognate,agent]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing the development tools"
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+install-run: $(VENV)/.run
+
+install: $(VENV)/.dev ## Install everything into .venv.
+
+demo: $(VENV)/.run ## Pretrain a Cognate, fetch it across the boundary, make an agent of it.
+	@$(BIN)/python deploy/demo.py $(DEMO)
+
+up: $(VENV)/.run ## Run both services until Ctrl-C, with their state in var/.
+	@$(BIN)/python deploy/up.py
+
+test: lint unit ## Everything that CI runs: lint, then the tests, fast ones first.
+
+unit: $(VENV)/.dev ## The tests alone.
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.dev ## Style, types, floors and the contract's own rules.
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+format: $(VENV)/.dev ## Format code and contracts.
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/buf format --write protos
+
+proto: $(VENV)/.dev ## Generate the Python side of the contracts; commit what it writes.
+	$(BIN)/python tools/generate.py
+	$(BIN)/buf lint
+
+proto-breaking: $(VENV)/.dev ## Compare the contracts with those of the last release.
+	$(BIN)/buf breaking protos --against protos/released.binpb
+
+bench: $(VENV)/.dev ## One benchmark: make bench BENCH=train_step. Its last line is one JSON object.
+	@test -n "$(BENCH)" || { echo "name one: make bench BENCH=name, of:"; ls tests/benchmarks | sed -nE 's/^bench_(.*)\.py$$/  \1/p'; exit 2; }
+	@$(BIN)/python tests/benchmarks/bench_$(BENCH).py
+
+clean: ## Remove what was installed and built; var/ with its models stays.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
