@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cognateforge.exceptions import FieldViolation, IntegrityCheckFailedError
 
@@ -101,10 +101,10 @@ def _inject_lora(base: nn.Module, lora: Lora, linear_layers: Sequence[str], seed
     from peft import LoraConfig, inject_adapter_in_model
 
     trained_before = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    alpha: Any = lora.effective_alpha  # peft declares an int; it computes alpha / rank, which fractions suit as well
     config = LoraConfig(
         r=lora.rank,
-        # peft declares an int and computes a float quotient, so that fractions are well.
-        lora_alpha=lora.effective_alpha,
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=list(linear_layers),
     )
