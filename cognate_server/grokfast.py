@@ -179,8 +179,9 @@ class GrokFastAdamW(torch.optim.Optimizer):
                 self.state[parameter]["slow_gradient"] = stored.to(parameter.device, torch.float32, copy=True)
 
 
-# Elements of one piece: five float32 tensors of it stay in the second-level caches between filter and update.
-PIECE = 131_072
+# Elements of one piece: five float32 tensors of it (20 MiB) stay in a shared third-level cache between the filter and
+# the update. Measured against smaller pieces, which pay for a thread barrier per operation.
+PIECE = 1_048_576
 
 
 def _pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
