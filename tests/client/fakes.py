@@ -87,7 +87,7 @@ def progress_events(count: int) -> list[job_pb2.JobEvent]:
     for sequence in range(2, count):
         metrics = [
             job_pb2.Metric(name="loss", unit="nats/token", value=5.0 / sequence),
-            job_pb2.Metric(name="ponder_steps", unit="1", value=2.5),
+            job_pb2.Metric(name="mean_ponder_steps", unit="steps", value=2.5),
         ]
         progress = job_pb2.Progress(step=sequence, total_steps=count, metrics=metrics)
         events.append(job_pb2.JobEvent(sequence=sequence, attempt=1, progress=progress))
@@ -154,7 +154,9 @@ class Artifact:
     @property
     def digest(self) -> str:
         """The manifest's digest."""
-        return self.digest_override or f"sha256:{hashlib.sha256(self.manifest).hexdigest()}"
+        if self.digest_override is not None:
+            return self.digest_override
+        return f"sha256:{hashlib.sha256(self.manifest).hexdigest()}"
 
     @property
     def payload(self) -> bytes:
@@ -419,6 +421,7 @@ class Fake:
         self.pretraining = FakePretraining(self.script, self.history)
         self.port = 0
         self.unix_path: Path | None = None
+        self.tls: grpc.ServerCredentials | None = None
         self.start()
 
     @property
@@ -435,7 +438,10 @@ class Fake:
         training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(training, self.server)
         agent_pb2_grpc.add_AgentServiceServicer_to_server(FakeAgents(self.script, self.agent), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(FakeHealth(self.script), self.server)
-        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        if self.tls is None:
+            self.port = self.server.add_insecure_port(self.address)
+        else:
+            self.port = self.server.add_secure_port(self.address, self.tls)
         if self.unix_path is not None:
             self.server.add_insecure_port(f"unix:{self.unix_path}")
         self.server.start()

@@ -119,6 +119,16 @@ async def test_a_manifest_with_another_digest_is_refused(client: Driver, fake: F
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("digest", ["", "sha256:../../evil", "sha256:" + "0" * 63 + "\n", "md5:0"])
+async def test_a_digest_that_is_none_is_refused(client: Driver, fake: Fake, tmp_path: Path, digest: str) -> None:
+    """It would name a folder."""
+    fake.model.digest_override = digest
+    fake.model.cuts = deque([0] * 50)
+    with pytest.raises(exceptions.ArtifactCorruptError, match="sha256"):
+        await client.fetch(tmp_path / "out" / "model")
+    assert names(tmp_path) == []
+
+
 DIGEST = f"sha256:{hashlib.sha256(b'x').hexdigest()}"
 
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 from cognateforge.agent.v1 import agent_pb2
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.client.deadline import remaining_budget_s
-from cognateforge.client.manifest import MANIFEST_NAME, Manifest, ManifestFile, parse_manifest
+from cognateforge.client.manifest import MANIFEST_NAME, Manifest, ManifestFile, check_digest, parse_manifest
 from cognateforge.client.patience import BREAKS, STREAM_LIFE_S, Patience
 from cognateforge.exceptions import (
     ArtifactCorruptError,
@@ -97,6 +97,7 @@ class Landing:
     """
 
     def __init__(self, wanted: Wanted, destination: Path) -> None:
+        check_digest(wanted.digest)
         self.wanted = wanted
         self.destination = Path(os.path.abspath(destination))
         self.partial = self.destination.parent / f".partial-{wanted.digest.removeprefix('sha256:')}"

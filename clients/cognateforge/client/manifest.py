@@ -48,11 +48,18 @@ def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
+def check_digest(digest: str) -> None:
+    """Refuse what is no digest: it names a folder later on."""
+    if not _DIGEST.fullmatch(digest):
+        raise ArtifactCorruptError(f"the registry's digest {digest[:100]!r} is not sha256 and 64 hex digits")
+
+
 def parse_manifest(raw: bytes, digest: str) -> Manifest:
     """Return a checked manifest.
 
     Errors: ArtifactCorruptError, when the bytes do not have the digest, or say what no manifest may say.
     """
+    check_digest(digest)
     found = digest_of(raw)
     if found != digest:
         raise ArtifactCorruptError(f"the manifest has digest {found}, the registry says {digest}")
