@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,6 +57,25 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
     """The error shows what an address looks like."""
     with pytest.raises(exceptions.ClientSetupError, match="address"):
         CognateClient(address)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+async def test_tls_is_checked_against_the_servers_name(kind: str, fake: Fake, tmp_path: Path) -> None:
+    """With the right authority and name calls pass; with another name nothing is sent."""
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    names = ("-subj", "/CN=cognate.test", "-addext", "subjectAltName=DNS:cognate.test")
+    make = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1")
+    subprocess.run([*make, *names, "-keyout", key, "-out", cert], check=True, capture_output=True)  # noqa: ASYNC221
+    fake.stop()
+    fake.tls = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    fake.start()
+    tls = grpc.ssl_channel_credentials(cert.read_bytes())
+    async with driver(kind, fake.address, tls=tls, tls_server_name="cognate.test") as client:
+        await client.get_job()
+    async with driver(kind, fake.address, tls=tls, tls_server_name="evil.test") as client:
+        with pytest.raises(exceptions.UnavailableError):
+            await client.get_job()
+    assert fake.script.count("GetJob") == 1
 
 
 def test_several_addresses_make_one_target() -> None:

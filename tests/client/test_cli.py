@@ -138,8 +138,8 @@ def test_watch_as_json_is_one_object_a_line(forge: Forge) -> None:
     assert [frame["event"]["sequence"] for frame in events] == list(range(1, 21))
     assert events[0]["event"]["state_change"] == {"from": "UNSPECIFIED", "to": "RUNNING", "message": ""}
     assert events[1]["event"]["progress"]["metrics"][1] == {
-        "name": "ponder_steps",
-        "unit": "1",
+        "name": "mean_ponder_steps",
+        "unit": "steps",
         "value": 2.5,
         "bins": [],
     }
@@ -253,6 +253,15 @@ def test_a_service_that_is_away_is_exit_code_4(fake: Fake) -> None:
     assert [json.loads(line)["health"] for line in result.stdout.splitlines()] == ["UNREACHABLE"] * 2
     assert Forge(address)("jobs").exit_code == 4
     assert Forge(address)("job", JOB).exit_code == 4
+
+
+def test_not_found_is_certain_only_when_both_services_could_tell(fake: Fake) -> None:
+    """One says no, the other is away: that is "unavailable", and both are told."""
+    env = {"FORGE_COGNATE": fake.address, "FORGE_AGENT": "127.0.0.1:9"}
+    result = CliRunner().invoke(app, ["job", AGENT_JOB], env=env)
+    assert result.exit_code == 4
+    assert "no job" in result.stderr
+    assert "cannot tell" in result.stderr
 
 
 @pytest.mark.parametrize(

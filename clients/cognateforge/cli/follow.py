@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 # A log that a person reads later: a line every ten seconds is enough.
 LINE_EVERY_S = 10.0
 
-# What a bar has room for, and the beginnings of the metrics' names.
-SHOWN: Mapping[str, tuple[str, ...]] = {
-    "loss": ("loss", "train_loss"),
-    "lr": ("lr", "learning_rate"),
-    "ponder": ("ponder_steps", "ponder", "mean_ponder"),
-    "tok/s": ("tokens_per_s",),
+# What a bar has room for, and the metrics' names.
+SHOWN: Mapping[str, str] = {
+    "loss": "loss",
+    "lr": "learning_rate",
+    "ponder": "mean_ponder_steps",
+    "tok/s": "tokens_per_s",
+    "rows/s": "samples_per_s",
+    "accuracy": "train_accuracy",
 }
 
 OnFrame = Callable[["WatchFrame"], None]
@@ -130,12 +132,7 @@ def _bar(job: Job) -> Iterator[OnFrame]:
 def shown(progress: job_pb2.Progress) -> dict[str, str]:
     """Return the metrics that a line has room for."""
     values = {metric.name: metric.value for metric in progress.metrics if metric.HasField("value")}
-    found: dict[str, str] = {}
-    for label, names in SHOWN.items():
-        match = next((name for start in names for name in values if name.startswith(start)), None)
-        if match is not None:
-            found[label] = f"{values[match]:.4g}"
-    return found
+    return {label: f"{values[name]:.4g}" for label, name in SHOWN.items() if name in values}
 
 
 def told(frame: WatchFrame) -> str:

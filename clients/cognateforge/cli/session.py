@@ -209,8 +209,12 @@ def first_found(tries: Sequence[Callable[[], T]]) -> T:
             return attempt()
         except (NotFoundError, UnavailableError, ForbiddenError) as error:
             errors.append(error)
-    # "Not found" is certain only when every service was asked.
-    raise next((error for error in errors if not isinstance(error, NotFoundError)), errors[0])
+    # "Not found" is certain only when every service could tell.
+    unsure = next((error for error in errors if not isinstance(error, NotFoundError)), None)
+    missing = next((error for error in errors if isinstance(error, NotFoundError)), None)
+    if unsure is not None and missing is not None:
+        unsure.message = f"{missing.message}; and the other service cannot tell: {unsure.message}"
+    raise unsure or errors[0]
 
 
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., Exit | None]], Callable[..., None]]:
