@@ -29,10 +29,10 @@ install-run: $(VENV)/.run
 install: $(VENV)/.dev ## Install everything into .venv.
 
 demo: $(VENV)/.run ## Pretrain a Cognate, fetch it across the boundary, make an agent of it.
-	@$(BIN)/python deploy/demo.py $(DEMO)
+	@$(BIN)/python -m deploy.demo $(DEMO)
 
 up: $(VENV)/.run ## Run both services until Ctrl-C, with their state in var/.
-	@$(BIN)/python deploy/up.py
+	@$(BIN)/python -m deploy.up
 
 test: lint unit ## Everything that CI runs: lint, then the tests, fast ones first.
 

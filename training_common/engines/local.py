@@ -34,7 +34,6 @@ class LocalEngine:
     def __init__(self, *, module: str, log_dir: Path) -> None:
         self._module = module
         self._log_dir = log_dir
-        # Held to reap them: an exited child that nobody waits for stays in the process table.
         self._children: list[subprocess.Popen[bytes]] = []
 
     def launch(self, arguments: Sequence[str], *, log_name: str, environment: Mapping[str, str] | None = None) -> str:
@@ -54,13 +53,16 @@ class LocalEngine:
 
     def alive(self, handle: str) -> bool:
         """Whether the worker of that handle still runs."""
-        self._children = [child for child in self._children if child.poll() is None]
         pid = int(handle.partition(":")[0])
         try:
             process = psutil.Process(pid)
             return _handle(process) == handle and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+    def tidy(self) -> None:
+        """Reap workers that have ended: the process table keeps them until somebody does."""
+        self._children = [child for child in self._children if child.poll() is None]
 
     def kill(self, handle: str) -> None:
         """End a worker that was given up, if it still runs."""

@@ -36,6 +36,9 @@ class Engine(Protocol):
     def alive(self, handle: str) -> bool:
         """Whether the worker still runs."""
 
+    def tidy(self) -> None:
+        """Let go of what ended workers have left behind. Called at every tick."""
+
     def kill(self, handle: str) -> None:
         """End a worker that was given up."""
 
@@ -76,6 +79,7 @@ class Scheduler:
 
     def tick(self) -> None:
         """Look at every held job once, then fill the free slots."""
+        self._engine.tidy()
         held = self._store.held()
         for job, attempt in held:
             self._look_at(job, attempt)

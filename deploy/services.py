@@ -1,0 +1,85 @@
+"""Start both services on this machine as child processes, for the demonstration and for `make up`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+
+
+@dataclass
+class Service:
+    """One running service."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    address: str
+    log: Path
+
+    def stop(self) -> None:
+        """Drain the service. Its workers, if any, go on."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(STOP_TIMEOUT_S)
+
+
+@dataclass
+class Services:
+    """Both services below one folder."""
+
+    folder: Path
+    running: list[Service] = field(default_factory=list)
+
+    def start(self, name: str, *, prefix: str, address: str, settings: Mapping[str, str]) -> Service:
+        """Start a service and return it once it serves. Errors: RuntimeError, with the end of its log."""
+        folder = self.folder / name.removesuffix("_server")
+        folder.mkdir(parents=True, exist_ok=True)
+        log, address_file = folder / "server.log", folder / "address"
+        address_file.unlink(missing_ok=True)
+        values = {"ADDRESS": address, "DATA_DIR": str(folder), **settings}
+        environment = {**os.environ, **{f"{prefix}{key}": value for key, value in values.items()}}
+        with log.open("ab") as output:
+            process = subprocess.Popen(  # noqa: S603 - our own module
+                [sys.executable, "-m", name, "--address-file", str(address_file)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                # Ctrl-C reaches the starter alone, which then drains the services in their order.
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not address_file.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                end = "\n".join(log.read_text().splitlines()[-5:])
+                raise RuntimeError(f"{name} did not start; the end of {log}:\n{end}")
+            time.sleep(0.05)
+        service = Service(name, process, address_file.read_text(), log)
+        self.running.append(service)
+        return service
+
+    def start_both(self, *, cognate: str, agent: str) -> tuple[Service, Service]:
+        """Start Cognate, then the agent service that is told where Cognate is. FORGE_DATA names a folder of data."""
+        folder = os.environ.get("FORGE_DATA", "")
+        data = {"DATA__FOLDER": str(Path(folder).resolve())} if folder else {}
+        first = self.start("cognate_server", prefix="COGNATE_SERVER_", address=cognate, settings=data)
+        second = self.start(
+            "agent_server",
+            prefix="AGENT_SERVER_",
+            address=agent,
+            settings={**data, "COGNATE__ADDRESS": first.address},
+        )
+        return first, second
+
+    def stop(self) -> None:
+        """Drain what runs, the last started first."""
+        while self.running:
+            self.running.pop().stop()
