@@ -11,14 +11,13 @@ import fcntl
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-
 from agent_server.architectures.factory import FoundationRequirement
-from cognateforge.client import CognateClient, Discovery
+from agent_server.settings import CognateEndpoint
+from cognateforge.client import CognateClient, ConsulDiscovery
 from cognateforge.client.manifest import MANIFEST_NAME
 from cognateforge.exceptions import ArtifactCorruptError, IncompatibleError, ModelExperimentalError
 from cognateforge.exchange.v1 import model_pb2 as pb
@@ -38,14 +37,9 @@ class Foundation:
     model: pb.FoundationModel
 
 
-def connect(
-    where: str | Sequence[str] | Discovery,
-    *,
-    tls: grpc.ChannelCredentials | None = None,
-    tls_server_name: str | None = None,
-) -> CognateClient:
-    """Return a client of Cognate, to be closed after use; `where` and the others are as CognateClient takes them."""
-    return CognateClient(where, tls=tls, tls_server_name=tls_server_name)
+def connect(endpoint: CognateEndpoint) -> CognateClient:
+    """Return a client of Cognate, to be closed after use. Nothing is dialled before the first call."""
+    return CognateClient(ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else endpoint.address)
 
 
 def fetch(

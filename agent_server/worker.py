@@ -16,11 +16,10 @@ from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.artifacts import AgentArtifactManager
 from agent_server.data.classification import AgentDataProcessor
 from agent_server.plan import classification_source
-from agent_server.settings import AgentSettings, CognateEndpoint, load_settings
+from agent_server.settings import AgentSettings, load_settings
 from agent_server.train_config import from_plan
 from agent_server.trainer import train_agent
 from cognateforge.agent.v1 import training_pb2 as pb
-from cognateforge.client import CognateClient, ConsulDiscovery, StaticDiscovery
 from cognateforge.exceptions import UnavailableError
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
@@ -76,7 +75,7 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
     name = attempt.store.job.facts.get("foundation") or plan.foundation.name
     give_up = time.monotonic() + endpoint.give_up_after_s
     told = False
-    with CognateClient(_discovery(endpoint)) as client:
+    with foundation.connect(endpoint) as client:
         while True:
             try:
                 return foundation.fetch(
@@ -97,10 +96,6 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
             if stop is not None:
                 raise AttemptStopped(stop)
             time.sleep(_RETRY_S)
-
-
-def _discovery(endpoint: CognateEndpoint) -> ConsulDiscovery | StaticDiscovery:
-    return ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else StaticDiscovery(endpoint.address)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from training_common.attempt import Json
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One metric's unit and definition."""
-
-    unit: str
-    definition: str
-
+from training_common.metrics import Metric
 
 METRICS: Mapping[str, Metric] = {
     "loss": Metric(unit="nats/token", definition="cross-entropy of the training batch, without the ponder prior"),

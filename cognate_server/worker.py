@@ -117,7 +117,7 @@ def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult,
         state="READY" if report.verdict is Verdict.READY else "EXPERIMENTAL",
         architecture={
             "name": ARCHITECTURE,
-            "fingerprint": cognate_v1.architecture_fingerprint(result.config),
+            "fingerprint": f"sha256:{cognate_v1.architecture_fingerprint(result.config)}",
             "parameter_count": result.parameters,
             "act_version": cognate_v1.SEMANTICS_VERSION,
             "ltm_version": cognate_v1.SEMANTICS_VERSION,

@@ -24,14 +24,14 @@ DESCRIPTORS = TARGET / "cognateforge" / "contract.binpb"
 
 # Every way in which generated code refers to the relocated module; both forms are anchored to a line's start.
 RELOCATIONS = (
-    (re.compile(r"^from buf\.validate import ", re.M), f"from {VENDOR}.buf.validate import "),
-    (re.compile(r"^import buf\.validate\.validate_pb2\b", re.M), f"import {VENDOR}.buf.validate.validate_pb2"),
+    (re.compile(r"^from buf\.validate import ", re.MULTILINE), f"from {VENDOR}.buf.validate import "),
+    (re.compile(r"^import buf\.validate\.validate_pb2\b", re.MULTILINE), f"import {VENDOR}.buf.validate.validate_pb2"),
     (
         re.compile(r"BuildTopDescriptorsAndMessages\(DESCRIPTOR, 'buf\.validate\."),
         f"BuildTopDescriptorsAndMessages(DESCRIPTOR, '{VENDOR}.buf.validate.",
     ),
 )
-LEFT_OVER = re.compile(r"^(from|import) buf\b", re.M)
+LEFT_OVER = re.compile(r"^(from|import) buf\b", re.MULTILINE)
 
 
 def protoc(*arguments: str) -> None:
@@ -57,7 +57,7 @@ def main() -> None:
             stale.unlink()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
-        services = [name for name in ours if re.search(r"^service ", (OURS / name).read_text(), re.M)]
+        services = [name for name in ours if re.search(r"^service ", (OURS / name).read_text(), re.MULTILINE)]
         protoc(f"--python_out={out}", f"--mypy_out={out}", *plugins, *ours, "buf/validate/validate.proto")
         protoc(f"--grpc_python_out={out}", f"--mypy_grpc_out={out}", *plugins, *services)
         for path in sorted(p for p in out.rglob("*") if p.is_file()):

@@ -137,7 +137,7 @@ def build(
         load_state(foundation, foundation_dir / WEIGHTS_FILE)
     except ArchitectureMismatchError as error:
         raise IncompatibleError(f"the foundation is not a cognate_v1 that this release can run: {error}") from error
-    model = CognateClassifier(foundation, Tokenizer.from_file(str(foundation_dir / TOKENIZER_FILE)), labels)
+    model = CognateClassifier(foundation, _read_tokenizer(foundation_dir), labels)
     linear_layers = [
         name
         for name, module in foundation.named_modules()
@@ -167,11 +167,18 @@ def load(folder: Path) -> CognateClassifier:
         raise ArtifactCorruptError(f"{folder.name} holds no cognate agent of format {_FORMAT}")
     try:
         foundation = CognateV1(config_from_json(config["foundation_config"]))
-        model = CognateClassifier(foundation, Tokenizer.from_file(str(folder / TOKENIZER_FILE)), config["labels"])
+        model = CognateClassifier(foundation, _read_tokenizer(folder), config["labels"])
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (ArchitectureMismatchError, KeyError, RuntimeError) as error:
         raise ArtifactCorruptError(f"{folder.name}: {error}") from error
     return model.eval()
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    # Not part of the file: a user's "<|endoftext|>" is text, never the token that parts documents.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:

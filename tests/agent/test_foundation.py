@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 
 from agent_server.architectures.factory import FoundationRequirement
 from agent_server.foundation import Foundation, connect, fetch, holds
+from agent_server.settings import CognateEndpoint
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.client import CognateClient
 from cognateforge.exceptions import (
@@ -131,7 +132,7 @@ def client(registry: Registry) -> Iterator[CognateClient]:
     model_pb2_grpc.add_ModelServiceServicer_to_server(registry, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with connect(f"127.0.0.1:{port}") as made:
+    with connect(CognateEndpoint(address=f"127.0.0.1:{port}")) as made:
         yield made
     server.stop(None).wait()
 

@@ -53,9 +53,7 @@ def test_the_access_table_is_the_committed_one() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     committed = Path(__file__).parent / "access_table.md"
-    assert committed.read_text() == text, (
-        f"the table has changed: review it, then write it to {committed.name}"
-    )
+    assert committed.read_text() == text, f"the table has changed: review it, then write it to {committed.name}"
 
 
 def test_every_rpc_carries_a_policy_and_says_what_it_is() -> None:
@@ -121,7 +119,9 @@ def test_everything_that_can_grow_is_bounded(files: list[descriptor_pb2.FileDesc
             bounded = rules.string.max_len > 0 or "$" in rules.string.pattern or rules.string.uuid
         elif field.type == FieldDescriptor.TYPE_BYTES:
             bounded = rules.bytes.max_len > 0
-        elif field.containing_type.name.endswith(("Plan", "Request", "Share", "Adaptation", "Optimization", "Task")):
+        elif field.containing_type is not None and field.containing_type.name.endswith(
+            ("Plan", "Request", "Share", "Adaptation", "Optimization", "Task")
+        ):
             bounded = field.type in (FieldDescriptor.TYPE_MESSAGE, FieldDescriptor.TYPE_BOOL) or rules.ByteSize() > 0
         else:
             bounded = True

@@ -3,9 +3,11 @@
 import asyncio
 import uuid
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 
 from cognateforge.client import AsyncCognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
@@ -32,10 +34,10 @@ from training_common.rpc.server import RunningServer
 from training_common.store.database import Database
 
 
-def start(**plan: object) -> pb.StartPretrainingRequest:
+def start(**plan: Any) -> pb.StartPretrainingRequest:
     return pb.StartPretrainingRequest(
         request_id=str(uuid.uuid4()), plan=pb.PretrainingPlan(**{"total_steps": 9, **plan})
-    )  # type: ignore[arg-type]
+    )
 
 
 async def jobs_stored(cognate: AsyncCognateClient) -> int:
@@ -204,7 +206,10 @@ async def test_an_illegal_move_names_the_legal_ones(cognate: AsyncCognateClient)
 async def test_what_is_not_served_says_so(cognate: AsyncCognateClient) -> None:
     """UNIMPLEMENTED with a reason; nothing pretends."""
     lease = resource_pb2.AcquireLeaseRequest(
-        request_id=str(uuid.uuid4()), kind=resource_pb2.RESOURCE_KIND_CPU, amount=1, ttl={"seconds": 60}
+        request_id=str(uuid.uuid4()),
+        kind=resource_pb2.RESOURCE_KIND_CPU,
+        amount=1,
+        ttl=duration_pb2.Duration(seconds=60),
     )
     with pytest.raises(NotImplementedByServerError, match="lends no capacity"):
         await cognate.resources.AcquireLease(lease)

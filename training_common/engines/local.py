@@ -15,6 +15,9 @@ from pathlib import Path
 import psutil
 
 NAME = "local"
+# Torch's threads wait for each other many times a step. By default they spin, which is a little faster as long as a
+# core is free for each, and several times slower as soon as anything else runs: the server itself, a second worker.
+_DEFAULT_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def own_handle() -> str:
@@ -46,7 +49,7 @@ class LocalEngine:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                env={**_DEFAULT_ENVIRONMENT, **os.environ, **(environment or {})},
             )
         self._children.append(child)
         return _handle(psutil.Process(child.pid))
