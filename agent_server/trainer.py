@@ -164,6 +164,7 @@ class _Run:
             self._record("majority_share", self.test, share)
         self._train()
         self._save()
+        self.attempt.trained()
         self._measure("after")
         if len(self.validation):
             self._record("validation_accuracy", self.validation, self._validate())

@@ -58,7 +58,6 @@ def work(context: WorkerContext[AgentSettings]) -> None:
     attempt.move(JobState.RUNNING)
     config = from_plan(plan, foundation=base.name, foundation_digest=base.digest)
     result = train_agent(config, base.path, data, attempt)
-    attempt.move(JobState.VALIDATING)
     manifest = json.dumps(data.manifest.to_json(), indent=1) + "\n"
     (result.folder / "data.json").write_text(manifest, encoding="utf-8")
     registry = ArtifactRegistry(context.database, BlobStore(settings.data_dir / "artifacts"))

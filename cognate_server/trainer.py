@@ -513,6 +513,7 @@ def _peak_memory_bytes() -> int:
 
 def _finish(run: PretrainingRun, attempt: Attempt, validation_batches: list[Batch]) -> PretrainResult:
     """Validate, write the model folder and sum the run up."""
+    attempt.trained()
     report = validate(run.model, validation_batches)
     _report(
         attempt,

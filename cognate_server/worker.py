@@ -66,7 +66,6 @@ def work(context: WorkerContext[CognateSettings]) -> None:
         result = pretrain(_config(plan), stream, attempt)
     except (TrainerDivergedError, GrokFastDiverged) as error:
         raise TrainingDivergedError(str(error)) from error
-    attempt.move(JobState.VALIDATING)
     report = judge(result)
     if report.verdict is Verdict.REFUSED:
         failed = "; ".join(f"{c.name} is {c.value:g}, must be {c.rule} {c.threshold:g}" for c in report.failed)

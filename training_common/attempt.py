@@ -62,6 +62,9 @@ class Attempt(Protocol):
     def event(self, kind: str, payload: Mapping[str, Json]) -> None:
         """Record one event of another kind, for instance `recovery`."""
 
+    def trained(self) -> None:
+        """Tell that the last step is taken and saved, and that what follows measures. Errors: AttemptStopped."""
+
     def stop_requested(self) -> StopKind | None:
         """Return what the job's owner asked for, if anything. Cheap enough to call once a step."""
 

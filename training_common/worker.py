@@ -63,6 +63,9 @@ class WorkerAttempt(Attempt):
         facts = {key: str(value)[:500] for key, value in payload.items() if key != "message"}
         self.store.append("note", {"kind": kind, "message": str(payload.get("message", "")), "facts": {**facts}})
 
+    def trained(self) -> None:
+        self.move(JobState.VALIDATING)
+
     def stop_requested(self) -> StopKind | None:
         return self._stop
 

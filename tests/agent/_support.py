@@ -71,12 +71,16 @@ class MemoryAttempt:
     job: str = "jobs/00000000-0000-4000-8000-000000000000"
     rows: list[tuple[int, dict[str, Json]]] = field(default_factory=list)
     checkpoints: list[CheckpointRef] = field(default_factory=list)
+    rows_when_trained: int | None = None
 
     def progress(self, *, step: int, total_steps: int, metrics: Mapping[str, Json]) -> None:
         self.rows.append((step, dict(metrics)))
 
     def event(self, kind: str, payload: Mapping[str, Json]) -> None:
         raise AssertionError(f"no event was expected, and {kind} came: {payload}")
+
+    def trained(self) -> None:
+        self.rows_when_trained = len(self.rows)
 
     def stop_requested(self) -> StopKind | None:
         reached = max((step for step, _ in self.rows), default=0)

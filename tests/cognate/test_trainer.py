@@ -96,6 +96,7 @@ class MemoryAttempt:
         self.workdir = workdir
         self.rows: list[tuple[int, dict[str, Any]]] = []
         self.saved: list[int] = []
+        self.rows_when_trained: int | None = None
         self._stop = stop
         self._polls = 0
 
@@ -105,6 +106,9 @@ class MemoryAttempt:
 
     def event(self, kind: str, payload: Mapping[str, Json]) -> None:
         raise AssertionError(f"no event was expected, got {kind} {payload}")
+
+    def trained(self) -> None:
+        self.rows_when_trained = len(self.rows)
 
     def stop_requested(self) -> StopKind | None:
         self._polls += 1

@@ -53,7 +53,7 @@ def work(context: WorkerContext[ToySettings]) -> None:
         attempt.progress(step=step, total_steps=plan["steps"], metrics={"loss": 1 / step})
         if step % plan.get("checkpoint_every", 10) == 0:
             attempt.save_checkpoint(step=step, write=write)
-    attempt.move(JobState.VALIDATING)
+    attempt.trained()
     attempt.event("result", {"message": value.hex()})
     attempt.move(JobState.SUCCEEDED)
 
