@@ -5,12 +5,14 @@ from __future__ import annotations
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.data.classification import AgentDataProcessor, ClassificationSource
 from cognateforge.agent.v1 import training_pb2 as pb
-from cognateforge.exceptions import NotImplementedByServerError
+from cognateforge.exceptions import FieldViolation, InvalidFieldError, NotImplementedByServerError
 from training_common.settings import DataSettings
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_PEAK_LEARNING_RATE = 1e-3
 DEFAULT_CHECKPOINT_INTERVAL_STEPS = 100
+DEFAULT_WEIGHT_DECAY = 0.01
+DEFAULT_LORA_RANK = 8
 
 
 def with_defaults(plan: pb.TrainingPlan) -> pb.TrainingPlan:
@@ -24,13 +26,19 @@ def with_defaults(plan: pb.TrainingPlan) -> pb.TrainingPlan:
     optimization.schedule = optimization.schedule or pb.SCHEDULE_COSINE
     optimization.warmup_steps = optimization.warmup_steps or max(1, plan.total_steps // 10)
     optimization.gradient_clip_norm = optimization.gradient_clip_norm or 1.0
+    if optimization.WhichOneof("optimizer") == "adamw":
+        optimization.adamw.weight_decay = optimization.adamw.weight_decay or DEFAULT_WEIGHT_DECAY
+    if filled.adaptation.WhichOneof("method") == "lora":
+        lora = filled.adaptation.lora
+        lora.rank = lora.rank or DEFAULT_LORA_RANK
+        lora.alpha = lora.alpha or 2.0 * lora.rank
     return filled
 
 
 def require_feasible(plan: pb.TrainingPlan, factory: AgentArchitectureFactory, data: DataSettings) -> None:
     """Refuse what this server cannot do, before a row is written.
 
-    Errors: ArchitectureNotFoundError, NotImplementedByServerError, DataUnavailableError.
+    Errors: ArchitectureNotFoundError, NotImplementedByServerError, DataUnavailableError, InvalidFieldError.
     """
     architecture = factory.get(plan.architecture)
     task = plan.WhichOneof("task") or ""
@@ -39,7 +47,15 @@ def require_feasible(plan: pb.TrainingPlan, factory: AgentArchitectureFactory, d
         raise NotImplementedByServerError(
             f"plan.{task}: architecture {plan.architecture} does not serve this task yet; it serves {served}"
         )
-    AgentDataProcessor(folder=data.folder).require_available(classification_source(plan.classification))
+    try:
+        AgentDataProcessor(folder=data.folder).require_available(classification_source(plan.classification))
+    except InvalidFieldError as error:
+        # The pipeline does not know where in a request its source stands.
+        violations = [
+            FieldViolation(field=f"plan.classification.file.{v.field}", description=v.description)
+            for v in error.violations
+        ]
+        raise InvalidFieldError(error.message, violations=violations) from error
 
 
 def classification_source(task: pb.ClassificationTask) -> ClassificationSource:

@@ -1,0 +1,599 @@
+"""The agent service over a real connection: what it takes in, what it refuses, and the registry of agents."""
+
+import asyncio
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from agent_server import tables
+from cognateforge.agent.v1 import agent_pb2, training_pb2
+from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.client import AsyncAgentClient
+from cognateforge.exceptions import (
+    AgentNotFoundError,
+    ArchitectureNotFoundError,
+    ArtifactCorruptError,
+    DataUnavailableError,
+    InvalidFieldError,
+    InvalidPageTokenError,
+    NotImplementedByServerError,
+    OffsetOutOfRangeError,
+    RequestIdReusedError,
+    UnknownFieldError,
+)
+from cognateforge.job.v1 import job_pb2
+from tests.support.servers import running_agent
+from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.jobs.states import JobState
+from training_common.jobs.store import JobStore
+from training_common.models.fingerprints import COGNATE_V1_25M
+from training_common.store.database import Database
+from training_common.worker import WorkerAttempt
+
+FOUNDATION = f"sha256:{'f' * 64}"
+FILES = {
+    "adapter.safetensors": bytes(range(256)) * 6_000,
+    "card.md": b"# card\n",
+    "empty.bin": b"",
+    "tail.bin": b"tail",
+}
+PAYLOAD = b"".join(FILES.values())
+
+
+@pytest.fixture(autouse=True)
+def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody watches these servers' health: they need not wait before they stop."""
+    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def start(**changes: Any) -> pb.StartTrainingRequest:
+    """Return a request that is fine but for the given fields of its plan. None leaves a field out."""
+    values = {
+        "agent": "intent-router",
+        "architecture": "cognate",
+        "foundation": pb.FoundationBase(name="cognate-25m"),
+        "classification": pb.ClassificationTask(generated=pb.GeneratedSource(seed=5)),
+        "adaptation": pb.Adaptation(lora=pb.LoraAdaptation()),
+        "optimization": pb.Optimization(adamw=pb.AdamW()),
+        "total_steps": 40,
+        **changes,
+    }
+    plan = pb.TrainingPlan(**{name: value for name, value in values.items() if value is not None})
+    return pb.StartTrainingRequest(request_id=new_id(), plan=plan)
+
+
+def from_file(path: str) -> dict[str, Any]:
+    return {"classification": pb.ClassificationTask(file=pb.FileSource(path=path))}
+
+
+async def jobs_stored(agents: AsyncAgentClient) -> int:
+    return len((await agents.training.ListJobs(pb.ListJobsRequest())).jobs)
+
+
+# --- starting
+
+
+async def test_a_started_job_is_queued_with_its_defaults(agents: AsyncAgentClient) -> None:
+    """The answer holds the plan as it will run."""
+    job = (await agents.training.StartTraining(start(seed=3))).job
+    assert (job_pb2.JOB_STATE_QUEUED, 40, 0) == (job.job.state, job.job.total_steps, job.job.step)
+    plan = job.plan
+    assert (40, 3, 32, 100) == (plan.total_steps, plan.seed, plan.batch_size, plan.checkpoint_interval_steps)
+    optimization = plan.optimization
+    assert pytest.approx(1e-3) == optimization.peak_learning_rate
+    assert (pb.SCHEDULE_COSINE, 4, 1.0) == (
+        optimization.schedule,
+        optimization.warmup_steps,
+        optimization.gradient_clip_norm,
+    )
+    assert pytest.approx(0.01) == optimization.adamw.weight_decay
+    assert (8, 16.0, 0.0) == (plan.adaptation.lora.rank, plan.adaptation.lora.alpha, plan.adaptation.lora.dropout)
+    assert ("", "") == (job.foundation, job.foundation_digest)
+    assert job == (await agents.training.GetJob(pb.GetJobRequest(name=job.job.name))).job
+
+
+async def test_what_a_plan_says_is_kept(agents: AsyncAgentClient) -> None:
+    """Defaults fill gaps only."""
+    request = start(
+        adaptation=pb.Adaptation(lora=pb.LoraAdaptation(rank=4, alpha=3), unfreeze_act_ltm=True),
+        optimization=pb.Optimization(
+            sgd=pb.Sgd(momentum=0.9),
+            peak_learning_rate=0.25,
+            schedule=pb.SCHEDULE_LINEAR,
+            warmup_steps=7,
+            gradient_clip_norm=2,
+        ),
+        batch_size=5,
+        checkpoint_interval_steps=9,
+    )
+    assert request.plan == (await agents.training.StartTraining(request)).job.plan
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.StartTrainingRequest(plan=start().plan), "request_id"),
+        (pb.StartTrainingRequest(request_id="7", plan=start().plan), "request_id"),
+        (pb.StartTrainingRequest(request_id=new_id()), "plan"),
+        (start(agent=""), "plan.agent"),
+        (start(agent="../router"), "plan.agent"),
+        (start(agent="grokfast-router"), "plan.agent"),
+        (start(architecture="grok_fast"), "plan.architecture"),
+        (start(foundation=None), "plan.base"),
+        (start(foundation=pb.FoundationBase(name="cognate-25m@0")), "plan.foundation.name"),
+        (start(classification=None), "plan.task"),
+        (start(classification=pb.ClassificationTask()), "plan.classification.source"),
+        (
+            start(classification=pb.ClassificationTask(generated=pb.GeneratedSource(seed=-1))),
+            "plan.classification.generated.seed",
+        ),
+        (
+            start(classification=pb.ClassificationTask(generated=pb.GeneratedSource(), max_rows_per_label=-1)),
+            "plan.classification.max_rows_per_label",
+        ),
+        (
+            start(classification=pb.ClassificationTask(generated=pb.GeneratedSource(), domains=["home", ""])),
+            "plan.classification.domains[1]",
+        ),
+        (start(**from_file("../secret.jsonl")), "plan.classification.file.path"),
+        (start(**from_file("rows/../../secret.jsonl")), "plan.classification.file.path"),
+        (start(**from_file("/etc/hostname")), "plan.classification.file.path"),
+        (start(**from_file("rows\0.jsonl")), "plan.classification.file.path"),
+        (start(adaptation=None), "plan.adaptation"),
+        (start(adaptation=pb.Adaptation()), "plan.adaptation.method"),
+        (start(adaptation=pb.Adaptation(lora=pb.LoraAdaptation(rank=257))), "plan.adaptation.lora.rank"),
+        (start(adaptation=pb.Adaptation(lora=pb.LoraAdaptation(rank=-1))), "plan.adaptation.lora.rank"),
+        (start(adaptation=pb.Adaptation(lora=pb.LoraAdaptation(dropout=1))), "plan.adaptation.lora.dropout"),
+        (start(adaptation=pb.Adaptation(lora=pb.LoraAdaptation(alpha=float("nan")))), "plan.adaptation.lora.alpha"),
+        (start(optimization=None), "plan.optimization"),
+        (start(optimization=pb.Optimization()), "plan.optimization.optimizer"),
+        (start(optimization=pb.Optimization(sgd=pb.Sgd(momentum=1))), "plan.optimization.sgd.momentum"),
+        (start(optimization=pb.Optimization(adam=pb.Adam(), schedule=9)), "plan.optimization.schedule"),  # type: ignore[arg-type]
+        (
+            start(optimization=pb.Optimization(adam=pb.Adam(), peak_learning_rate=float("inf"))),
+            "plan.optimization.peak_learning_rate",
+        ),
+        (start(optimization=pb.Optimization(adam=pb.Adam(), warmup_steps=41)), "plan"),
+        (start(total_steps=0), "plan.total_steps"),
+        (start(total_steps=-40), "plan.total_steps"),
+        (start(total_steps=10_000_001), "plan.total_steps"),
+        (start(batch_size=-1), "plan.batch_size"),
+        (start(seed=-1), "plan.seed"),
+        (start(checkpoint_interval_steps=-1), "plan.checkpoint_interval_steps"),
+    ],
+)
+async def test_bad_input_is_refused_by_field_and_writes_nothing(
+    agents: AsyncAgentClient, request_: pb.StartTrainingRequest, field: str
+) -> None:
+    """INVALID_ARGUMENT names the field, and no row is written."""
+    with pytest.raises(InvalidFieldError) as caught:
+        await agents.training.StartTraining(request_)
+    assert field in [violation.field for violation in caught.value.violations]
+    assert 0 == await jobs_stored(agents)
+
+
+def grokfast_on(path: str) -> pb.StartTrainingRequest:
+    """Return a request whose message at `path` carries a field that the contract reserves."""
+    request = start()
+    message: Any = request
+    for name in path.split(".") if path else ():
+        message = getattr(message, name)
+    # Field 101, length-delimited: what a contract with `string filter = 101` would send.
+    message.MergeFromString(b"\xaa\x06\x08grokfast")
+    return request
+
+
+@pytest.mark.parametrize(
+    "path", ["plan.optimization", "plan.optimization.adamw", "plan.adaptation.lora", "plan", "plan.classification", ""]
+)
+async def test_a_field_that_the_contract_does_not_have_is_refused(agents: AsyncAgentClient, path: str) -> None:
+    """GrokFast, in particular, cannot be smuggled past a server that would ignore it in silence."""
+    with pytest.raises(UnknownFieldError, match="field number 101") as caught:
+        await agents.training.StartTraining(grokfast_on(path))
+    assert [f"{path}.#101".lstrip(".")] == [violation.field for violation in caught.value.violations]
+    assert 0 == await jobs_stored(agents)
+
+
+async def test_an_architecture_that_is_not_installed_is_refused(agents: AsyncAgentClient) -> None:
+    """FAILED_PRECONDITION, with what there is."""
+    with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate"):
+        await agents.training.StartTraining(start(architecture="perceptron"))
+    assert 0 == await jobs_stored(agents)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"behavioural": pb.BehaviouralTask(file=pb.FileSource(path="rows.jsonl"))},
+        {"dialogue": pb.DialogueTask(file=pb.FileSource(path="rows.jsonl"))},
+        {"domain": pb.DomainTask(file=pb.FileSource(path="rows.jsonl"))},
+        {"multi_agent": pb.MultiAgentTask(environment="pong", agents=2)},
+    ],
+    ids=lambda task: next(iter(task)),
+)
+async def test_a_task_that_the_architecture_does_not_serve_is_refused(
+    agents: AsyncAgentClient, task: dict[str, Any]
+) -> None:
+    """UNIMPLEMENTED before a row is written, never a job that fails later."""
+    with pytest.raises(NotImplementedByServerError, match=rf"plan\.{next(iter(task))}: .* it serves classification"):
+        await agents.training.StartTraining(start(classification=None, **task))
+    assert 0 == await jobs_stored(agents)
+
+
+async def test_without_a_data_folder_no_file_is_found(agents: AsyncAgentClient) -> None:
+    """The error says what to do instead."""
+    with pytest.raises(DataUnavailableError, match=r"no data folder is set on this server.*use generated rows"):
+        await agents.training.StartTraining(start(**from_file("rows.jsonl")))
+    assert 0 == await jobs_stored(agents)
+
+
+async def test_files_are_looked_for_inside_the_data_folder_only(tmp_path: Path) -> None:
+    """A missing file is told by name, a link that leads out is refused, and a file that is there is taken."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "here.jsonl").write_text('{"text": "hello", "label": "greeting"}\n')
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret", "label": "a"}\n')
+    (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    settings = {"data": {"folder": folder}}
+    async with running_agent(tmp_path / "agent", **settings) as server, AsyncAgentClient(server.address) as agents:
+        with pytest.raises(DataUnavailableError, match=r"gone\.jsonl"):
+            await agents.training.StartTraining(start(**from_file("gone.jsonl")))
+        with pytest.raises(InvalidFieldError, match="leads out of the data folder") as caught:
+            await agents.training.StartTraining(start(**from_file("link.jsonl")))
+        assert ["plan.classification.file.path"] == [violation.field for violation in caught.value.violations]
+        assert 0 == await jobs_stored(agents)
+        await agents.training.StartTraining(start(**from_file("here.jsonl")))
+        assert 1 == await jobs_stored(agents)
+
+
+async def test_the_same_request_returns_the_first_answer(agents: AsyncAgentClient) -> None:
+    """Also when the job has moved on since; another plan under the same id is refused."""
+    request = start()
+    first = await agents.training.StartTraining(request)
+    name = first.job.job.name
+    await agents.training.CancelJob(pb.CancelJobRequest(request_id=new_id(), name=name))
+    assert first == await agents.training.StartTraining(request)
+    request.plan.seed = 1
+    with pytest.raises(RequestIdReusedError):
+        await agents.training.StartTraining(request)
+    with pytest.raises(RequestIdReusedError, match="StartTraining"):
+        await agents.training.CancelJob(pb.CancelJobRequest(request_id=request.request_id, name=name))
+    assert 1 == await jobs_stored(agents)
+
+
+async def test_racing_repeats_make_one_job(agents: AsyncAgentClient) -> None:
+    """Sixteen copies of one request at the same time have one effect."""
+    request = start()
+    answers = await asyncio.gather(*(agents.training.StartTraining(request) for _ in range(16)))
+    assert 1 == len({answer.job.job.name for answer in answers})
+    assert 1 == await jobs_stored(agents)
+
+
+async def test_a_refused_request_id_is_free_again(agents: AsyncAgentClient) -> None:
+    """A refusal is no answer to replay: the corrected plan goes through under the same id."""
+    request = start(architecture="perceptron")
+    with pytest.raises(ArchitectureNotFoundError):
+        await agents.training.StartTraining(request)
+    request.plan.architecture = "cognate"
+    assert job_pb2.JOB_STATE_QUEUED == (await agents.training.StartTraining(request)).job.job.state
+
+
+async def test_a_job_is_steered_and_watched_to_its_end(agents: AsyncAgentClient) -> None:
+    """The job calls answer with this service's own messages."""
+    name = (await agents.training.StartTraining(start())).job.job.name
+    paused = await agents.training.PauseJob(pb.PauseJobRequest(request_id=new_id(), name=name))
+    resumed = await agents.training.ResumeJob(pb.ResumeJobRequest(request_id=new_id(), name=name))
+    cancelled = await agents.training.CancelJob(pb.CancelJobRequest(request_id=new_id(), name=name))
+    answers = [answer.job for answer in (paused, resumed, cancelled)]
+    assert [pb.TrainingJob] * 3 == [type(job) for job in answers]
+    assert [
+        job_pb2.JOB_STATE_PAUSED,
+        job_pb2.JOB_STATE_QUEUED,
+        job_pb2.JOB_STATE_CANCELLED,
+    ] == [job.job.state for job in answers]
+    frames = [frame async for frame in agents.watch_job(name)]
+    assert [1, 2, 3, 4] == [frame.event.sequence for frame in frames[:-1]]
+    assert job_pb2.JOB_STATE_CANCELLED == frames[-1].end.state
+    assert [] == list((await agents.training.ListCheckpoints(pb.ListCheckpointsRequest(name=name))).checkpoints)
+    assert [] == list((await agents.training.GetMetrics(pb.GetMetricsRequest(name=name))).series)
+
+
+async def test_the_server_tells_what_it_can_do(agents: AsyncAgentClient) -> None:
+    """Architectures with their tasks and the forward pass that they need; capabilities by name."""
+    [architecture] = (await agents.training.ListArchitectures(pb.ListArchitecturesRequest())).architectures
+    assert ("cognate", ["classification"], COGNATE_V1_25M) == (
+        architecture.name,
+        list(architecture.tasks),
+        architecture.foundation_fingerprint,
+    )
+    info = (await agents.training.GetServerInfo(pb.GetServerInfoRequest())).info
+    assert ["engine.local", "task.classification"] == list(info.capabilities)
+
+
+async def test_evaluation_on_request_says_that_it_is_not_served(agents: AsyncAgentClient) -> None:
+    """UNIMPLEMENTED, with where the results are."""
+    request = pb.EvaluateAgentRequest(
+        request_id=new_id(),
+        name="intent-router@1",
+        classification=pb.ClassificationTask(generated=pb.GeneratedSource()),
+    )
+    with pytest.raises(NotImplementedByServerError, match="GetAgent returns the results"):
+        await agents.training.EvaluateAgent(request)
+
+
+# --- the registry
+
+
+def open_registry(folder: Path) -> ArtifactRegistry:
+    return ArtifactRegistry(Database(f"sqlite:///{folder / 'store.db'}"), BlobStore(folder / "artifacts"))
+
+
+def publish(folder: Path, *, family: str = "intent-router") -> ArtifactRow:
+    """Publish an agent straight into a service's store: these tests are about serving, not about training."""
+    registry = open_registry(folder)
+    files = []
+    for name, content in FILES.items():
+        source = folder / name
+        source.write_bytes(content)
+        files.append(registry.blobs.put(source, name))
+    body = {
+        "architecture": "cognate",
+        "task": "classification",
+        "labels": ["greeting", "farewell"],
+        "parent": {"name": "cognate-25m@1", "digest": FOUNDATION},
+        "parameters": {"trainable": 7, "total": 11},
+        "evaluations": [{"metric": "accuracy_after", "dataset": "forge-intents/test", "value": 0.5, "rows": 4}],
+        "data": [{"name": "forge-intents", "kind": "generated", "rows": 9, "digest": f"sha256:{'d' * 64}"}],
+    }
+    with registry.database.write() as connection:
+        row = registry.publish(connection, family=family, state="PUBLISHED", job="jobs/x", files=files, body=body)
+    registry.database.close()
+    return row
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """The folder of the service that the `agents` fixture runs."""
+    return tmp_path / "agent"
+
+
+async def get(agents: AsyncAgentClient, name: str) -> agent_pb2.Agent:
+    return (await agents.agents.GetAgent(agent_pb2.GetAgentRequest(name=name))).agent
+
+
+async def alias(agents: AsyncAgentClient, alias: str, name: str, request_id: str = "") -> agent_pb2.Agent:
+    request = agent_pb2.SetAliasRequest(request_id=request_id or new_id(), name=name, alias=alias)
+    return (await agents.agents.SetAlias(request)).agent
+
+
+def moves(store: Path) -> list[tuple[Any, ...]]:
+    """Return the audit rows: alias, from, to, caller, request id."""
+    database = Database(f"sqlite:///{store / 'store.db'}")
+    t = tables.alias_moves.c
+    with database.read() as connection:
+        query = sa.select(t.family, t.alias, t.from_version, t.to_version, t.caller, t.request_id).order_by(t.id)
+        rows = [tuple(row) for row in connection.execute(query)]
+    database.close()
+    return rows
+
+
+async def test_a_published_agent_tells_its_lineage(agents: AsyncAgentClient, store: Path) -> None:
+    """By version or by its family alone, which stands for the newest version."""
+    publish(store)
+    newest = publish(store)
+    agent = await get(agents, "intent-router")
+    assert agent == await get(agents, "intent-router@2")
+    assert ("intent-router@2", newest.digest, len(PAYLOAD)) == (agent.name, agent.digest, agent.size_bytes)
+    assert ("cognate-25m@1", FOUNDATION, "jobs/x") == (agent.foundation, agent.foundation_digest, agent.job)
+    assert (["greeting", "farewell"], 7, 11) == (list(agent.labels), agent.trainable_parameters, agent.total_parameters)
+    assert [(name, len(content)) for name, content in FILES.items()] == [(f.path, f.size_bytes) for f in agent.files]
+    assert [("accuracy_after", 0.5, 4)] == [(e.metric, e.value, e.rows) for e in agent.evaluations]
+    assert [("forge-intents", "generated", 9)] == [(d.name, d.kind, d.rows) for d in agent.data]
+
+
+async def test_an_unknown_agent_is_told_by_name(agents: AsyncAgentClient, store: Path) -> None:
+    """No family, no version, no alias of that name."""
+    publish(store)
+    for name in ("translator", "intent-router@2", "intent-router@production"):
+        with pytest.raises(AgentNotFoundError, match=name):
+            await get(agents, name)
+        with pytest.raises(AgentNotFoundError, match=name):
+            request = agent_pb2.FetchAgentRequest(name=name)
+            [frame async for frame in agents.agents.FetchAgent(request, timeout=10)]
+
+
+async def test_agents_are_paged_newest_first_and_tokens_are_bound(agents: AsyncAgentClient, store: Path) -> None:
+    """Pages neither lose nor repeat an agent; a family's token is not another's."""
+    for family in ("intent-router", "translator", "intent-router", "intent-router"):
+        publish(store, family=family)
+    everything = (await agents.agents.ListAgents(agent_pb2.ListAgentsRequest())).agents
+    assert ["intent-router@3", "intent-router@2", "translator@1", "intent-router@1"] == [a.name for a in everything]
+    request = agent_pb2.ListAgentsRequest(page_size=2, family="intent-router")
+    first = await agents.agents.ListAgents(request)
+    request.page_token = first.next_page_token
+    second = await agents.agents.ListAgents(request)
+    assert ["intent-router@3", "intent-router@2"] == [agent.name for agent in first.agents]
+    assert (["intent-router@1"], "") == ([agent.name for agent in second.agents], second.next_page_token)
+    with pytest.raises(InvalidPageTokenError):
+        await agents.agents.ListAgents(
+            agent_pb2.ListAgentsRequest(page_token=first.next_page_token, family="translator")
+        )
+
+
+async def test_an_alias_moves_and_every_move_is_kept(agents: AsyncAgentClient, store: Path) -> None:
+    """The alias is found by every call that takes a name, and its history stays."""
+    publish(store)
+    publish(store)
+    ids = [new_id() for _ in range(3)]
+    assert ["production"] == list((await alias(agents, "production", "intent-router@1", ids[0])).aliases)
+    assert "intent-router@1" == (await get(agents, "intent-router@production")).name
+    moved = await alias(agents, "production", "intent-router@2", ids[1])
+    assert ("intent-router@2", ["production"]) == (moved.name, list(moved.aliases))
+    await alias(agents, "candidate", "intent-router@2", ids[2])
+    listed = (await agents.agents.ListAgents(agent_pb2.ListAgentsRequest())).agents
+    assert [("intent-router@2", ["candidate", "production"]), ("intent-router@1", [])] == [
+        (agent.name, list(agent.aliases)) for agent in listed
+    ]
+    call = agents.agents.FetchAgent(agent_pb2.FetchAgentRequest(name="intent-router@production"), timeout=10)
+    assert "intent-router@2" == [frame async for frame in call][0].header.agent.name  # noqa: RUF015
+    assert [
+        ("intent-router", "production", None, 1, "local", ids[0]),
+        ("intent-router", "production", 1, 2, "local", ids[1]),
+        ("intent-router", "candidate", None, 2, "local", ids[2]),
+    ] == moves(store)
+
+
+async def test_a_repeated_move_is_made_once(agents: AsyncAgentClient, store: Path) -> None:
+    """A repeat that comes late does not move the alias back; another move under the same id is refused."""
+    publish(store)
+    publish(store)
+    request_id = new_id()
+    await alias(agents, "production", "intent-router@1", request_id)
+    await alias(agents, "production", "intent-router@2")
+    assert "intent-router@1" == (await alias(agents, "production", "intent-router@1", request_id)).name
+    with pytest.raises(RequestIdReusedError):
+        await alias(agents, "production", "intent-router@2", request_id)
+    assert "intent-router@2" == (await get(agents, "intent-router@production")).name
+    assert 2 == len(moves(store))
+
+
+async def test_racing_moves_leave_one_chain(agents: AsyncAgentClient, store: Path) -> None:
+    """Each move starts where the one before it ended, and the alias is where the last one went."""
+    for _ in range(4):
+        publish(store)
+    await asyncio.gather(*(alias(agents, "production", f"intent-router@{1 + n % 4}") for n in range(12)))
+    chain = [(row[2], row[3]) for row in moves(store)]
+    assert [None, *(to for _, to in chain[:-1])] == [before for before, _ in chain]
+    assert f"intent-router@{chain[-1][1]}" == (await get(agents, "intent-router@production")).name
+
+
+async def test_an_alias_points_at_a_published_version_only(agents: AsyncAgentClient, store: Path) -> None:
+    """A version that is not there, an alias that looks like one, and a name without a version are refused."""
+    publish(store)
+    with pytest.raises(AgentNotFoundError, match="intent-router@2"):
+        await alias(agents, "production", "intent-router@2")
+    for name, word, field in (
+        ("intent-router", "production", "name"),
+        ("intent-router@1", "2", "alias"),
+        ("intent-router@1", "", "alias"),
+        ("intent-router@production", "candidate", "name"),
+    ):
+        with pytest.raises(InvalidFieldError) as caught:
+            await alias(agents, word, name)
+        assert [field] == [violation.field for violation in caught.value.violations]
+    assert [] == moves(store)
+    assert [] == list((await get(agents, "intent-router")).aliases)
+
+
+async def test_a_fetch_starts_at_any_byte_and_not_beyond_the_end(agents: AsyncAgentClient, store: Path) -> None:
+    """The payload is the files one after the other; a fetch goes on inside any of them, and at the very end."""
+    row = publish(store)
+    first, last = len(FILES["adapter.safetensors"]), len(PAYLOAD)
+    for offset in (0, 1, 1 << 20, first - 1, first, first + 3, last - 1, last):
+        request = agent_pb2.FetchAgentRequest(name=row.name, offset_bytes=offset)
+        header, *frames = [frame async for frame in agents.agents.FetchAgent(request, timeout=10)]
+        assert (row.manifest, row.digest) == (header.header.manifest, header.header.agent.digest)
+        assert PAYLOAD[offset:] == b"".join(frame.chunk.data for frame in frames)
+        for frame in frames:
+            start_bytes = frame.chunk.offset_bytes
+            assert PAYLOAD[start_bytes : start_bytes + len(frame.chunk.data)] == frame.chunk.data
+    with pytest.raises(OffsetOutOfRangeError, match=f"{last} bytes"):
+        request = agent_pb2.FetchAgentRequest(name=row.name, offset_bytes=last + 1)
+        [frame async for frame in agents.agents.FetchAgent(request, timeout=10)]
+
+
+async def test_a_fetched_agent_is_the_published_one_or_an_error(
+    agents: AsyncAgentClient, store: Path, tmp_path: Path
+) -> None:
+    """Whole files under their names; a byte that flipped, bytes that are missing and a lost file are told."""
+    row = publish(store)
+    fetched = await agents.fetch_agent("intent-router", tmp_path / "out")
+    assert row.digest == fetched.digest
+    assert FILES == {name: (fetched.path / name).read_bytes() for name in FILES}
+    [blob] = [
+        path for path in (store / "artifacts" / "blobs").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20
+    ]
+    content = bytearray(blob.read_bytes())
+    content[1_000_000] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(ArtifactCorruptError):
+        await agents.fetch_agent("intent-router", tmp_path / "flipped")
+    blob.write_bytes(content[:1_000_000])
+    with pytest.raises(ArtifactCorruptError, match=r"adapter\.safetensors: stored bytes end at 1000000 of 1536000"):
+        await agents.fetch_agent("intent-router", tmp_path / "short")
+    blob.unlink()
+    with pytest.raises(ArtifactCorruptError, match=r"adapter\.safetensors: its stored bytes .* are missing"):
+        await agents.fetch_agent("intent-router", tmp_path / "lost")
+    for name in ("flipped", "short", "lost"):
+        assert [] == list((tmp_path / name).rglob("adapter.safetensors"))
+
+
+def publish_as_a_worker_does(folder: Path, trained: Path) -> tuple[str, ArtifactRow]:
+    """Take a job to VALIDATING and publish its result through the artifact manager; return the job's name too."""
+    # These import torch, which no other test of this file needs.
+    from agent_server.artifacts import AgentArtifactManager
+    from agent_server.data.classification import AgentDataProcessor, ClassificationSource
+    from agent_server.evaluation import Evaluation
+    from agent_server.foundation import Foundation
+    from agent_server.trainer import AgentResult
+    from cognateforge.exchange.v1 import model_pb2
+
+    registry = open_registry(folder)
+    jobs = JobStore(registry.database)
+    [job] = jobs.page(states=(), before_id=None, limit=2)
+    begun = jobs.begin_attempt("test")
+    assert begun is not None
+    attempt = WorkerAttempt(jobs.attempt(job.name, begun.attempt, begun.fencing_token), workdir=folder / "work")
+    for state in (JobState.RUNNING, JobState.VALIDATING):
+        attempt.move(state)
+    row = AgentArtifactManager(registry).publish(
+        AgentResult(
+            folder=trained,
+            labels=("a", "b"),
+            evaluations=(Evaluation(metric="accuracy_after", dataset="forge-intents/test", value=0.25, rows=8),),
+            trainable_parameters=3,
+            total_parameters=9,
+            steps=40,
+        ),
+        plan=training_pb2.TrainingPlan.FromString(job.plan),
+        foundation=Foundation(
+            path=folder, name="cognate-25m@4", digest=FOUNDATION, model=model_pb2.FoundationModel(name="cognate-25m@4")
+        ),
+        data=AgentDataProcessor().process(ClassificationSource(max_rows_per_label=2)).manifest,
+        attempt=attempt,
+    )
+    registry.database.close()
+    return job.name, row
+
+
+async def test_what_a_worker_publishes_is_served_in_whole(
+    agents: AsyncAgentClient, store: Path, tmp_path: Path
+) -> None:
+    """The manifest that the manager writes holds everything that an agent's message tells, and ends the job."""
+    await agents.training.StartTraining(start())
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "agent.json").write_text("{}")
+    name, row = await asyncio.to_thread(publish_as_a_worker_does, store, trained)
+    agent = await get(agents, "intent-router")
+    assert ("intent-router@1", row.digest, name) == (agent.name, agent.digest, agent.job)
+    assert ("cognate", "classification", ["a", "b"]) == (agent.architecture, agent.task, list(agent.labels))
+    assert ("cognate-25m@4", FOUNDATION, 3, 9) == (
+        agent.foundation,
+        agent.foundation_digest,
+        agent.trainable_parameters,
+        agent.total_parameters,
+    )
+    assert [("forge-intents", "generated", 24)] == [(d.name, d.kind, d.rows) for d in agent.data]
+    job = (await agents.training.GetJob(pb.GetJobRequest(name=name))).job.job
+    assert (job_pb2.JOB_STATE_SUCCEEDED, "intent-router@1") == (job.state, job.artifact)
+    fetched = await agents.fetch_agent("intent-router", tmp_path / "out")
+    assert "{}" == (fetched.path / "agent.json").read_text()
