@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CODE := clients training_common cognate_server agent_server tests tools deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-run demo up test unit lint format proto proto-breaking bench clean
+.PHONY: help install install-run demo up test unit lint format proto proto-breaking docs bench clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,9 @@ proto: $(VENV)/.dev ## Generate the Python side of the contracts; commit what it
 
 proto-breaking: $(VENV)/.dev ## Compare the contracts with those of the last release.
 	$(BIN)/buf breaking protos --against protos/released.binpb
+
+docs: $(VENV)/.dev ## Write docs/metrics.md from the code's own tables; commit what it writes.
+	$(BIN)/python tools/metrics_doc.py
 
 bench: $(VENV)/.dev ## One benchmark: make bench BENCH=train_step. Its last line is one JSON object.
 	@test -n "$(BENCH)" || { echo "name one: make bench BENCH=name, of:"; ls tests/benchmarks | sed -nE 's/^bench_(.*)\.py$$/  \1/p'; exit 2; }

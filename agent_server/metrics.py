@@ -29,3 +29,26 @@ METRICS: Mapping[str, Metric] = {
     "peak_memory_bytes": Metric(unit="bytes", definition="largest resident set of the worker process so far"),
     "seconds_left": Metric(unit="s", definition="optimizer steps left times the running mean of a step's time"),
 }
+
+# What is measured around a run and published with the agent, by the names that the trainer records.
+EVALUATIONS: Mapping[str, Metric] = {
+    "accuracy_before": Metric(
+        unit="1",
+        definition="share of test rows whose likeliest label is right, before the first step: the head is untrained",
+    ),
+    "accuracy_after": Metric(
+        unit="1", definition="the same after the last step, on the same rows, before low-rank updates are merged"
+    ),
+    "macro_f1_before": Metric(
+        unit="1", definition="F1 of each label that occurs among the test rows, their plain mean, before the first step"
+    ),
+    "macro_f1_after": Metric(unit="1", definition="the same after the last step, on the same rows"),
+    "majority_share": Metric(
+        unit="1", definition="share of the test rows' most frequent label: what the best constant answer scores"
+    ),
+    "validation_accuracy": Metric(
+        unit="1",
+        definition="share of validation rows whose likeliest label is right, after the last step; absent without such "
+        "rows",
+    ),
+}
