@@ -346,11 +346,10 @@ class _Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.steps, self.loss, self.correct, self.rows, self.seconds = 0, 0.0, 0, 0, 0.0
+        self.loss, self.correct, self.rows, self.seconds = 0.0, 0, 0, 0.0
 
     def add(self, *, loss: float, correct: int, rows: int, seconds: float) -> None:
-        self.steps += 1
-        self.loss += loss
+        self.loss += loss * rows
         self.correct += correct
         self.rows += rows
         self.seconds += seconds
@@ -359,7 +358,7 @@ class _Meter:
 
     def take(self, step: int) -> dict[str, Json]:
         metrics: Mapping[str, Json] = {
-            "loss": self.loss / self.steps,
+            "loss": self.loss / self.rows,
             "train_accuracy": self.correct / self.rows,
             "samples_per_s": self.rows / max(self.seconds, 1e-9),
             "seconds_left": self.step_seconds * (self.total_steps - step),

@@ -52,7 +52,7 @@ class CognateModelConstructor:
         """Return a model whose values are a function of the seed and the counts alone.
 
         unigram_counts: how often each token occurs in the training data, (V,); the logit bias starts at the log
-            frequency and the head's projection at zero, so that the first loss is the unigram entropy.
+            frequency and the head's projection at zero, so that the first loss is that of the token frequencies alone.
         Errors: ConstructionError.
         """
         deviations = self._deviations(config, unigram_counts)

@@ -76,10 +76,10 @@ def judge(result: PretrainResult, *, expected_parameters: int = SPECIFIED_PARAME
             _equal("parameter_count", parameters, expected_parameters),
             _equal("weights_not_finite", not_finite, 0),
             _below(
-                "validation_loss_below_unigram_entropy",
+                "validation_loss_below_unigram_loss",
                 CheckKind.INTEGRITY,
                 result.validation.loss,
-                result.validation.unigram_entropy,
+                result.validation.unigram_loss,
             ),
             *_quality(result.validation, result.config.max_steps),
         )

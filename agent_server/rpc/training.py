@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import sqlalchemy as sa
+
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.plan import require_feasible, with_defaults
 from agent_server.rpc import convert
@@ -11,6 +13,7 @@ from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError
 from cognateforge.job.v1 import job_pb2
+from training_common.jobs.store import JobRow
 from training_common.rpc.interceptor import current_caller
 from training_common.rpc.jobs import Context, JobRpcs, JobService
 from training_common.settings import DataSettings
@@ -34,14 +37,19 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
 
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan = with_defaults(request.plan)
-        require_feasible(plan, self._factory, self._data)
         caller = current_caller().name
+
+        def submit(connection: sa.Connection) -> JobRow:
+            # Not before: a repeated start is answered as the first time, even when the data is gone by now.
+            require_feasible(plan, self._factory, self._data)
+            return self._jobs.store.submit(
+                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
+            )
+
         answer = await self._jobs.mutate(
             "StartTraining",
             request,
-            lambda connection: self._jobs.store.submit(
-                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
-            ),
+            submit,
             lambda job: pb.StartTrainingResponse(job=job),
         )
         return pb.StartTrainingResponse.FromString(answer)

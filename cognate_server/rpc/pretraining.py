@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import sqlalchemy as sa
+
 from cognate_server.plan import require_data, with_defaults
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError
 from cognateforge.job.v1 import job_pb2
+from training_common.jobs.store import JobRow
 from training_common.rpc.interceptor import current_caller
 from training_common.rpc.jobs import Context, JobRpcs, JobService
 from training_common.settings import DataSettings
@@ -24,14 +27,19 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
 
     async def StartPretraining(self, request: pb.StartPretrainingRequest, context: Context) -> Any:
         plan = with_defaults(request.plan)
-        require_data(plan, self._data)
         caller = current_caller().name
+
+        def submit(connection: sa.Connection) -> JobRow:
+            # Not before: a repeated start is answered as the first time, even when the data is gone by now.
+            require_data(plan, self._data)
+            return self._jobs.store.submit(
+                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
+            )
+
         answer = await self._jobs.mutate(
             "StartPretraining",
             request,
-            lambda connection: self._jobs.store.submit(
-                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
-            ),
+            submit,
             lambda job: pb.StartPretrainingResponse(job=job),
         )
         return pb.StartPretrainingResponse.FromString(answer)

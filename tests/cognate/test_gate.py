@@ -19,7 +19,7 @@ GOOD = ValidationReport(
     loss=3.2,
     loss_memory_off=3.3,
     loss_one_step=3.25,
-    unigram_entropy=5.3,
+    unigram_loss=5.3,
     mean_ponder_steps=2.5,
     halting_histogram=(0.1, 0.5, 0.2, 0.2),
 )

@@ -9,8 +9,8 @@ from contextvars import ContextVar
 
 from cognateforge.exceptions import DeadlineExceededError
 
-# The time.monotonic() at which whoever waits for us stops waiting. A server sets it for every call that it serves, so
-# that the calls it makes on the way end in time.
+# The time.monotonic() at which whoever waits for us stops waiting. A program that serves calls sets it
+# for each of them, so that the calls it makes on the way end in time; `deadline_within` does so for a block.
 deadline_budget: ContextVar[float | None] = ContextVar("deadline_budget", default=None)
 
 

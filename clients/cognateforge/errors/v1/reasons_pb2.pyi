@@ -45,7 +45,7 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_JOB_NOT_FOUND: _Reason.ValueType  # 8
     """No such job."""
     REASON_ILLEGAL_TRANSITION: _Reason.ValueType  # 9
-    """The job's state does not allow this. PreconditionFailure lists the states that would."""
+    """The job's state does not allow this. ErrorInfo.metadata["allowed"] lists the states it may go to."""
     REASON_SEQUENCE_OUT_OF_RANGE: _Reason.ValueType  # 10
     """after_sequence is beyond the job's last event."""
     REASON_MODEL_NOT_FOUND: _Reason.ValueType  # 11
@@ -106,7 +106,7 @@ REASON_REQUEST_ID_REUSED: Reason.ValueType  # 7
 REASON_JOB_NOT_FOUND: Reason.ValueType  # 8
 """No such job."""
 REASON_ILLEGAL_TRANSITION: Reason.ValueType  # 9
-"""The job's state does not allow this. PreconditionFailure lists the states that would."""
+"""The job's state does not allow this. ErrorInfo.metadata["allowed"] lists the states it may go to."""
 REASON_SEQUENCE_OUT_OF_RANGE: Reason.ValueType  # 10
 """after_sequence is beyond the job's last event."""
 REASON_MODEL_NOT_FOUND: Reason.ValueType  # 11
