@@ -38,9 +38,12 @@ from cognateforge.errors.v1 import reasons_pb2
 from cognateforge.errors.v1.reasons_pb2 import Reason
 
 DOMAIN = "cognateforge"
-# Error text travels in trailing metadata, which gRPC bounds at 8 KiB in all.
 MAX_MESSAGE_CHARS = 2000
 MAX_VIOLATIONS = 20
+# A status travels in trailing metadata. gRPC begins to drop what has more than 8 KiB in all, and the caller would then
+# see RESOURCE_EXHAUSTED in its place. What is left is for ErrorInfo, RequestInfo and the headers' names.
+_MESSAGE_BYTES = 4000
+_VIOLATIONS_BYTES = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,18 +332,40 @@ def _pack(
     return packed
 
 
+def _printable(text: str) -> str:
+    """Return a text without halves of surrogate pairs: Python has them in odd file names, UTF-8 cannot carry them."""
+    return text.encode(errors="replace").decode()
+
+
+def _fitting(text: str) -> str:
+    """Return as much of a message as fits: it travels twice, the second time with all but plain ASCII as %XX."""
+    text, left = _printable(text), _MESSAGE_BYTES
+    for position, character in enumerate(text):
+        plain = " " <= character <= "~" and character != "%"
+        left -= 2 if plain else 4 * len(character.encode())
+        if left < 0:
+            return text[:position]
+    return text
+
+
 def to_status(error: ForgeError, *, request_id: str = "") -> status_pb2.Status:
-    """Return the google.rpc.Status of an error, with ErrorInfo always and BadRequest where fields are named."""
+    """Return the google.rpc.Status of an error, with ErrorInfo always and BadRequest where fields are named.
+
+    Message and violations are cut to what a status can carry.
+    """
     details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason_name(), domain=DOMAIN, metadata=error.metadata))]
     if error.violations:
         bad = error_details_pb2.BadRequest()
         for violation in error.violations:
-            bad.field_violations.add(field=violation.field, description=violation.description[:500])
+            bad.field_violations.add(field=violation.field, description=_printable(violation.description[:500]))
+            if bad.ByteSize() > _VIOLATIONS_BYTES:
+                del bad.field_violations[-1]
+                break
         details.append(_pack(bad))
     if request_id:
         details.append(_pack(error_details_pb2.RequestInfo(request_id=request_id)))
     code = error.info().code or code_pb2.INTERNAL
-    return status_pb2.Status(code=code, message=error.message, details=details)
+    return status_pb2.Status(code=code, message=_fitting(error.message), details=details)
 
 
 def from_rpc_error(error: grpc.RpcError) -> ForgeError:
