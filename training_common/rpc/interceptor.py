@@ -20,7 +20,7 @@ import grpc
 import protovalidate
 import sqlalchemy.exc
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc_status import rpc_status
 
@@ -102,20 +102,19 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._stream(handler.unary_stream, call, known),
-                request_deserializer=handler.request_deserializer,
+                request_deserializer=_decoder(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
             self._unary(handler.unary_unary, call, known),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_decoder(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     def _unary(self, behavior: Any, call: _Call, known: bool) -> Any:
-        async def serve(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def serve(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                self._admit(request, context, call, known)
-                answer = await behavior(request, context)
+                answer = await behavior(self._admit(request, context, call, known), context)
             except Exception as error:
                 return await _refuse(error, context, call)
             _log_end(call, "OK")
@@ -124,10 +123,9 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         return serve
 
     def _stream(self, behavior: Any, call: _Call, known: bool) -> Any:
-        async def serve(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def serve(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                self._admit(request, context, call, known)
-                async for frame in behavior(request, context):
+                async for frame in behavior(self._admit(request, context, call, known), context):
                     yield frame
             except Exception as error:
                 await _refuse(error, context, call)
@@ -136,8 +134,10 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
 
         return serve
 
-    def _admit(self, request: Message, context: grpc.aio.ServicerContext[Any, Any], call: _Call, known: bool) -> None:
-        """Bind the call's identity and raise the first thing that speaks against it."""
+    def _admit(
+        self, request: Message | None, context: grpc.aio.ServicerContext[Any, Any], call: _Call, known: bool
+    ) -> Message:
+        """Bind the call's identity, and return its request or raise the first thing that speaks against it."""
         structlog.contextvars.bind_contextvars(request_id=call.request_id)
         _caller.set(self._local)
         if not known:
@@ -147,9 +147,26 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             raise RoleMissingError(f"{call.method} is for {wanted}; caller {self._local.name} has no such role")
         if call.policy.deadline_required and context.time_remaining() is None:
             raise DeadlineRequiredError(f"{call.method} needs a deadline: set one in the client")
+        if request is None:
+            raise InvalidFieldError(f"the request's bytes are no message that {call.method} takes")
         if call.policy.unknown_fields_refused:
             _refuse_unknown_fields(request)
         _check_rules(request)
+        return request
+
+
+def _decoder(decode: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | None] | None:
+    """Return a deserializer that gives None for bytes that are no message: gRPC would answer with the exception."""
+    if decode is None:
+        return None
+
+    def decode_or_none(data: bytes) -> Message | None:
+        try:
+            return decode(data)
+        except DecodeError:
+            return None
+
+    return decode_or_none
 
 
 def _check_rules(request: Message) -> None:

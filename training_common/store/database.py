@@ -38,6 +38,8 @@ class Database:
         if self._sqlite:
             Path(sa.make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
         self.engine = sa.create_engine(url, pool_size=_THREADS, **self._options())
+        # SQLite goes on with an open file that was removed or replaced: only a new connection tells.
+        self._probe = sa.create_engine(url, poolclass=sa.NullPool) if self._sqlite else self.engine
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
         if self._sqlite:
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
@@ -64,6 +66,14 @@ class Database:
         """Do blocking store work in a thread, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
+    async def run_brief(self, work: Callable[..., T], *args: Any) -> T:
+        """Do store work that only reads a row by its key.
+
+        On SQLite it is done at once: readers of a write-ahead log wait for no writer, and one row takes less time than
+        the way to a thread and back. Any other database may be far away, so there it is `run`.
+        """
+        return work(*args) if self._sqlite else await self.run(work, *args)
+
     def upgrade(self, migrations: Path) -> None:
         """Bring the schema to the newest revision of the service's migrations."""
         config = Config()
@@ -74,9 +84,9 @@ class Database:
             connection.commit()
 
     def ping(self) -> None:
-        """Raise when the database does not answer."""
-        with self.read() as connection:
-            connection.execute(sa.select(1))
+        """Raise when the database does not answer, or is not the one that `upgrade` prepared."""
+        with self._probe.connect() as connection:
+            connection.execute(sa.text("SELECT version_num FROM alembic_version")).one()
 
     def close(self) -> None:
         """Close threads and connections."""
