@@ -119,8 +119,9 @@ def load(cls: type[S], *, file: Path | None, environment: Mapping[str, str] | No
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(f"settings file {file}: {error}") from error
     for variable, text in sorted((os.environ if environment is None else environment).items()):
-        if variable.startswith(prefix):
-            _place(values, variable.removeprefix(prefix).lower().split(_SEPARATOR), text)
+        path = variable.removeprefix(prefix).lower().split(_SEPARATOR)
+        if variable.startswith(prefix) and not _place(values, path, text):
+            raise SettingsError(f"variable {variable}: a key above it has a value of its own: set one of the two")
     try:
         return cls.model_validate(values, strict=False)
     except ValidationError as error:
@@ -131,8 +132,12 @@ def load(cls: type[S], *, file: Path | None, environment: Mapping[str, str] | No
         raise SettingsError(f"settings from {file or 'defaults'} and {prefix}*: " + "; ".join(lines)) from error
 
 
-def _place(values: dict[str, Any], path: list[str], text: str) -> None:
+def _place(values: dict[str, Any], path: list[str], text: str) -> bool:
+    """Set a key, and return whether there was room for it: a value on the way to it is no section."""
     for part in path[:-1]:
         values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            return False
     # Lists are comma-separated in the environment; every other type is parsed from its text by pydantic.
     values[path[-1]] = [part.strip() for part in text.split(",")] if path[-1].endswith("roles") else text
+    return True
