@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterable
@@ -294,6 +295,26 @@ async def test_too_much_at_once_is_refused(tmp_path: Path) -> None:
         async with asyncio.timeout(10):
             while await refusal(channel, path) is not None:  # noqa: ASYNC110 - the server tells nobody of a free place
                 await asyncio.sleep(0.01)
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["ipv6", "unix"])
+async def test_every_local_address_is_served(kind: str, tmp_path: Path) -> None:
+    """IPv6's loopback with a port of its own, and a Unix socket."""
+    if kind == "ipv6" and not has_ipv6_loopback():
+        pytest.skip("this machine has no IPv6 loopback")
+    wanted = "[::1]:0" if kind == "ipv6" else f"unix:{tmp_path / 'socket'}"
+    async with running_cognate(tmp_path, address=wanted) as server, AsyncCognateClient(server.address) as client:
+        assert wanted == server.address or server.address.startswith("[::1]:")
+        assert (await client.pretraining.StartPretraining(start())).job.job.name
 
 
 # --- health
