@@ -25,9 +25,13 @@ class Service:
     log: Path
 
     def stop(self) -> None:
-        """Drain the service. Its workers, if any, go on."""
+        """Drain the service, and end it if that takes too long. Its workers, if any, go on."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(STOP_TIMEOUT_S)
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 @dataclass
@@ -37,14 +41,18 @@ class Services:
     folder: Path
     running: list[Service] = field(default_factory=list)
 
-    def start(self, name: str, *, prefix: str, address: str, settings: Mapping[str, str]) -> Service:
-        """Start a service and return it once it serves. Errors: RuntimeError, with the end of its log."""
+    def start(self, name: str, *, address: str, settings: Mapping[str, str]) -> Service:
+        """Start a service, again if it has ended, and return it once it serves.
+
+        name: the package of the service, for instance "cognate_server".
+        Errors: RuntimeError, with the end of its log.
+        """
         folder = self.folder / name.removesuffix("_server")
         folder.mkdir(parents=True, exist_ok=True)
         log, address_file = folder / "server.log", folder / "address"
         address_file.unlink(missing_ok=True)
         values = {"ADDRESS": address, "DATA_DIR": str(folder), **settings}
-        environment = {**os.environ, **{f"{prefix}{key}": value for key, value in values.items()}}
+        environment = {**os.environ, **{f"{name.upper()}_{key}": value for key, value in values.items()}}
         with log.open("ab") as output:
             process = subprocess.Popen(  # noqa: S603 - our own module
                 [sys.executable, "-m", name, "--address-file", str(address_file)],
@@ -70,13 +78,8 @@ class Services:
         """Start Cognate, then the agent service that is told where Cognate is. FORGE_DATA names a folder of data."""
         folder = os.environ.get("FORGE_DATA", "")
         data = {"DATA__FOLDER": str(Path(folder).resolve())} if folder else {}
-        first = self.start("cognate_server", prefix="COGNATE_SERVER_", address=cognate, settings=data)
-        second = self.start(
-            "agent_server",
-            prefix="AGENT_SERVER_",
-            address=agent,
-            settings={**data, "COGNATE__ADDRESS": first.address},
-        )
+        first = self.start("cognate_server", address=cognate, settings=data)
+        second = self.start("agent_server", address=agent, settings={**data, "COGNATE__ADDRESS": first.address})
         return first, second
 
     def stop(self) -> None:

@@ -1,0 +1,137 @@
+"""Both services as processes, a real Cognate-25M, and an agent made of it: what no part can show alone."""
+
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cognateforge.agent.v1 import agent_pb2
+from cognateforge.agent.v1 import training_pb2 as agent_v1
+from cognateforge.client import AgentClient, CognateClient
+from cognateforge.client.manifest import MANIFEST_NAME
+from cognateforge.cognate.v1 import pretraining_pb2 as cognate_v1
+from cognateforge.exchange.v1 import model_pb2
+from cognateforge.job.v1 import job_pb2
+from deploy.services import Services
+from training_common.digests import sha256_bytes
+
+Frames = list[job_pb2.WatchFrame]
+
+
+class Watch:
+    """A watch in a thread; `until` waits for an event and keeps all that came before."""
+
+    def __init__(self, frames: Iterator[job_pb2.WatchFrame]) -> None:
+        self.seen: Frames = []
+        self._queue: queue.Queue[job_pb2.WatchFrame | Exception] = queue.Queue()
+        threading.Thread(target=self._read, args=(frames,), daemon=True).start()
+
+    def _read(self, frames: Iterator[job_pb2.WatchFrame]) -> None:
+        try:
+            for frame in frames:
+                self._queue.put(frame)
+        except Exception as error:
+            self._queue.put(error)
+
+    def until(self, wanted: Callable[[job_pb2.WatchFrame], bool]) -> job_pb2.WatchFrame:
+        """Return the first frame from now on that is wanted. The end frame ends the wait in any case."""
+        while True:
+            frame = self._queue.get(timeout=240)
+            if isinstance(frame, Exception):
+                raise frame
+            self.seen.append(frame)
+            if wanted(frame):
+                return frame
+            assert not frame.HasField("end"), f"the job ended before: {frame.end}"
+
+
+def is_checkpoint(frame: job_pb2.WatchFrame) -> bool:
+    return frame.event.HasField("checkpoint")
+
+
+def is_progress(frame: job_pb2.WatchFrame) -> bool:
+    return frame.event.HasField("progress")
+
+
+def worker_of(job: str) -> psutil.Process:
+    """Return the process of a job's worker."""
+    return next(process for process in psutil.process_iter(["cmdline"]) if job in (process.info["cmdline"] or ()))
+
+
+@contextmanager
+def both_services(folder: Path) -> Iterator[tuple[Services, CognateClient, AgentClient]]:
+    services = Services(folder)
+    try:
+        first, second = services.start_both(cognate="127.0.0.1:0", agent="127.0.0.1:0")
+        with CognateClient(first.address) as cognate, AgentClient(second.address) as agents:
+            yield services, cognate, agents
+    finally:
+        services.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of server and worker cost neither an event nor the job; the agent names the digest that was published."""
+    monkeypatch.delenv("FORGE_DATA", raising=False)
+    with both_services(tmp_path) as (services, cognate, agents):
+        plan = cognate_v1.PretrainingPlan(
+            total_steps=16, seed=3, batch_size=2, sequence_length=64, checkpoint_interval_steps=4
+        )
+        request = cognate_v1.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=plan)
+        job = cognate.pretraining.StartPretraining(request).job.job.name
+        watch = Watch(cognate.watch_job(job))
+
+        watch.until(is_checkpoint)
+        server = services.running[0]
+        server.process.kill()
+        server.process.wait()
+        worker = worker_of(job)
+        services.start("cognate_server", address=server.address, settings={})
+        saved = watch.until(is_checkpoint).event.checkpoint.step
+        assert worker_of(job).pid == worker.pid, "the worker went on without its server"
+
+        worker.kill()
+        second = watch.until(lambda frame: frame.event.HasField("attempt_started")).event.attempt_started
+        assert second.attempt == 2
+        assert watch.until(is_progress).event.progress.step == saved + 1
+        end = watch.until(lambda frame: frame.HasField("end")).end
+        assert end.state == job_pb2.JOB_STATE_SUCCEEDED, end
+        assert end.last_sequence == watch.seen[-2].event.sequence
+        sequences = [frame.event.sequence for frame in watch.seen if frame.HasField("event")]
+        assert sequences == list(range(1, end.last_sequence + 1)), "nothing is lost or doubled"
+
+        name = cognate.pretraining.GetJob(cognate_v1.GetJobRequest(name=job)).job.job.artifact
+        model = cognate.models.GetModel(model_pb2.GetModelRequest(name=name)).model
+        assert model.architecture.parameter_count == 24_998_668
+        _train(agents, model, tmp_path)
+
+
+def _train(agents: AgentClient, model: model_pb2.FoundationModel, folder: Path) -> None:
+    """Make an agent of the model, and hold its digests against those that were published."""
+    plan = agent_v1.TrainingPlan(
+        agent="router",
+        architecture="cognate",
+        foundation=agent_v1.FoundationBase(name=model.name, accept_experimental=True),
+        classification=agent_v1.ClassificationTask(generated=agent_v1.GeneratedSource(seed=1), max_rows_per_label=4),
+        adaptation=agent_v1.Adaptation(lora=agent_v1.LoraAdaptation()),
+        optimization=agent_v1.Optimization(adamw=agent_v1.AdamW()),
+        total_steps=3,
+        batch_size=8,
+    )
+    started = agents.training.StartTraining(agent_v1.StartTrainingRequest(request_id=str(uuid.uuid4()), plan=plan))
+    frames = list(agents.watch_job(started.job.job.name))
+    assert frames[-1].end.state == job_pb2.JOB_STATE_SUCCEEDED, frames[-1].end
+    agent = agents.agents.GetAgent(agent_pb2.GetAgentRequest(name="router@1")).agent
+    assert (agent.foundation, agent.foundation_digest) == (model.name, model.digest)
+    measured = {evaluation.metric for evaluation in agent.evaluations}
+    assert {"accuracy_before", "accuracy_after", "majority_share"} <= measured
+    fetched = agents.fetch_agent("router@1", folder / "fetched")
+    assert sha256_bytes((fetched.path / MANIFEST_NAME).read_bytes()) == agent.digest
