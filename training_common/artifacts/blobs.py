@@ -6,6 +6,7 @@ Nothing here is ever overwritten: a blob's name is its digest, and a manifest is
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore
 
-from cognateforge.exceptions import ArtifactCorruptError
+from cognateforge.exceptions import ArtifactCorruptError, IntegrityCheckFailedError
 from training_common.digests import sha256_file
 
 # 1 MiB: the bound of artifact.v1.Chunk.data.
 CHUNK_BYTES = 1 << 20
+# The contract's rule for File.path (artifact/v1/artifact.proto): a client refuses an artifact with any other.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+_MAX_NAME_CHARS = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +47,20 @@ class BlobStore:
         self._store = LocalStore(root)
 
     def put(self, path: Path, name: str) -> StoredFile:
-        """Store a file's bytes under their digest and return it as `name`. Bytes that are there are not sent again."""
+        """Store a file's bytes under their digest and return it as `name`. Bytes that are there are not sent again.
+
+        Errors: IntegrityCheckFailedError, for a name that no client would take; ArtifactCorruptError, when the bytes
+        that are there have changed.
+        """
+        if len(name) > _MAX_NAME_CHARS or not _NAME.fullmatch(name):
+            raise IntegrityCheckFailedError(f"{name[:300]!r} is no path of a file that can be published: rename it")
         digest = sha256_file(path)
         size_bytes = path.stat().st_size
         try:
             obstore.put(self._store, _key(digest), path, mode="create", use_multipart=False)
         except AlreadyExistsError:
-            if obstore.head(self._store, _key(digest))["size"] != size_bytes:
-                raise ArtifactCorruptError(f"stored bytes of {name} ({digest}) have another size") from None
+            if sha256_file(self._root / _key(digest)) != digest:
+                raise ArtifactCorruptError(f"stored bytes of {name} ({digest}) have changed") from None
         return StoredFile(path=name, size_bytes=size_bytes, digest=digest)
 
     def put_manifest(self, family: str, version: int, manifest: bytes) -> None:
