@@ -28,7 +28,7 @@ from tests.benchmarks.common import interleave, report
 
 SERVICE, METHOD = "cognateforge.cognate.v1.CognatePretrainingService", "GetJob"
 CALLERS = 16
-CALLS = 960
+CALLS = 640
 TIMEOUT_S = 10
 
 
@@ -110,4 +110,4 @@ def main(runs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 12)
