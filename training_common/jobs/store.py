@@ -23,6 +23,9 @@ from training_common.store.database import Database, now_us
 
 MAX_TEXT_CHARS = 2000
 
+# Built once: SQLAlchemy takes longer to build and to look up a statement than SQLite takes to answer this one.
+_BY_NAME = sa.select(t.jobs).where(t.jobs.c.name == sa.bindparam("name"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobRow:
@@ -222,7 +225,7 @@ class JobStore:
         if connection is None:
             with self.database.read() as own:
                 return self.get(name, own)
-        row = connection.execute(sa.select(t.jobs).filter_by(name=name)).mappings().one_or_none()
+        row = connection.execute(_BY_NAME, {"name": name}).mappings().one_or_none()
         if row is None:
             raise JobNotFoundError(f"no job {name}; list the jobs to see what there is")
         return _job(row)

@@ -72,7 +72,7 @@ class JobService(Generic[M]):
 
     async def get(self, name: str) -> M:
         """Return one job's message."""
-        return self.to_message(await self.store.database.run(self.store.get, name))
+        return self.to_message(await self.store.database.run_brief(self.store.get, name))
 
     async def page(self, request: Any) -> tuple[list[M], str]:
         """Return a page of jobs and the next page's token."""

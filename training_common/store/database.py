@@ -67,7 +67,7 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     async def run_brief(self, work: Callable[..., T], *args: Any) -> T:
-        """Do store work that only reads a row by its key.
+        """Do store work that only reads a row or two by their keys.
 
         On SQLite it is done at once: readers of a write-ahead log wait for no writer, and one row takes less time than
         the way to a thread and back. Any other database may be far away, so there it is `run`.
