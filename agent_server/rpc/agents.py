@@ -23,7 +23,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         self._registry = registry
 
     async def _find(self, name: str) -> ArtifactRow:
-        return await self._registry.database.run(find_agent, self._registry, name)
+        return await self._registry.database.run_brief(find_agent, self._registry, name)
 
     async def _messages(self, rows: list[ArtifactRow]) -> list[pb.Agent]:
         aliases = await self._registry.database.run(aliases_of, self._registry, rows)
@@ -47,8 +47,8 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         fetch.check_offset(row, request.offset_bytes)
         [agent] = await self._messages([row])
         yield pb.FetchAgentResponse(header=pb.FetchAgentHeader(agent=agent, manifest=row.manifest))
-        async for chunk in fetch.chunks(self._registry.blobs, row, request.offset_bytes):
-            yield pb.FetchAgentResponse(chunk=chunk)
+        async for frame in fetch.frames(self._registry.blobs, row, request.offset_bytes, pb.FetchAgentResponse):
+            yield frame
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> Any:
         row = await self._find(request.name)

@@ -28,7 +28,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self._heartbeat_s = heartbeat_s
 
     async def _find(self, name: str) -> ArtifactRow:
-        return await self._registry.database.run(find_model, self._registry, name)
+        return await self._registry.database.run_brief(find_model, self._registry, name)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> Any:
         return pb.GetModelResponse(model=convert.model(await self._find(request.name)))
@@ -47,8 +47,8 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         row = await self._find(request.name)
         fetch.check_offset(row, request.offset_bytes)
         yield pb.FetchModelResponse(header=pb.FetchHeader(model=convert.model(row), manifest=row.manifest))
-        async for chunk in fetch.chunks(self._registry.blobs, row, request.offset_bytes):
-            yield pb.FetchModelResponse(chunk=chunk)
+        async for frame in fetch.frames(self._registry.blobs, row, request.offset_bytes, pb.FetchModelResponse):
+            yield frame
 
     async def CheckCompatibility(self, request: pb.CheckCompatibilityRequest, context: Context) -> Any:
         row = await self._find(request.name)

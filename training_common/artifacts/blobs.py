@@ -18,8 +18,8 @@ from obstore.store import LocalStore
 from cognateforge.exceptions import ArtifactCorruptError, IntegrityCheckFailedError
 from training_common.digests import sha256_file
 
-# 1 MiB: the bound of artifact.v1.Chunk.data.
-CHUNK_BYTES = 1 << 20
+# Half of what artifact.v1.Chunk.data may hold: copies of less stay in the cache, many small frames cost more again.
+CHUNK_BYTES = 1 << 19
 # The contract's rule for File.path (artifact/v1/artifact.proto): a client refuses an artifact with any other.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _MAX_NAME_CHARS = 255

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
-from cognateforge.artifact.v1 import artifact_pb2
+from cognateforge.agent.v1 import agent_pb2
 from cognateforge.exceptions import FieldViolation, OffsetOutOfRangeError
+from cognateforge.exchange.v1 import model_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRow
+
+Frame = TypeVar("Frame", model_pb2.FetchModelResponse, agent_pb2.FetchAgentResponse)
 
 
 def check_offset(row: ArtifactRow, offset_bytes: int) -> None:
@@ -17,15 +21,21 @@ def check_offset(row: ArtifactRow, offset_bytes: int) -> None:
         raise OffsetOutOfRangeError(message, violations=[FieldViolation(field="offset_bytes", description=message)])
 
 
-async def chunks(blobs: BlobStore, row: ArtifactRow, offset_bytes: int) -> AsyncIterator[artifact_pb2.Chunk]:
-    """Yield the payload from `offset_bytes` on.
+async def frames(
+    blobs: BlobStore, row: ArtifactRow, offset_bytes: int, new_frame: Callable[[], Frame]
+) -> AsyncIterator[Frame]:
+    """Yield the payload from `offset_bytes` on, each piece as the chunk of a new frame.
 
-    Files are read on the event loop: a megabyte out of the page cache takes less time than a hop to a thread, and
-    gRPC's flow control waits between the pieces.
+    Files are read on the event loop: a piece out of the page cache takes less time than a hop to a thread, and gRPC's
+    flow control waits between the pieces.
     Errors: ArtifactCorruptError.
     """
     for offset, piece in blobs.open_payload(row.files, offset_bytes):
-        yield artifact_pb2.Chunk(offset_bytes=offset, data=piece)
+        frame = new_frame()
+        # Set in place: a Chunk that is handed to the frame's constructor would be copied once more.
+        frame.chunk.offset_bytes = offset
+        frame.chunk.data = piece
+        yield frame
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -409,8 +409,9 @@ class Reader(Generic[ResponseT]):
         if isinstance(part, Header):
             self._landing.accept_header(part)
             return
+        before = self._landing.offset_bytes
         self._landing.accept_chunk(part)
-        if part.data:
+        if self._landing.offset_bytes > before:  # not `if part.data`: every look at it copies the chunk
             self._patience.progress()
         if self._on_progress is not None and self._landing.size_bytes is not None:
             self._on_progress(self._landing.offset_bytes, self._landing.size_bytes)
