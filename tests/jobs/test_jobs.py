@@ -2,9 +2,11 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -169,13 +171,21 @@ async def test_losses_with_progress_do_not_fail_a_job(service: ToyService) -> No
     assert [expected_result(60)] == result(service, job)
 
 
+def freeze(service: ToyService, handle: str) -> None:
+    """Stop a worker at a moment at which it does not hold SQLite's write lock, because the test does."""
+    with service.database.write():
+        os.kill(pid(handle), signal.SIGSTOP)
+        while psutil.Process(pid(handle)).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+
+
 async def test_a_worker_that_was_given_up_changes_nothing(service: ToyService) -> None:
     """Fencing: after its job was cut, a stopped worker that wakes up cannot write, checkpoint or end the job."""
     job = service.submit(steps=10_000, step_s=0.01)
     await service.until(job, lambda row: row.step >= 3)
     [(row, attempt)] = service.store.held()
     stale = service.store.attempt(row.name, attempt.number, attempt.fencing_token)
-    os.kill(pid(attempt.handle), signal.SIGSTOP)
+    freeze(service, attempt.handle)
     service.store.cut(row, attempt, message="given up by the test", retries=3)
     after = service.store.get(job.name)
     for write in (
@@ -198,7 +208,7 @@ async def test_a_silent_worker_is_unobserved_and_not_failed(tmp_path: Path) -> N
     service = ToyService(tmp_path, lost_after_s=0.5)
     job = service.submit(steps=300, step_s=0.01)
     await service.until(job, lambda row: row.step >= 3)
-    os.kill(pid(service.handle(job)), signal.SIGSTOP)
+    freeze(service, service.handle(job))
     silent = await service.until(job, lambda row: not row.observed)
     assert (silent.state, silent.attempt) == (JobState.RUNNING, 1)
     os.kill(pid(service.handle(job)), signal.SIGCONT)
