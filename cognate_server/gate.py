@@ -16,6 +16,8 @@ from cognate_server.trainer import PretrainResult, ValidationReport
 
 # A mean this close to 1 or to the most says that halting has collapsed: fewer than one token in fifty differs.
 HALTING_MARGIN_STEPS = 0.02
+# A gain counts from so many standard errors on: by chance alone one in forty would pass.
+SURE_ERRORS = 2.0
 
 
 class Verdict(enum.StrEnum):
@@ -101,8 +103,8 @@ def _quality(report: ValidationReport, max_steps: int) -> tuple[Check, ...]:
             max(report.halting_histogram),
             1 - HALTING_MARGIN_STEPS,
         ),
-        _above("memory_gain_nats", report.loss_memory_off - report.loss, 0.0),
-        _above("pondering_gain_nats", report.loss_one_step - report.loss, 0.0),
+        _above("memory_gain_nats", report.loss_memory_off - report.loss, SURE_ERRORS * report.memory_gain_error),
+        _above("pondering_gain_nats", report.loss_one_step - report.loss, SURE_ERRORS * report.pondering_gain_error),
     )
 
 

@@ -17,7 +17,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,16 @@ class ValidationReport:
     """What the validation rows say. Losses in nats per token.
 
     unigram_loss: what the training data's token frequencies alone reach on these rows. It is where training starts.
+    memory_gain_error, pondering_gain_error: standard error of loss_memory_off - loss and of loss_one_step - loss, from
+        how much that difference varies among the rows. A single row varies by nothing known: the gain's size stands in.
     """
 
     tokens: int
     loss: float
     loss_memory_off: float
     loss_one_step: float
+    memory_gain_error: float
+    pondering_gain_error: float
     unigram_loss: float
     mean_ponder_steps: float
     halting_histogram: tuple[float, ...]
@@ -208,10 +212,17 @@ def _masks(batch: Batch) -> _Masks:
     return _Masks(here_BT, here_BT >= 0, targets_BT.masked_fill(~trained_BT, -100))
 
 
-def _forward(
-    model: CognateV1, batch: Batch, memory: MemoryState | None, **options: Any
-) -> tuple[CognateOutput, Tensor, int]:
-    """Run a batch; return the output, the sum of its targets' cross-entropy and their number."""
+@dataclass(frozen=True)
+class _Predictions:
+    """A batch's output, and the logits of the X positions that have a target."""
+
+    output: CognateOutput
+    logits_XV: Tensor
+    targets_X: Tensor
+    trained_BT: Tensor
+
+
+def _forward(model: CognateV1, batch: Batch, memory: MemoryState | None, **options: Any) -> _Predictions:
     masks = _masks(batch)
     output: CognateOutput = model(
         batch.tokens[:, :-1],
@@ -220,11 +231,11 @@ def _forward(
         segment_ids_BT=masks.segment_ids_BT,
         **options,
     )
-    trained_X = (masks.targets_BT >= 0).reshape(-1)
+    trained_BT = masks.targets_BT >= 0
     hidden_XD, targets_X = output.hidden_BTD.flatten(0, 1), masks.targets_BT.reshape(-1)
-    if not bool(trained_X.all()):
-        hidden_XD, targets_X = hidden_XD[trained_X], targets_X[trained_X]
-    return output, F.cross_entropy(model.logits(hidden_XD), targets_X, reduction="sum"), targets_X.shape[0]
+    if not bool(trained_BT.all()):
+        hidden_XD, targets_X = hidden_XD[trained_BT.reshape(-1)], targets_X[trained_BT.reshape(-1)]
+    return _Predictions(output, model.logits(hidden_XD), targets_X, trained_BT)
 
 
 def _starting_memory(model: CognateV1, batch: Batch, memory: MemoryState | None) -> MemoryState | None:
@@ -236,18 +247,43 @@ def _starting_memory(model: CognateV1, batch: Batch, memory: MemoryState | None)
     return MemoryState(torch.where(fresh_B11, model.memory.initial_MD, carried_BMD))
 
 
+@dataclass(frozen=True)
+class _RowLosses:
+    """Sum of the cross-entropy and number of targets of each of R rows, and how many tokens took 0, 1, ... steps."""
+
+    sums_R: Tensor
+    targets_R: Tensor
+    steps_N: Tensor
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums_R.sum() / self.targets_R.sum().clamp(min=1))
+
+    def error_of_gain(self, without: _RowLosses) -> float:
+        """Return the standard error of `without.mean - self.mean`, both on the same rows."""
+        gains_R = without.sums_R - self.sums_R
+        gain = float(gains_R.sum() / self.targets_R.sum())
+        rows = len(gains_R)
+        if rows == 1:
+            return abs(gain)
+        deviations_R = gains_R - gain * self.targets_R
+        return math.sqrt(rows / (rows - 1) * float(deviations_R.square().sum())) / float(self.targets_R.sum())
+
+
 @torch.no_grad()
-def _losses(model: CognateV1, batches: Iterable[Batch], **options: Any) -> Iterator[tuple[CognateOutput, float, int]]:
+def _row_losses(model: CognateV1, batches: Iterable[Batch], **options: Any) -> _RowLosses:
     memory: MemoryState | None = None
+    sums, targets = [], []
+    steps_N = torch.zeros(model.config.max_steps + 1, dtype=torch.int64)
     for batch in batches:
-        output, loss, tokens = _forward(model, batch, memory, **options)
-        memory = output.memory
-        yield output, float(loss), tokens
-
-
-def _mean_loss(model: CognateV1, batches: list[Batch], **options: Any) -> float:
-    measured = [(loss, tokens) for _, loss, tokens in _losses(model, batches, **options)]
-    return sum(loss for loss, _ in measured) / max(1, sum(tokens for _, tokens in measured))
+        found = _forward(model, batch, memory, **options)
+        memory = found.output.memory
+        losses_BT = torch.zeros(found.trained_BT.shape, dtype=torch.float64)
+        losses_BT[found.trained_BT] = F.cross_entropy(found.logits_XV, found.targets_X, reduction="none").double()
+        sums.append(losses_BT.sum(1))
+        targets.append(found.trained_BT.sum(1))
+        steps_N += torch.bincount(found.output.steps_BT.reshape(-1), minlength=len(steps_N))
+    return _RowLosses(torch.cat(sums), torch.cat(targets), steps_N)
 
 
 def unigram_loss(batches: Iterable[Batch], unigram_counts_V: Tensor) -> float:
@@ -266,19 +302,19 @@ def validate(model: CognateV1, batches: list[Batch], unigram_counts_V: Tensor) -
 
     Errors: ValueError, when the batches have no target.
     """
-    total, tokens = 0.0, 0
-    counts_N = torch.zeros(model.config.max_steps + 1, dtype=torch.int64)
-    for output, loss, number in _losses(model, batches):
-        total, tokens = total + loss, tokens + number
-        counts_N += torch.bincount(output.steps_BT.reshape(-1), minlength=model.config.max_steps + 1)
-    if tokens == 0:
+    if not any(bool((_masks(batch).targets_BT >= 0).any()) for batch in batches):
         raise ValueError("the validation batches have no token to predict")
-    histogram = _histogram(counts_N)
+    whole = _row_losses(model, batches)
+    memory_off = _row_losses(model, batches, read_memory=False)
+    one_step = _row_losses(model, batches, fixed_steps=1)
+    histogram = _histogram(whole.steps_N)
     return ValidationReport(
-        tokens=tokens,
-        loss=total / tokens,
-        loss_memory_off=_mean_loss(model, batches, read_memory=False),
-        loss_one_step=_mean_loss(model, batches, fixed_steps=1),
+        tokens=int(whole.targets_R.sum()),
+        loss=whole.mean,
+        loss_memory_off=memory_off.mean,
+        loss_one_step=one_step.mean,
+        memory_gain_error=whole.error_of_gain(memory_off),
+        pondering_gain_error=whole.error_of_gain(one_step),
         unigram_loss=unigram_loss(batches, unigram_counts_V),
         mean_ponder_steps=_mean_steps(histogram),
         halting_histogram=tuple(histogram),
@@ -359,16 +395,17 @@ class PretrainingRun:
         Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
         """
         _check_shape(batch, self.config)
-        output, total, tokens = _forward(self.model, batch, self.memory, statistics=measure)
-        mean_loss = total / max(1, tokens)
-        divergence = ponder_divergence(output, self.prior_N)
+        found = _forward(self.model, batch, self.memory, statistics=measure)
+        total = F.cross_entropy(found.logits_XV, found.targets_X, reduction="sum")
+        mean_loss = total / max(1, found.targets_X.shape[0])
+        divergence = ponder_divergence(found.output, self.prior_N)
         objective = mean_loss + PONDER_WEIGHT * divergence
         loss = float(mean_loss.detach())
         if not math.isfinite(float(objective.detach())):
             raise TrainingDivergedError(f"the loss of step {self.step + 1} is {loss}; nothing was updated")
         self.optimizer.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
-        return StepOutcome(loss=loss, divergence=float(divergence.detach()), output=output)
+        return StepOutcome(loss=loss, divergence=float(divergence.detach()), output=found.output)
 
     def write(self, folder: Path) -> None:
         """Fill a checkpoint's folder."""
@@ -468,7 +505,7 @@ def pretrain(config: PretrainConfig, data: TokenStream, attempt: Attempt) -> Pre
         if config.validation_interval_steps and run.step % config.validation_interval_steps == 0 < (
             config.total_steps - run.step
         ):
-            loss = _mean_loss(run.model, validation_batches)
+            loss = _row_losses(run.model, validation_batches).mean
             _report(attempt, run, {"validation_loss": loss})
     _obey(attempt, run, saved_step)
     return _finish(run, attempt, validation_batches)

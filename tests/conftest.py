@@ -7,6 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+# As for workers: threads of torch that spin for milliseconds make small models many times slower when anything else
+# runs. Read when torch is loaded, so it stands before every import of it.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests last, so that a broken unit is told in seconds."""

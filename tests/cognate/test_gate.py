@@ -19,6 +19,8 @@ GOOD = ValidationReport(
     loss=3.2,
     loss_memory_off=3.3,
     loss_one_step=3.25,
+    memory_gain_error=0.04,
+    pondering_gain_error=0.02,
     unigram_loss=5.3,
     mean_ponder_steps=2.5,
     halting_histogram=(0.1, 0.5, 0.2, 0.2),
@@ -65,12 +67,14 @@ def test_a_model_that_passes_everything_is_ready(result: PretrainResult) -> None
         ({"mean_ponder_steps": 2.0, "halting_histogram": (0, 1.0, 0, 0)}, ["largest_share_of_one_step_count"]),
         ({"loss_memory_off": 3.2}, ["memory_gain_nats"]),
         ({"loss_one_step": 3.1}, ["pondering_gain_nats"]),
+        ({"memory_gain_error": 0.06}, ["memory_gain_nats"]),
+        ({"pondering_gain_error": 0.03}, ["pondering_gain_nats"]),
     ],
 )
 def test_quality_that_fails_makes_it_experimental(
     result: PretrainResult, changes: dict[str, Any], failed: list[str]
 ) -> None:
-    """Halting that does not vary, memory that does not help, pondering that does not help."""
+    """Halting that does not vary; memory or pondering that does not help, or not by more than chance can."""
     assert verdict(result, **changes) == (Verdict.EXPERIMENTAL, failed)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cognate_server.construct import CognateModelConstructor
 from cognate_server.grokfast import GrokFastDiverged
 from cognate_server.metrics import METRICS, checked
 from cognate_server.stream import Batch
@@ -168,6 +170,25 @@ def test_training_learns_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
     cut = [batches[0], Batch(tokens=batches[1].tokens[:1])]
     assert validate(model, cut, CountingStream().unigram_counts()) == result.validation
     assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_errors_of_the_gains_are_those_of_single_rows() -> None:
+    """The standard error of a mean over rows, here from rows that are validated one by one."""
+    counts = CountingStream().unigram_counts()
+    model = CognateModelConstructor(TINY).construct(TINY, seed=0, unigram_counts=counts)
+    with torch.no_grad():
+        model.head.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+        model.memory.read_gate.bias.fill_(3.0)
+    batches = list(CountingStream().validation_batches())
+    together = validate(model, batches, counts)
+    alone = [validate(model, [Batch(tokens=row[None])], counts) for batch in batches for row in batch.tokens]
+    for error, gains in (
+        (together.memory_gain_error, [one.loss_memory_off - one.loss for one in alone]),
+        (together.pondering_gain_error, [one.loss_one_step - one.loss for one in alone]),
+    ):
+        assert error > 1e-6
+        assert error == pytest.approx(statistics.stdev(gains) / math.sqrt(len(gains)), rel=1e-3)
+    assert alone[0].memory_gain_error == pytest.approx(abs(alone[0].loss_memory_off - alone[0].loss))
 
 
 def test_progress_carries_defined_finite_metrics(tmp_path: Path) -> None:
