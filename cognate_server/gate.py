@@ -12,7 +12,8 @@ from pathlib import Path
 import safetensors
 
 from cognate_server.construct import SPECIFIED_PARAMETERS
-from cognate_server.trainer import PretrainResult, ValidationReport
+from cognate_server.trainer import PretrainResult
+from cognate_server.validation import ValidationReport
 
 # A mean this close to 1 or to the most says that halting has collapsed: fewer than one token in fifty differs.
 HALTING_MARGIN_STEPS = 0.02

@@ -14,26 +14,21 @@ import dataclasses
 import hashlib
 import json
 import math
-import resource
-import sys
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from cognate_server.construct import CognateModelConstructor, log_frequency
+from cognate_server.construct import CognateModelConstructor
 from cognate_server.grokfast import GrokFastAdamW, LambdaDeparture, parameter_groups
+from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, forward, ponder_divergence, truncated_geometric
 from cognate_server.metrics import checked
 from cognate_server.stream import Batch, TokenStream
+from cognate_server.tracker import CognateProgressTracker, StepOutcome
+from cognate_server.validation import ValidationReport, first_rows, row_losses, validate
 from training_common.attempt import Attempt, AttemptStopped, Json, StopKind
 from training_common.models.cognate_v1 import (
-    CognateOutput,
-    CognateV1,
     CognateV1Config,
     MemoryState,
     config_to_json,
@@ -41,8 +36,6 @@ from training_common.models.cognate_v1 import (
     save_state,
 )
 
-PONDER_WEIGHT = 0.1
-PONDER_MEAN = 2.0
 # The cosine ends here, as a share of the peak.
 FINAL_LR_SHARE = 0.1
 # Single steps are too noisy to compare a run's two ends.
@@ -126,26 +119,6 @@ def _require_positive(name: str, value: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationReport:
-    """What the validation rows say. Losses in nats per token.
-
-    unigram_loss: what the training data's token frequencies alone reach on these rows. It is where training starts.
-    memory_gain_error, pondering_gain_error: standard error of loss_memory_off - loss and of loss_one_step - loss, from
-        how much that difference varies among the rows. A single row varies by nothing known: the gain's size stands in.
-    """
-
-    tokens: int
-    loss: float
-    loss_memory_off: float
-    loss_one_step: float
-    memory_gain_error: float
-    pondering_gain_error: float
-    unigram_loss: float
-    mean_ponder_steps: float
-    halting_histogram: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class PretrainResult:
     """A finished run.
 
@@ -170,182 +143,6 @@ def learning_rate(config: PretrainConfig, finished_steps: int) -> float:
         return config.peak_lr * (finished_steps + 1) / config.warmup_steps
     done = (finished_steps - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
     return config.peak_lr * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def truncated_geometric(steps: int, mean: float) -> Tensor:
-    """Return the geometric distribution over 1 to `steps` whose mean, after truncation, is `mean`: (N,).
-
-    A mean beyond the middle has no decreasing geometric; the flat distribution is returned then.
-    """
-    numbers_N = torch.arange(steps, dtype=torch.float64)
-    low, high = 0.0, 1.0
-    for _ in range(60):  # halvings: the ratio is exact to float64
-        ratio = (low + high) / 2
-        weights_N = ratio**numbers_N
-        low, high = (ratio, high) if (weights_N * (numbers_N + 1)).sum() / weights_N.sum() < mean else (low, ratio)
-    weights_N = high**numbers_N
-    return (weights_N / weights_N.sum()).float()
-
-
-def ponder_divergence(output: CognateOutput, prior_N: Tensor) -> Tensor:
-    """Return KL(mean halting distribution || prior). Padding counts for nothing: its distribution is zero."""
-    tokens = (output.steps_BT > 0).sum().clamp(min=1)
-    mean_N = output.halting_BTN.sum((0, 1)) / tokens
-    return torch.xlogy(mean_N, mean_N).sum() - (mean_N * prior_N.log()).sum()
-
-
-@dataclass(frozen=True)
-class _Masks:
-    """What a batch's segment ids say about its inputs and targets; None where all is plain."""
-
-    segment_ids_BT: Tensor | None
-    valid_BT: Tensor | None
-    targets_BT: Tensor  # -100 where the target is not trained on
-
-
-def _masks(batch: Batch) -> _Masks:
-    targets_BT = batch.tokens[:, 1:]
-    if batch.segment_ids is None:
-        return _Masks(None, None, targets_BT)
-    here_BT, next_BT = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
-    trained_BT = (here_BT == next_BT) & (here_BT >= 0)
-    return _Masks(here_BT, here_BT >= 0, targets_BT.masked_fill(~trained_BT, -100))
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """A batch's output, and the logits of the X positions that have a target."""
-
-    output: CognateOutput
-    logits_XV: Tensor
-    targets_X: Tensor
-    trained_BT: Tensor
-
-
-def _forward(model: CognateV1, batch: Batch, memory: MemoryState | None, **options: Any) -> _Predictions:
-    masks = _masks(batch)
-    output: CognateOutput = model(
-        batch.tokens[:, :-1],
-        memory=_starting_memory(model, batch, memory),
-        valid_BT=masks.valid_BT,
-        segment_ids_BT=masks.segment_ids_BT,
-        **options,
-    )
-    trained_BT = masks.targets_BT >= 0
-    hidden_XD, targets_X = output.hidden_BTD.flatten(0, 1), masks.targets_BT.reshape(-1)
-    if not bool(trained_BT.all()):
-        hidden_XD, targets_X = hidden_XD[trained_BT.reshape(-1)], targets_X[trained_BT.reshape(-1)]
-    return _Predictions(output, model.logits(hidden_XD), targets_X, trained_BT)
-
-
-def _starting_memory(model: CognateV1, batch: Batch, memory: MemoryState | None) -> MemoryState | None:
-    """Carry the memory over in the rows that go on, and start afresh in the others."""
-    if memory is None or batch.fresh_rows is None or bool(batch.fresh_rows.all()):
-        return None
-    fresh_B11 = batch.fresh_rows.view(-1, 1, 1)
-    carried_BMD = memory.contents_BMD[: len(fresh_B11)]  # the last validation batch may be cut
-    return MemoryState(torch.where(fresh_B11, model.memory.initial_MD, carried_BMD))
-
-
-@dataclass(frozen=True)
-class _RowLosses:
-    """Sum of the cross-entropy and number of targets of each of R rows, and how many tokens took 0, 1, ... steps."""
-
-    sums_R: Tensor
-    targets_R: Tensor
-    steps_N: Tensor
-
-    @property
-    def mean(self) -> float:
-        return float(self.sums_R.sum() / self.targets_R.sum().clamp(min=1))
-
-    def error_of_gain(self, without: _RowLosses) -> float:
-        """Return the standard error of `without.mean - self.mean`, both on the same rows."""
-        gains_R = without.sums_R - self.sums_R
-        gain = float(gains_R.sum() / self.targets_R.sum())
-        rows = len(gains_R)
-        if rows == 1:
-            return abs(gain)
-        deviations_R = gains_R - gain * self.targets_R
-        return math.sqrt(rows / (rows - 1) * float(deviations_R.square().sum())) / float(self.targets_R.sum())
-
-
-@torch.no_grad()
-def _row_losses(model: CognateV1, batches: Iterable[Batch], **options: Any) -> _RowLosses:
-    memory: MemoryState | None = None
-    sums, targets = [], []
-    steps_N = torch.zeros(model.config.max_steps + 1, dtype=torch.int64)
-    for batch in batches:
-        found = _forward(model, batch, memory, **options)
-        memory = found.output.memory
-        losses_BT = torch.zeros(found.trained_BT.shape, dtype=torch.float64)
-        losses_BT[found.trained_BT] = F.cross_entropy(found.logits_XV, found.targets_X, reduction="none").double()
-        sums.append(losses_BT.sum(1))
-        targets.append(found.trained_BT.sum(1))
-        steps_N += torch.bincount(found.output.steps_BT.reshape(-1), minlength=len(steps_N))
-    return _RowLosses(torch.cat(sums), torch.cat(targets), steps_N)
-
-
-def unigram_loss(batches: Iterable[Batch], unigram_counts_V: Tensor) -> float:
-    """Return the targets' mean cross-entropy under the counts' smoothed distribution, in nats per token.
-
-    Not the entropy of the targets' own counts: of a few thousand tokens that is far too low, since it knows them.
-    """
-    targets = torch.cat([targets_BT[targets_BT >= 0] for targets_BT in (_masks(batch).targets_BT for batch in batches)])
-    return -float(log_frequency(unigram_counts_V).double()[targets].mean())
-
-
-def validate(model: CognateV1, batches: list[Batch], unigram_counts_V: Tensor) -> ValidationReport:
-    """Measure the model on whole batches: as it is, with the memory's reads off, and with one core step.
-
-    unigram_counts_V: how often the training data has each token.
-
-    Errors: ValueError, when the batches have no target.
-    """
-    if not any(bool((_masks(batch).targets_BT >= 0).any()) for batch in batches):
-        raise ValueError("the validation batches have no token to predict")
-    whole = _row_losses(model, batches)
-    memory_off = _row_losses(model, batches, read_memory=False)
-    one_step = _row_losses(model, batches, fixed_steps=1)
-    histogram = _histogram(whole.steps_N)
-    return ValidationReport(
-        tokens=int(whole.targets_R.sum()),
-        loss=whole.mean,
-        loss_memory_off=memory_off.mean,
-        loss_one_step=one_step.mean,
-        memory_gain_error=whole.error_of_gain(memory_off),
-        pondering_gain_error=whole.error_of_gain(one_step),
-        unigram_loss=unigram_loss(batches, unigram_counts_V),
-        mean_ponder_steps=_mean_steps(histogram),
-        halting_histogram=tuple(histogram),
-    )
-
-
-def _histogram(counts_N: Tensor) -> list[float]:
-    """Turn counts of 0, 1, 2, ... steps into shares of 1, 2, ...: padding takes 0 steps and does not count."""
-    shares: list[float] = (counts_N[1:] / counts_N[1:].sum().clamp(min=1)).tolist()
-    return shares
-
-
-def _mean_steps(histogram: list[float]) -> float:
-    return sum(share * (index + 1) for index, share in enumerate(histogram))
-
-
-def _first_rows(batches: Iterable[Batch], rows: int) -> list[Batch]:
-    """Take whole batches until there are so many rows, and cut the last one."""
-    taken: list[Batch] = []
-    for batch in batches:
-        left = rows - sum(len(one.tokens) for one in taken)
-        if left <= 0:
-            break
-        taken.append(
-            Batch(
-                tokens=batch.tokens[:left],
-                segment_ids=None if batch.segment_ids is None else batch.segment_ids[:left],
-                fresh_rows=None if batch.fresh_rows is None else batch.fresh_rows[:left],
-            )
-        )
-    return taken
 
 
 class PretrainingRun:
@@ -395,7 +192,7 @@ class PretrainingRun:
         Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
         """
         _check_shape(batch, self.config)
-        found = _forward(self.model, batch, self.memory, statistics=measure)
+        found = forward(self.model, batch, self.memory, statistics=measure)
         total = F.cross_entropy(found.logits_XV, found.targets_X, reduction="sum")
         mean_loss = total / max(1, found.targets_X.shape[0])
         divergence = ponder_divergence(found.output, self.prior_N)
@@ -444,37 +241,10 @@ class PretrainingRun:
         self.last_losses.extend(state["last_losses"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepOutcome:
-    """What one batch gave: its loss in nats per token, the ponder prior's part unweighted, and the forward's output."""
-
-    loss: float
-    divergence: float
-    output: CognateOutput
-
-
 def _check_shape(batch: Batch, config: PretrainConfig) -> None:
     expected = (config.rows, config.sequence_length + 1)
     if tuple(batch.tokens.shape) != expected:
         raise ValueError(f"the stream's batches are {tuple(batch.tokens.shape)}, the config asks for {expected}")
-
-
-class _Clock:
-    """Speed since the progress event before; absent until there is one to measure from."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._at_s = step, time.perf_counter()
-
-    def lap(self, step: int, config: PretrainConfig) -> dict[str, Json]:
-        now_s = time.perf_counter()
-        elapsed_s, steps = now_s - self._at_s, step - self._step
-        self._step, self._at_s = step, now_s
-        if steps == 0 or elapsed_s <= 0:
-            return {}
-        return {
-            "tokens_per_s": steps * config.batch_tokens / elapsed_s,
-            "seconds_left": (config.total_steps - step) * elapsed_s / steps,
-        }
 
 
 def pretrain(config: PretrainConfig, data: TokenStream, attempt: Attempt) -> PretrainResult:
@@ -492,20 +262,26 @@ def pretrain(config: PretrainConfig, data: TokenStream, attempt: Attempt) -> Pre
     if checkpoint is not None:
         run.restore(checkpoint.path)
         saved_step = run.step
-    validation_batches = _first_rows(data.validation_batches(), config.validation_rows)
-    clock = _Clock(run.step)
+    validation_batches = first_rows(data.validation_batches(), config.validation_rows)
+    tracker = CognateProgressTracker(
+        total_steps=config.total_steps,
+        batch_tokens=config.batch_tokens,
+        max_ponder_steps=config.model.max_steps,
+        step=run.step,
+    )
     while run.step < config.total_steps:
         saved_step = _obey(attempt, run, saved_step)
         reports = (run.step + 1) % config.progress_interval_steps == 0 or run.step + 1 in (1, config.total_steps)
         outcome = run.train_step(measure=reports)
         if reports:
-            attempt.progress(step=run.step, total_steps=config.total_steps, metrics=_step_metrics(run, outcome, clock))
+            lr = learning_rate(config, run.step - 1)
+            _report(attempt, run, tracker.step_metrics(outcome, run.optimizer.report, step=run.step, learning_rate=lr))
         if run.step % config.checkpoint_interval_steps == 0 or run.step == config.total_steps:
             saved_step = attempt.save_checkpoint(step=run.step, write=run.write).step
         if config.validation_interval_steps and run.step % config.validation_interval_steps == 0 < (
             config.total_steps - run.step
         ):
-            loss = _row_losses(run.model, validation_batches).mean
+            loss = row_losses(run.model, validation_batches).mean
             _report(attempt, run, {"validation_loss": loss})
     _obey(attempt, run, saved_step)
     return _finish(run, attempt, validation_batches)
@@ -523,37 +299,6 @@ def _obey(attempt: Attempt, run: PretrainingRun, saved_step: int) -> int:
 
 def _report(attempt: Attempt, run: PretrainingRun, metrics: dict[str, Json]) -> None:
     attempt.progress(step=run.step, total_steps=run.config.total_steps, metrics=checked(metrics))
-
-
-def _step_metrics(run: PretrainingRun, outcome: StepOutcome, clock: _Clock) -> dict[str, Json]:
-    output, report = outcome.output, run.optimizer.report
-    max_steps = run.config.model.max_steps
-    histogram = _histogram(torch.bincount(output.steps_BT.reshape(-1), minlength=max_steps + 1))
-    metrics: dict[str, Json] = {
-        "loss": outcome.loss,
-        "ponder_divergence": outcome.divergence,
-        "learning_rate": learning_rate(run.config, run.step - 1),
-        "mean_ponder_steps": _mean_steps(histogram),
-        "halting_histogram": list(histogram),
-        "halting_entropy_nats": -sum(share * math.log(share) for share in histogram if share),
-        "compute_saved_ratio": 1 - _mean_steps(histogram) / max_steps,
-        "peak_memory_bytes": _peak_memory_bytes(),
-        **clock.lap(run.step, run.config),
-    }
-    if report is not None:
-        metrics |= dataclasses.asdict(report)
-    if output.memory_statistics is not None:
-        used = output.memory_statistics
-        entropy = used.read_entropy_nats
-        metrics["memory_write_rate"] = float(used.write_rate)
-        metrics["memory_slot_utilization_ratio"] = float(used.slot_utilization)
-        metrics["memory_read_entropy_nats"] = None if entropy is None else float(entropy)
-    return checked(metrics)
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _finish(run: PretrainingRun, attempt: Attempt, validation_batches: list[Batch]) -> PretrainResult:

@@ -10,7 +10,8 @@ import torch
 
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.gate import CheckKind, Verdict, judge
-from cognate_server.trainer import PretrainResult, ValidationReport
+from cognate_server.trainer import PretrainResult
+from cognate_server.validation import ValidationReport
 from training_common.models.cognate_v1 import CognateV1Config, count_parameters, save_state
 
 TINY = CognateV1Config(vocabulary_size=40, width=32, heads=4, feed_forward_width=48, memory_slots=6, memory_chunk=8)

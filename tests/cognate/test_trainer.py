@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.grokfast import GrokFastDiverged
+from cognate_server.losses import ponder_divergence, truncated_geometric
 from cognate_server.metrics import METRICS, checked
 from cognate_server.stream import Batch
 from cognate_server.trainer import (
@@ -22,12 +23,9 @@ from cognate_server.trainer import (
     PretrainResult,
     TrainingDivergedError,
     learning_rate,
-    ponder_divergence,
     pretrain,
-    truncated_geometric,
-    unigram_loss,
-    validate,
 )
+from cognate_server.validation import unigram_loss, validate
 from training_common.attempt import AttemptStopped, CheckpointRef, Json, StopKind
 from training_common.models.cognate_v1 import (
     CognateOutput,
