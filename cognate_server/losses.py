@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cognate_server.cross_entropy import head_cross_entropy
 from cognate_server.stream import Batch
 from training_common.models.cognate_v1 import CognateOutput, CognateV1, MemoryState
 
@@ -61,10 +62,10 @@ def masks(batch: Batch) -> Masks:
 
 @dataclass(frozen=True)
 class Predictions:
-    """A batch's output, and the logits of the X positions that have a target."""
+    """A batch's output, and the hidden states of the X positions that have a target."""
 
     output: CognateOutput
-    logits_XV: Tensor
+    hidden_XD: Tensor
     targets_X: Tensor
     trained_BT: Tensor
 
@@ -83,7 +84,13 @@ def forward(model: CognateV1, batch: Batch, memory: MemoryState | None, **option
     hidden_XD, targets_X = output.hidden_BTD.flatten(0, 1), found.targets_BT.reshape(-1)
     if not bool(trained_BT.all()):
         hidden_XD, targets_X = hidden_XD[trained_BT.reshape(-1)], targets_X[trained_BT.reshape(-1)]
-    return Predictions(output, model.logits(hidden_XD), targets_X, trained_BT)
+    return Predictions(output, hidden_XD, targets_X, trained_BT)
+
+
+def mean_cross_entropy(model: CognateV1, found: Predictions) -> Tensor:
+    """Return the targets' mean cross-entropy in nats, float32; 0 where there is no target."""
+    total = head_cross_entropy(model.head(found.hidden_XD), model.embedding.weight, model.head_bias_V, found.targets_X)
+    return total / max(1, found.targets_X.shape[0])
 
 
 def _starting_memory(model: CognateV1, batch: Batch, memory: MemoryState | None) -> MemoryState | None:

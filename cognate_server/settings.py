@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from training_common.settings import ServiceSettings, load
+from pydantic import Field
+
+from training_common.settings import Section, ServiceSettings, load
 
 ENVIRONMENT_PREFIX = "COGNATE_SERVER_"
+
+
+class PretrainingSettings(Section):
+    """How pretraining computes."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="type of matrix products; auto is bfloat16 where the processor multiplies it"
+    )
 
 
 class CognateSettings(ServiceSettings):
@@ -14,6 +25,7 @@ class CognateSettings(ServiceSettings):
 
     address: str = "127.0.0.1:7101"
     data_dir: Path = Path("var/cognate")
+    pretraining: PretrainingSettings = PretrainingSettings()
 
 
 def load_settings(file: Path | None) -> CognateSettings:

@@ -18,12 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.grokfast import GrokFastAdamW, LambdaDeparture, parameter_groups
-from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, forward, ponder_divergence, truncated_geometric
+from cognate_server.losses import (
+    PONDER_MEAN,
+    PONDER_WEIGHT,
+    forward,
+    mean_cross_entropy,
+    ponder_divergence,
+    truncated_geometric,
+)
 from cognate_server.metrics import checked
+from cognate_server.precision import Precision
 from cognate_server.stream import Batch, TokenStream
 from cognate_server.tracker import CognateProgressTracker, StepOutcome
 from cognate_server.validation import ValidationReport, first_rows, row_losses, validate
@@ -72,6 +79,7 @@ class PretrainConfig:
     sequence_length: int = 128
     peak_lr: float = 1.5e-3
     warmup_steps: int = 20
+    precision: Precision = Precision.FLOAT32
     checkpoint_interval_steps: int = 100
     progress_interval_steps: int = 10
     validation_rows: int = 32
@@ -130,6 +138,7 @@ class PretrainResult:
     step: int
     model_dir: Path
     config: CognateV1Config
+    precision: Precision
     parameters: int
     first_loss: float
     last_loss: float
@@ -192,9 +201,10 @@ class PretrainingRun:
         Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
         """
         _check_shape(batch, self.config)
-        found = forward(self.model, batch, self.memory, statistics=measure)
-        total = F.cross_entropy(found.logits_XV, found.targets_X, reduction="sum")
-        mean_loss = total / max(1, found.targets_X.shape[0])
+        # Products in bfloat16 where the config says so; weights, sums and all that is kept stay float32.
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision is Precision.BFLOAT16):
+            found = forward(self.model, batch, self.memory, statistics=measure)
+            mean_loss = mean_cross_entropy(self.model, found)
         divergence = ponder_divergence(found.output, self.prior_N)
         objective = mean_loss + PONDER_WEIGHT * divergence
         loss = float(mean_loss.detach())
@@ -322,6 +332,7 @@ def _finish(run: PretrainingRun, attempt: Attempt, validation_batches: list[Batc
         step=run.step,
         model_dir=model_dir,
         config=run.config.model,
+        precision=run.config.precision,
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
         first_loss=sum(run.first_losses) / len(run.first_losses),
         last_loss=sum(run.last_losses) / len(run.last_losses),

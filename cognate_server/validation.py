@@ -72,7 +72,8 @@ def row_losses(model: CognateV1, batches: Iterable[Batch], **options: Any) -> Ro
         found = forward(model, batch, memory, **options)
         memory = found.output.memory
         losses_BT = torch.zeros(found.trained_BT.shape, dtype=torch.float64)
-        losses_BT[found.trained_BT] = F.cross_entropy(found.logits_XV, found.targets_X, reduction="none").double()
+        losses_X = F.cross_entropy(model.logits(found.hidden_XD), found.targets_X, reduction="none")
+        losses_BT[found.trained_BT] = losses_X.double()
         sums.append(losses_BT.sum(1))
         targets.append(found.trained_BT.sum(1))
         steps_N += torch.bincount(found.output.steps_BT.reshape(-1), minlength=len(steps_N))

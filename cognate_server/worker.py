@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cognate_server.data.build import DataManifest, DataPlan, build_stream
 from cognate_server.gate import CheckKind, GateReport, Verdict, judge
 from cognate_server.grokfast import ALPHA, LAMBDA, GrokFastDiverged
 from cognate_server.plan import shares, source_settings
+from cognate_server.precision import Precision, native_precision
 from cognate_server.settings import CognateSettings, load_settings
 from cognate_server.trainer import PretrainConfig, PretrainResult, pretrain
 from cognate_server.trainer import TrainingDivergedError as TrainerDivergedError
@@ -63,7 +65,8 @@ def work(context: WorkerContext[CognateSettings]) -> None:
         )
     attempt.move(JobState.RUNNING)
     try:
-        result = pretrain(_config(plan), stream, attempt)
+        precision = _precision(settings.pretraining.precision, context.job_dir / "precision")
+        result = pretrain(_config(plan, precision), stream, attempt)
     except (TrainerDivergedError, GrokFastDiverged) as error:
         raise TrainingDivergedError(str(error)) from error
     report = judge(result)
@@ -76,8 +79,19 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     manager.publish(_model(plan, data, result, report), attempt)
 
 
-def _config(plan: pb.PretrainingPlan) -> PretrainConfig:
+def _precision(setting: str, kept: Path) -> Precision:
+    """Decide once for a job: an attempt on another machine goes on in the precision of the first."""
+    if not kept.exists():
+        chosen = native_precision() if setting == "auto" else Precision(setting)
+        scratch = kept.with_suffix(".new")
+        scratch.write_text(chosen)
+        scratch.replace(kept)
+    return Precision(kept.read_text())
+
+
+def _config(plan: pb.PretrainingPlan, precision: Precision) -> PretrainConfig:
     return PretrainConfig(
+        precision=precision,
         seed=plan.seed,
         total_steps=plan.total_steps,
         batch_tokens=plan.batch_size * plan.sequence_length,
@@ -132,6 +146,7 @@ def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult,
             "sequence_length": plan.sequence_length,
             "peak_learning_rate": plan.peak_learning_rate,
             "warmup_steps": plan.warmup_steps,
+            "precision": result.precision,
             "loss_first_10_steps": result.first_loss,
             "loss_last_10_steps": result.last_loss,
             "validation": dataclasses.asdict(result.validation),

@@ -10,6 +10,7 @@ import torch
 
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.gate import CheckKind, Verdict, judge
+from cognate_server.precision import Precision
 from cognate_server.trainer import PretrainResult
 from cognate_server.validation import ValidationReport
 from training_common.models.cognate_v1 import CognateV1Config, count_parameters, save_state
@@ -37,6 +38,7 @@ def result(tmp_path: Path) -> PretrainResult:
         step=10,
         model_dir=tmp_path,
         config=TINY,
+        precision=Precision.FLOAT32,
         parameters=count_parameters(TINY),
         first_loss=5.0,
         last_loss=3.2,

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cognate_server import trainer
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.grokfast import GrokFastDiverged
-from cognate_server.losses import ponder_divergence, truncated_geometric
+from cognate_server.losses import Predictions, mean_cross_entropy, ponder_divergence, truncated_geometric
 from cognate_server.metrics import METRICS, checked
+from cognate_server.precision import Precision
 from cognate_server.stream import Batch
 from cognate_server.trainer import (
     CheckpointMismatchError,
@@ -130,16 +132,20 @@ def weights(result: PretrainResult) -> bytes:
     return (result.model_dir / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize("pause_at", [0, 3, 5, 9, 12])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pause_at: int, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    pause_at: int, precision: Precision, tmp_path: Path
+) -> None:
     """Model, optimizer, EMA, carried memory, data position and the reported loss curve all go on as they were."""
-    whole = pretrain(CONFIG, CountingStream(packed=True, carried=True), MemoryAttempt(tmp_path / "whole"))
+    config = dataclasses.replace(CONFIG, precision=precision)
+    whole = pretrain(config, CountingStream(packed=True, carried=True), MemoryAttempt(tmp_path / "whole"))
     stopped = MemoryAttempt(tmp_path / "cut", stop=(pause_at + 1, StopKind.PAUSE))
     with pytest.raises(AttemptStopped) as caught:
-        pretrain(CONFIG, CountingStream(packed=True, carried=True), stopped)
+        pretrain(config, CountingStream(packed=True, carried=True), stopped)
     assert caught.value.kind is StopKind.PAUSE
     assert stopped.saved[-1] == pause_at
-    resumed = pretrain(CONFIG, CountingStream(packed=True, carried=True), MemoryAttempt(tmp_path / "cut"))
+    resumed = pretrain(config, CountingStream(packed=True, carried=True), MemoryAttempt(tmp_path / "cut"))
     assert weights(resumed) == weights(whole)
     assert dataclasses.replace(resumed, model_dir=whole.model_dir) == whole
 
@@ -234,9 +240,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the step, and no checkpoint of the bad state is written."""
-    monkeypatch.setattr(
-        CognateV1, "logits", lambda self, hidden: hidden.sum() * torch.full((len(hidden), 40), math.nan)
-    )
+    monkeypatch.setattr(trainer, "mean_cross_entropy", lambda model, found: mean_cross_entropy(model, found) * math.nan)
     attempt = MemoryAttempt(tmp_path)
     with pytest.raises(TrainingDivergedError, match="step 1 is nan"):
         pretrain(CONFIG, CountingStream(), attempt)
@@ -245,14 +249,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finite loss can have an infinite gradient; the optimizer refuses it."""
-    logits = CognateV1.logits
 
-    def explosive(self: CognateV1, hidden: Tensor) -> Tensor:
-        result = logits(self, hidden)
+    def explosive(model: CognateV1, found: Predictions) -> Tensor:
+        result = mean_cross_entropy(model, found)
         result.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
         return result
 
-    monkeypatch.setattr(CognateV1, "logits", explosive)
+    monkeypatch.setattr(trainer, "mean_cross_entropy", explosive)
     with pytest.raises(GrokFastDiverged):
         pretrain(CONFIG, CountingStream(), MemoryAttempt(tmp_path))
 

@@ -23,6 +23,7 @@ Semantics are frozen: a change that moves an output is a new version with a new 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -198,6 +199,11 @@ def _layout(tokens_BT: Tensor, segment_ids_BT: Tensor | None, head_width: int) -
     return _Layout(B, T, angle_TK.cos(), angle_TK.sin(), mask_B1TT)
 
 
+def _wide_on_cpu(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Keep autocast away from attention on a CPU: its bfloat16 kernels take two to four times as long as float32's."""
+    return torch.autocast("cpu", enabled=False) if device.type == "cpu" else contextlib.nullcontext()
+
+
 # Keys and values of every token of the batch, (B * T, H, K) each: a halted token's stay as it left them.
 _KeyValue = tuple[Tensor, Tensor]
 
@@ -223,9 +229,14 @@ class _Attention(nn.Module):
             flat.view(layout.B, layout.T, self.heads, -1).transpose(1, 2)
             for flat in (layout.scatter(query), key, value)
         )
-        mixed_BHTK = F.scaled_dot_product_attention(
-            query_BHTK, key_BHTK, value_BHTK, attn_mask=layout.mask_B1TT, is_causal=layout.mask_B1TT is None
-        )
+        with _wide_on_cpu(x_AD.device):
+            mixed_BHTK = F.scaled_dot_product_attention(
+                query_BHTK,
+                key_BHTK,
+                value_BHTK.to(query_BHTK.dtype),
+                attn_mask=layout.mask_B1TT,
+                is_causal=layout.mask_B1TT is None,
+            )
         mixed_AD = layout.gather(mixed_BHTK.transpose(1, 2).reshape(layout.B * layout.T, D))
         return self.output(mixed_AD), (key, value)
 
@@ -372,7 +383,10 @@ class LongTermMemory(nn.Module):
         A, D = x_AD.shape
         x_AD = _normalize(x_AD)
         query_XHLK = self._queries(x_AD, layout, readable.C)
-        mixed_XHLK = F.scaled_dot_product_attention(query_XHLK, readable.key_XHMK, readable.value_XHMK)
+        with _wide_on_cpu(x_AD.device):
+            mixed_XHLK = F.scaled_dot_product_attention(
+                query_XHLK, readable.key_XHMK.to(query_XHLK.dtype), readable.value_XHMK.to(query_XHLK.dtype)
+            )
         mixed_BTD = mixed_XHLK.transpose(1, 2).reshape(layout.B, readable.C * self.chunk, D)[:, : layout.T]
         mixed_AHK = layout.gather(mixed_BTD.reshape(layout.B * layout.T, D)).view(A, self.heads, -1)
         gated_AHK = mixed_AHK * torch.sigmoid(self.read_gate(x_AD)).unsqueeze(-1)
@@ -553,7 +567,9 @@ class CognateV1(nn.Module):
 
         A token halts when it has spent 1 - epsilon, or at the last step; that step gets the remainder to 1.
         """
-        probability_A = torch.sigmoid(self.halting(_normalize(state_AD))).squeeze(1)
+        # Under autocast the logit is bfloat16; sums that are compared with 1 - epsilon need finer steps.
+        logit_A = self.halting(_normalize(state_AD)).to(state_AD.dtype).squeeze(1)
+        probability_A = torch.sigmoid(logit_A)
         sum_A = spent_A + probability_A
         halts_A = torch.full_like(sum_A, True, dtype=torch.bool) if last else sum_A >= 1 - self.config.halting_epsilon
         return torch.where(halts_A, 1 - spent_A, probability_A), sum_A, halts_A

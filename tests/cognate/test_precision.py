@@ -1,0 +1,65 @@
+"""The chunked cross-entropy against torch's own, and training steps whose products are in bfloat16."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cognate_server import cross_entropy
+from cognate_server.cross_entropy import head_cross_entropy
+from cognate_server.precision import Precision
+from cognate_server.trainer import PretrainConfig, PretrainingRun
+from tests.cognate.test_trainer import CONFIG, CountingStream
+
+
+def problem(tokens: int) -> list[Tensor]:
+    """Return hidden states, weights, bias and targets."""
+    generator = torch.Generator().manual_seed(tokens)
+    hidden_XD, weight_VD = (torch.randn(rows, 8, generator=generator) for rows in (tokens, 30))
+    bias_V = torch.randn(30, generator=generator)
+    leaves = [tensor.requires_grad_() for tensor in (hidden_XD, weight_VD, bias_V)]
+    return [*leaves, torch.randint(0, 30, (tokens,), generator=generator)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 4, 7, 12])
+def test_pieces_give_the_whole_cross_entropy_and_its_gradients(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pieces, a rest, and no token at all."""
+    monkeypatch.setattr(cross_entropy, "CPU_PIECE", 4)
+    *leaves, targets_X = problem(tokens)
+    expected = F.cross_entropy(F.linear(*leaves), targets_X, reduction="sum")
+    wanted = torch.autograd.grad(3 * expected, leaves)
+    actual = head_cross_entropy(*leaves, targets_X)
+    torch.testing.assert_close(actual, expected)
+    for got, want in zip(torch.autograd.grad(3 * actual, leaves), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_autocast_changes_the_products_alone() -> None:
+    """The loss is within bfloat16's rounding, and loss and gradients are float32."""
+    *leaves, targets_X = problem(16)
+    expected = head_cross_entropy(*leaves, targets_X)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = head_cross_entropy(*leaves, targets_X)
+    assert float(actual.detach()) != float(expected.detach())
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
+    assert {torch.float32} == {gradient.dtype for gradient in torch.autograd.grad(actual, leaves)}
+
+
+def gradient(config: PretrainConfig) -> Tensor:
+    """Return the gradient of a step, flat; the head is filled, since behind zeros there is none."""
+    run = PretrainingRun(config, CountingStream())
+    with torch.no_grad():
+        run.model.head.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    run.backward(run.data.next_batch(), measure=False)
+    return torch.cat([p.grad.reshape(-1) for p in run.model.parameters() if p.grad is not None])
+
+
+def test_a_step_in_bfloat16_has_the_gradient_of_one_in_float32() -> None:
+    """Rounding turns the gradient by less than a tenth of a right angle, and nothing is stored in bfloat16."""
+    wide = gradient(CONFIG)
+    narrow = gradient(dataclasses.replace(CONFIG, precision=Precision.BFLOAT16))
+    assert torch.float32 == narrow.dtype
+    assert not torch.equal(wide, narrow)
+    assert float(F.cosine_similarity(wide, narrow, dim=0)) > 0.99
