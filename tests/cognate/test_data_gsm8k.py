@@ -175,7 +175,8 @@ def test_the_chain_is_the_steps_in_order() -> None:
         "First <<.5*4=2>>2\u200b cups\t(warm).",
         "Then (2) <<(2+-8)/3=-2>>-2\u00a0left.",
     ]
-    assert ([annotation.value for annotation in problem.annotations], problem.final) == ([2, -2], "-2")
+    assert [annotation.value for annotation in problem.annotations] == [Fraction(2), Fraction(-2)]
+    assert problem.final == "-2"
     assert problem.chain_reaches_final
     assert not parse_problem({"question": "q", "answer": "<<1/4=0.25>>0.25\n#### 25"}).chain_reaches_final
 
