@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cognate_server.data.curriculum import DEFAULT_INITIAL_COMPETENCE, Curriculum
 from cognate_server.data.sources import DatasetShare, SourceSettings, parse_share, require_available
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from training_common.settings import DataSettings
@@ -22,12 +23,22 @@ def with_defaults(plan: pb.PretrainingPlan) -> pb.PretrainingPlan:
     filled.warmup_steps = plan.warmup_steps or max(1, plan.total_steps // 10)
     filled.checkpoint_interval_steps = plan.checkpoint_interval_steps or DEFAULT_CHECKPOINT_INTERVAL_STEPS
     filled.progress_interval_steps = plan.progress_interval_steps or 1
+    if plan.HasField("curriculum"):
+        filled.curriculum.steps = plan.curriculum.steps or max(1, plan.total_steps // 2)
+        filled.curriculum.initial_competence = plan.curriculum.initial_competence or DEFAULT_INITIAL_COMPETENCE
     return filled
 
 
 def shares(plan: pb.PretrainingPlan) -> tuple[DatasetShare, ...]:
     """Return the plan's sets as the data pipeline names them. Errors: InvalidFieldError."""
     return tuple(parse_share(pb.Dataset.Name(share.dataset), share.weight) for share in plan.datasets)
+
+
+def curriculum(plan: pb.PretrainingPlan) -> Curriculum | None:
+    """Return the order of a plan with its defaults filled in; None where every document may be drawn at once."""
+    if not plan.HasField("curriculum"):
+        return None
+    return Curriculum(steps=plan.curriculum.steps, initial_competence=plan.curriculum.initial_competence)
 
 
 def source_settings(data: DataSettings) -> SourceSettings:

@@ -18,7 +18,7 @@ from cognate_server.artifacts import CognateArtifactManager, TrainedModel
 from cognate_server.data.build import DataManifest, DataPlan, build_stream
 from cognate_server.gate import CheckKind, GateReport, Verdict, judge
 from cognate_server.grokfast import ALPHA, LAMBDA, GrokFastDiverged
-from cognate_server.plan import shares, source_settings
+from cognate_server.plan import curriculum, shares, source_settings
 from cognate_server.precision import Precision, native_precision
 from cognate_server.settings import CognateSettings, load_settings
 from cognate_server.trainer import PretrainConfig, PretrainResult, pretrain
@@ -46,9 +46,11 @@ def work(context: WorkerContext[CognateSettings]) -> None:
             batch_size=plan.batch_size,
             sequence_length=plan.sequence_length,
             datasets=shares(plan),
+            curriculum=curriculum(plan),
         ),
         source_settings(settings.data),
         tokenizer_file=tokenizer_file,
+        folder=context.job_dir,
     )
     for source in data.sources:
         attempt.event(
@@ -147,6 +149,7 @@ def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult,
             "peak_learning_rate": plan.peak_learning_rate,
             "warmup_steps": plan.warmup_steps,
             "precision": result.precision,
+            "curriculum": data.to_json()["curriculum"],
             "loss_first_10_steps": result.first_loss,
             "loss_last_10_steps": result.last_loss,
             "validation": dataclasses.asdict(result.validation),

@@ -42,13 +42,16 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield every row of a JSONL file or a JSON array, by what its first byte says; `.gz` is unpacked on the way."""
+    """Yield every row of a JSONL file or a JSON array; `.gz` is unpacked on the way.
+
+    `.jsonl` holds lines, whatever the first one is. Elsewhere the first byte decides.
+    """
     line = 0
     try:
         with cast("IO[bytes]", gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as file:
             head = file.read(64)
             file.seek(0)
-            is_array = head.removeprefix(_BOM).lstrip().startswith(b"[")
+            is_array = ".jsonl" not in path.suffixes and head.removeprefix(_BOM).lstrip().startswith(b"[")
             for line, content in _array_elements(file) if is_array else _lines(file):
                 yield Row(path.name, line, content)
     except (OSError, EOFError, zlib.error) as error:

@@ -1,21 +1,21 @@
 """From a plan to a stream and its manifest: `build_stream`.
 
-Rows are read once; documents wait in a spool, which leaves memory for disk when it grows, until the tokenizer has been
-trained on the training documents. The same plan, settings and files give the same stream, bit for bit.
+Rows are read once; documents wait on disk until the tokenizer has been trained on the training documents, and are then
+encoded into mapped files. Memory does not grow with the number of rows. The same plan, settings and files give the same
+stream, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
-from cognate_server.data.packing import Corpus
+from cognate_server.data.corpus import Corpus, CorpusWriter
+from cognate_server.data.curriculum import Curriculum
 from cognate_server.data.processor import (
     DEFAULT_DISTRACTORS,
     DEFAULT_VALIDATION_SHARE,
@@ -29,10 +29,11 @@ from cognateforge.exceptions import DataUnavailableError
 from training_common.attempt import Json
 from training_common.findings import ProcessingReport
 
-_SPOOL_BYTES = 32 * 1024 * 1024
 # BPE merges settle early: 8 MB of text train in about two seconds, and all of HotpotQA would take minutes.
 _TOKENIZER_TEXT_BYTES = 8 * 1024 * 1024
+# So many documents, or so much text where they are long, are encoded together.
 _ENCODE_DOCUMENTS = 512
+_ENCODE_TEXT_CHARS = 4 * 1024 * 1024
 # Problems that whole-answer scores are taken on, for each set.
 _HELD_OUT_DOCUMENTS = 256
 
@@ -46,6 +47,7 @@ class DataPlan:
     sequence_length: int
     datasets: tuple[DatasetShare, ...] = ()
     distractors: int = DEFAULT_DISTRACTORS
+    curriculum: Curriculum | None = None
     validation_share: float = DEFAULT_VALIDATION_SHARE
 
 
@@ -92,6 +94,7 @@ class DataManifest:
         return {
             "seed": self.plan.seed,
             "distractors": self.plan.distractors,
+            "curriculum": None if self.plan.curriculum is None else dict(self.plan.curriculum.to_json()),
             "validation_share": self.plan.validation_share,
             "sources": [source.to_json() for source in self.sources],
             "tokenizer": {
@@ -104,21 +107,25 @@ class DataManifest:
 
 
 def build_stream(
-    plan: DataPlan, settings: SourceSettings, *, tokenizer_file: Path | None = None
+    plan: DataPlan, settings: SourceSettings, *, tokenizer_file: Path | None = None, folder: Path | None = None
 ) -> tuple[CognateTokenStream, DataManifest]:
     """Read, check, tokenize and pack what a plan names.
 
     tokenizer_file: loaded where it exists, so that a later attempt keeps its job's tokenizer; otherwise written.
+    folder: on whose disk documents and tokens lie, in files without a name; None means the system's temporary folder.
 
     Errors: DataUnavailableError, when a set is not to be had or has no usable rows; InvalidFieldError.
     """
     sources = resolve(plan.datasets, settings)
-    processor = CognateDatasetProcessor(distractors=plan.distractors)
-    with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as file:
+    processor = CognateDatasetProcessor(distractors=plan.distractors, folder=folder)
+    with tempfile.TemporaryFile(dir=folder) as file:
         spool = _Spool(file)
         intakes = [_take_in(source, processor, spool, plan.validation_share) for source, _ in sources]
         tokenizer = _tokenizer(spool, tokenizer_file)
-        train, validation = _encode(spool, tokenizer, [source.dataset.value for source, _ in sources])
+        corpora = _encode(spool, tokenizer, {source.dataset.value for source, _ in sources}, folder)
+    train, validation = (
+        [corpora[source.dataset.value, held_out] for source, _ in sources] for held_out in (False, True)
+    )
     weights = [weight for _, weight in sources]
     stream = CognateTokenStream(
         tokenizer=tokenizer,
@@ -129,6 +136,7 @@ def build_stream(
         sequence_length=plan.sequence_length,
         seed=plan.seed,
         held_out=[document for intake in intakes for document in intake.held_out],
+        curriculum=plan.curriculum,
     )
     entries = tuple(
         SourceManifest(
@@ -158,6 +166,15 @@ class _Intake:
     train: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Spooled:
+    source: str
+    validation: bool
+    key: bytes
+    difficulty: int
+    text: str
+
+
 class _Spool:
     """Documents on their way to the tokenizer, one JSON line each."""
 
@@ -166,15 +183,16 @@ class _Spool:
         self.train_bytes = 0
 
     def add(self, document: Document, *, validation: bool) -> None:
-        line = json.dumps([document.source, validation, document.key.hex(), document.text]).encode("ascii")
+        entry = [document.source, validation, document.key.hex(), document.difficulty, document.text]
+        line = json.dumps(entry).encode("ascii")
         self._file.write(line + b"\n")
         self.train_bytes += 0 if validation else len(line)
 
-    def read(self) -> Iterator[tuple[str, bool, bytes, str]]:
+    def read(self) -> Iterator[_Spooled]:
         self._file.seek(0)
         for line in self._file:
-            source, validation, key, text = json.loads(line)
-            yield source, validation, bytes.fromhex(key), text
+            source, validation, key, difficulty, text = json.loads(line)
+            yield _Spooled(source, validation, bytes.fromhex(key), difficulty, text)
 
 
 def _take_in(source: Source, processor: CognateDatasetProcessor, spool: _Spool, share: float) -> _Intake:
@@ -199,45 +217,36 @@ def _tokenizer(spool: _Spool, file: Path | None) -> CognateTokenizer:
         return CognateTokenizer.load(file)
     sampled = min(1.0, _TOKENIZER_TEXT_BYTES / max(1, spool.train_bytes))
     tokenizer = CognateTokenizer.train(
-        text
-        for _, validation, key, text in spool.read()
-        if not validation and int.from_bytes(key[8:], "big") < sampled * 2**64
+        document.text
+        for document in spool.read()
+        if not document.validation and int.from_bytes(document.key[8:], "big") < sampled * 2**64
     )
     if file is not None:
         tokenizer.save(file)
     return tokenizer
 
 
-def _encode(spool: _Spool, tokenizer: CognateTokenizer, names: Sequence[str]) -> tuple[list[Corpus], list[Corpus]]:
-    """Return the training and the validation corpora, in the order of `names`."""
-    writers = {(name, validation): _CorpusWriter(name) for name in names for validation in (False, True)}
-    waiting: list[tuple[_CorpusWriter, str]] = []
-
-    def flush() -> None:
-        for (writer, _), ids in zip(waiting, tokenizer.encode_batch([text for _, text in waiting]), strict=True):
-            writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id])
-        waiting.clear()
-
-    for name, validation, _, text in spool.read():
-        waiting.append((writers[name, validation], text))
-        if len(waiting) == _ENCODE_DOCUMENTS:
-            flush()
-    flush()
-    return (
-        [writers[name, False].corpus() for name in names],
-        [writers[name, True].corpus() for name in names],
-    )
+def _encode(
+    spool: _Spool, tokenizer: CognateTokenizer, names: set[str], folder: Path | None
+) -> Mapping[tuple[str, bool], Corpus]:
+    """Return the training (False) and the validation corpus (True) of every name."""
+    writers = {(name, held_out): CorpusWriter(name, folder) for name in names for held_out in (False, True)}
+    for documents in _portions(spool.read()):
+        encoded = tokenizer.encode_batch([document.text for document in documents])
+        for document, ids in zip(documents, encoded, strict=True):
+            writer = writers[document.source, document.validation]
+            writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], difficulty=document.difficulty)
+    return {key: writer.corpus() for key, writer in writers.items()}
 
 
-class _CorpusWriter:
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._parts: list[np.ndarray[tuple[int], np.dtype[np.uint16]]] = []
-
-    def add(self, ids: list[int]) -> None:
-        self._parts.append(np.array(ids, dtype=np.uint16))
-
-    def corpus(self) -> Corpus:
-        lengths = np.array([0, *(len(part) for part in self._parts)], dtype=np.int64)
-        tokens = np.concatenate(self._parts) if self._parts else np.empty(0, dtype=np.uint16)
-        return Corpus(self._name, tokens, np.cumsum(lengths))
+def _portions(documents: Iterator[_Spooled]) -> Iterator[list[_Spooled]]:
+    portion: list[_Spooled] = []
+    chars = 0
+    for document in documents:
+        portion.append(document)
+        chars += len(document.text)
+        if len(portion) == _ENCODE_DOCUMENTS or chars >= _ENCODE_TEXT_CHARS:
+            yield portion
+            portion, chars = [], 0
+    if portion:
+        yield portion

@@ -22,12 +22,15 @@ MAX_EXPRESSION_CHARS = 256
 
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
 _TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)|(//|[-+*/()]))", re.ASCII)
+# What a step goes on with right after an annotation: the result once more, at times behind a currency sign.
+_REPEATED = re.compile(r"\$?(-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?!/\d)", re.ASCII)
+_ENDS_NUMBER = re.compile(r"(?!\.?\d)", re.ASCII)
 _FINAL = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One calculation whose two sides are equal."""
+    """One calculation whose two sides are equal, and which is followed by no other number than its result."""
 
     expression: str
     result: str
@@ -55,15 +58,26 @@ class ArithmeticProblem:
         """Every calculation, in order."""
         return tuple(annotation for step in self.steps for annotation in step.annotations)
 
+    @property
+    def chain_reaches_final(self) -> bool:
+        """Whether the last calculation's result is the final answer.
+
+        One real row in twenty ends in words, rounds, or means per cent, so it is counted and not required.
+        """
+        return bool(self.annotations) and self.annotations[-1].value == Fraction(self.final)
+
 
 def parse_problem(row: Mapping[str, object]) -> ArithmeticProblem:
     """Return the problem in a row with `question` and `answer`. Errors: RowRefusedError."""
     question = text_field(row, "question", max_chars=MAX_TEXT_CHARS).strip()
     answer = text_field(row, "answer", max_chars=MAX_TEXT_CHARS)
-    reasoning, mark, final = answer.rpartition("####")
-    if not mark:
+    reasoning, mark, final = answer.partition("####")
+    if not mark or "####" in final:
         raise RowRefusedError(
-            "no_final_answer", field="answer", detail="no line starts with '####'", remedy="end with '#### <number>'"
+            "several_final_answers" if mark else "no_final_answer",
+            field="answer",
+            detail="'####' stands there more than once" if mark else "there is no '####'",
+            remedy="end with '#### <number>', once",
         )
     steps = tuple(_parse_step(line) for line in reasoning.split("\n") if line.strip())
     return ArithmeticProblem(question=question, steps=steps, final=normalize_final(final))
@@ -88,7 +102,7 @@ def normalize_final(text: str) -> str:
 
 
 def _parse_step(line: str) -> Step:
-    annotations = tuple(_check(match[1]) for match in _ANNOTATION.finditer(line))
+    annotations = tuple(_check(match[1], line[match.end() :]) for match in _ANNOTATION.finditer(line))
     rest = _ANNOTATION.sub("", line)
     if "<<" in rest or ">>" in rest:
         raise RowRefusedError(
@@ -100,8 +114,8 @@ def _parse_step(line: str) -> Step:
     return Step(text=line.strip(), annotations=annotations)
 
 
-def _check(inside: str) -> Annotation:
-    """Return the calculation in `inside` if it holds exactly."""
+def _check(inside: str, after: str) -> Annotation:
+    """Return the calculation in `inside` if it holds exactly and the text after it does not contradict it."""
     expression, equals, result = inside.partition("=")
     if not equals or "=" in result:
         raise RowRefusedError(
@@ -118,7 +132,22 @@ def _check(inside: str) -> Annotation:
             detail=f"{quote(expression)} is {value}, the row says {quote(result)}",
             remedy="correct the result; rounded ones are refused",
         )
+    if contradiction := _contradiction(after, result, value):
+        raise RowRefusedError(
+            "result_not_repeated",
+            field="answer",
+            detail=f"after <<{quote(inside)}>> the text says {quote(contradiction)}",
+            remedy="repeat the result after the annotation",
+        )
     return Annotation(expression, result, value)
+
+
+def _contradiction(after: str, result: str, value: Fraction) -> str:
+    """Return the number that an annotation is followed by, if it is another one than its result."""
+    number = _REPEATED.match(after)
+    if not number or (after.startswith(result) and _ENDS_NUMBER.match(after, len(result))):
+        return ""
+    return "" if Fraction(re.sub("[$,]", "", number[1])) == value else number[0]
 
 
 def evaluate(expression: str) -> Fraction:

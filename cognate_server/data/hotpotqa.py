@@ -2,14 +2,15 @@
 
 Official rows hold lists of pairs (`context: [[title, [sentence, ...]], ...]`, `_id`); hub rows hold dicts of lists
 (`context: {title: [...], sentences: [[...], ...]}`, `id`). Sentence numbers count blank sentences too, so none is ever
-dropped before a supporting fact is looked up. Titles and facts may hold HTML entities; they are compared as they stand
-and unescaped together afterwards.
+dropped before a supporting fact is looked up. Texts and titles may hold HTML entities; all are unescaped alike, so that
+facts still find their paragraphs.
 Source: Yang et al. 2018, arXiv:1809.09600.
 """
 
 from __future__ import annotations
 
 import html
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -26,6 +27,9 @@ MAX_SENTENCES = 512
 MAX_FACTS = 64
 
 YES_NO = frozenset({"yes", "no"})
+KINDS = ("bridge", "comparison")
+# From easy to hard.
+LEVELS = ("easy", "medium", "hard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,36 +76,48 @@ class TwoHopQuestion:
         """Whether the answer is yes or no, or stands verbatim in a supporting sentence."""
         return self.answer in YES_NO or any(self.answer in fact.sentence for fact in self.facts)
 
-    def with_distractors(self, count: int) -> tuple[Paragraph, ...]:
-        """Return every gold paragraph and the first `count` of the others, in the row's order."""
-        gold, chosen, left = self.gold_titles, [], count
-        for paragraph in self.paragraphs:
-            if paragraph.title in gold:
-                chosen.append(paragraph)
-            elif left > 0:
-                chosen.append(paragraph)
-                left -= 1
-        return tuple(chosen)
+    @property
+    def chain(self) -> tuple[SupportingFact, ...]:
+        """The supporting facts as steps from the question to the answer.
+
+        The set lists a bridge's facts in no fixed order. Where one page alone holds the answer, its facts come last;
+        otherwise, and for comparisons, the row's order stays.
+        """
+        ends = {fact.title for fact in self.facts if self.answer in fact.sentence}
+        if self.kind != "bridge" or self.answer in YES_NO or len(ends) != 1:
+            return self.facts
+        return tuple(sorted(self.facts, key=lambda fact: fact.title in ends))
+
+    def with_distractors(self, count: int, *, seed: int) -> tuple[Paragraph, ...]:
+        """Return every gold paragraph and `count` of the others, picked by seed and key, in the row's order."""
+        gold = self.gold_titles
+        others = [paragraph.title for paragraph in self.paragraphs if paragraph.title not in gold]
+        rng = random.Random(f"{seed}/{self.key}")  # noqa: S311 - a choice of pages, not a secret
+        kept = gold | set(rng.sample(others, min(count, len(others))))
+        return tuple(paragraph for paragraph in self.paragraphs if paragraph.title in kept)
 
 
 def parse_question(row: Mapping[str, object]) -> TwoHopQuestion:
     """Return the question in a row of either form. Errors: RowRefusedError."""
-    question = text_field(row, "question", max_chars=MAX_QUESTION_CHARS)
-    answer = text_field(row, "answer", max_chars=MAX_QUESTION_CHARS)
     paragraphs = tuple(_paragraphs(row))
-    facts = tuple(_facts(row, {paragraph.title: paragraph for paragraph in paragraphs}))
     return TwoHopQuestion(
         key=_key(row),
-        question=_clean(question),
-        answer=_clean(answer),
-        kind=_choice(row, "type", ("bridge", "comparison")),
-        level=_choice(row, "level", ("easy", "medium", "hard")),
-        paragraphs=tuple(
-            Paragraph(_clean(paragraph.title), tuple(html.unescape(text) for text in paragraph.sentences))
-            for paragraph in paragraphs
-        ),
-        facts=facts,
+        question=_clean_field(row, "question"),
+        answer=_clean_field(row, "answer"),
+        kind=_choice(row, "type", KINDS),
+        level=_choice(row, "level", LEVELS),
+        paragraphs=paragraphs,
+        facts=tuple(_facts(row, {paragraph.title: paragraph for paragraph in paragraphs})),
     )
+
+
+def _clean_field(row: Mapping[str, object], field: str) -> str:
+    return _clean_text(text_field(row, field, max_chars=MAX_QUESTION_CHARS), field)
+
+
+def _clean_text(text: str, field: str) -> str:
+    """Return a text without entities and outer space. It may be blank only now: "&nbsp;" is."""
+    return checked_text(_clean(text), field, max_chars=MAX_QUESTION_CHARS)
 
 
 def _clean(text: str) -> str:
@@ -152,7 +168,7 @@ def _shape(field: str, expected: str) -> RowRefusedError:
 def _paragraphs(row: Mapping[str, object]) -> Iterator[Paragraph]:
     titles: set[str] = set()
     for title, sentences in _pairs(row, "context", ("title", "sentences")):
-        name = checked_text(title, "context.title", max_chars=MAX_QUESTION_CHARS)
+        name = _clean_text(checked_text(title, "context.title", max_chars=MAX_QUESTION_CHARS), "context.title")
         if not _is_list(sentences):
             raise _shape("context.sentences", "a list of sentences")
         if name in titles:
@@ -171,7 +187,7 @@ def _paragraphs(row: Mapping[str, object]) -> Iterator[Paragraph]:
                 remedy="remove distractors",
             )
         texts = (checked_text(s, "context.sentences", max_chars=MAX_SENTENCE_CHARS, blank=True) for s in sentences)
-        yield Paragraph(name, tuple(texts))
+        yield Paragraph(name, tuple(html.unescape(text) for text in texts))
     if not titles:
         raise RowRefusedError(
             "no_context", field="context", detail="there is no paragraph", remedy="use the distractor files"
@@ -179,10 +195,9 @@ def _paragraphs(row: Mapping[str, object]) -> Iterator[Paragraph]:
 
 
 def _facts(row: Mapping[str, object], by_title: Mapping[str, Paragraph]) -> Iterator[SupportingFact]:
-    count = 0
+    seen: set[tuple[str, int]] = set()
     for title, index in _pairs(row, "supporting_facts", ("title", "sent_id")):
-        count += 1
-        paragraph = by_title.get(title) if isinstance(title, str) else None
+        paragraph = by_title.get(_clean(title)) if isinstance(title, str) else None
         if paragraph is None:
             raise RowRefusedError(
                 "gold_paragraph_missing",
@@ -197,11 +212,21 @@ def _facts(row: Mapping[str, object], by_title: Mapping[str, Paragraph]) -> Iter
                 detail=f"{quote(title)} has {len(paragraph.sentences)} sentences, the fact names number {quote(index)}",
                 remedy="count sentences from 0, blank ones too",
             )
-        yield SupportingFact(_clean(paragraph.title), index, _clean(paragraph.sentences[index]))
-    if not 0 < count <= MAX_FACTS:
+        sentence = _clean(paragraph.sentences[index])
+        if not sentence:
+            raise RowRefusedError(
+                "blank_fact",
+                field="supporting_facts",
+                detail=f"sentence {index} of {quote(title)} is blank",
+                remedy="name a sentence that says something; blank ones count from 0 too",
+            )
+        if (paragraph.title, index) not in seen:  # one that is named twice says nothing new
+            yield SupportingFact(paragraph.title, index, sentence)
+        seen.add((paragraph.title, index))
+    if not 0 < len(seen) <= MAX_FACTS:
         raise RowRefusedError(
-            "no_facts" if not count else "too_long",
+            "too_long" if seen else "no_facts",
             field="supporting_facts",
-            detail=f"{count} facts; 1 to {MAX_FACTS} are read",
+            detail=f"{len(seen)} facts; 1 to {MAX_FACTS} are read",
             remedy="name the sentences that the answer rests on",
         )

@@ -231,12 +231,14 @@ def _generated(dataset: DatasetId, settings: SourceSettings) -> Source:
 
 
 def _hub(dataset: DatasetId) -> Source:
-    """Load a set through `datasets`, which keeps it in its own cache. Code from the hub is never run."""
+    """Open a set on the hub through `datasets`, which streams it: no row is kept. Code from the hub is never run."""
     path, configuration, split = _HUB[dataset]
     try:
         import datasets
 
-        loaded: Iterable[Mapping[str, object]] = datasets.load_dataset(path, configuration, split=split)
+        streamed: Iterable[Mapping[str, object]] = datasets.load_dataset(
+            path, configuration, split=split, streaming=True
+        )
     except Exception as error:  # whatever a network and a foreign library can raise
         raise DataUnavailableError(
             f"the hub did not give {path} ({type(error).__name__}); put the set into the data folder as "
@@ -247,8 +249,26 @@ def _hub(dataset: DatasetId) -> Source:
         kind=SourceKind.HUB,
         licence=_LICENCES[dataset],
         origin=f"{path}/{configuration}/{split}",
-        open_rows=lambda: _numbered(path, loaded),
+        open_rows=lambda: _numbered(path, _unbroken(path, _FILES[dataset][0], streamed)),
     )
+
+
+def _unbroken(path: str, file: str, rows: Iterable[Mapping[str, object]]) -> Iterator[Mapping[str, object]]:
+    """Yield rows of the hub; half a set is no set, so a break ends the job. Errors: DataUnavailableError."""
+    number = 0
+    iterator = iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # as above
+            raise DataUnavailableError(
+                f"the hub broke off {path} after {number} rows ({type(error).__name__}); start the job again, or put "
+                f"the set into the data folder as {file}"
+            ) from error
+        number += 1
+        yield row
 
 
 def _numbered(name: str, rows: Iterable[Mapping[str, object]]) -> Iterator[Row]:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cognate_server.data.packing import Corpus, Packer
+from cognate_server.data.corpus import Corpus
+from cognate_server.data.curriculum import Curriculum
+from cognate_server.data.packing import Packer
 from cognate_server.data.processor import Document
 from cognate_server.data.tokenizer import VOCABULARY, CognateTokenizer
 from cognate_server.stream import Batch
@@ -24,6 +26,7 @@ class CognateTokenStream:
     """Training batches without end, and validation batches that are always the same. Implements `TokenStream`.
 
     held_out: validation documents with prompt and answer, for scores on whole problems.
+    curriculum: from which step on harder training documents are drawn; None draws from all of them at once.
     """
 
     def __init__(
@@ -37,16 +40,24 @@ class CognateTokenStream:
         sequence_length: int,
         seed: int,
         held_out: Sequence[Document] = (),
+        curriculum: Curriculum | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.held_out = tuple(held_out)
         self._train, self._weights = tuple(train), tuple(weights)
-        self._shape = {"batch_size": batch_size, "sequence_length": sequence_length}
-        self._packer = Packer(train, weights=weights, seed=seed, **self._shape)
+        self._batch_size, self._length = batch_size, sequence_length
+        self._packer = Packer(
+            train,
+            weights=weights,
+            seed=seed,
+            curriculum=curriculum,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+        )
         kept = [(corpus, weight) for corpus, weight in zip(validation, weights, strict=True) if corpus.documents]
         self._validation = tuple(corpus for corpus, _ in kept)
         self._validation_weights = tuple(weight for _, weight in kept)
-        self.digest = self._digest(seed)
+        self.digest = self._digest(seed, curriculum)
 
     def next_batch(self) -> Batch:
         """Return the next training batch."""
@@ -72,9 +83,15 @@ class CognateTokenStream:
         """Yield the validation documents once, as far as they fill whole batches, and at least one batch."""
         if not self._validation:
             return
-        packer = Packer(self._validation, weights=self._validation_weights, seed=0, **self._shape)
+        packer = Packer(
+            self._validation,
+            weights=self._validation_weights,
+            seed=0,
+            batch_size=self._batch_size,
+            sequence_length=self._length,
+        )
         tokens = sum(len(corpus.tokens) for corpus in self._validation)
-        for _ in range(max(1, tokens // (self._shape["batch_size"] * self._shape["sequence_length"]))):
+        for _ in range(max(1, tokens // (self._batch_size * self._length))):
             yield packer.next_batch()
 
     def unigram_counts(self) -> Tensor:
@@ -83,12 +100,13 @@ class CognateTokenStream:
         counts_V = np.zeros(VOCABULARY)
         for corpus, weight in zip(self._train, self._weights, strict=True):
             rounds = documents * weight / sum(self._weights) / corpus.documents
-            counts_V += np.ceil(np.bincount(corpus.tokens, minlength=VOCABULARY) * rounds)
+            counts_V += np.ceil(corpus.counts(VOCABULARY) * rounds)
         return torch.from_numpy(counts_V.astype(np.int64))
 
-    def _digest(self, seed: int) -> str:
+    def _digest(self, seed: int, curriculum: Curriculum | None) -> str:
         corpora = [
-            [corpus.name, sha256_bytes(corpus.tokens.tobytes()), sha256_bytes(corpus.offsets.tobytes()), weight]
-            for corpus, weight in zip(self._train, self._weights, strict=True)
+            [corpus.name, corpus.digest(), weight] for corpus, weight in zip(self._train, self._weights, strict=True)
         ]
-        return sha256_bytes(canonical_json([corpora, self._shape, seed, self.tokenizer.digest]))
+        shape = {"batch_size": self._batch_size, "sequence_length": self._length}
+        order = [seed, None if curriculum is None else curriculum.to_json()]
+        return sha256_bytes(canonical_json([corpora, shape, order, self.tokenizer.digest]))

@@ -20,9 +20,9 @@ VOCABULARY = 15_616
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CONTROL_TOKENS = (BOS, EOS, PAD)
 # Split off before anything is merged, so that no merge crosses their edges. Longer ones come first.
-_UNITS = r"<<|>>|####|//|[0-9]|[-+*/=()×÷−]"
+_UNITS = r"<<|>>|####|//|[0-9]|[-+*/=()×÷−–]"
 # Shown to the trainer often enough to be merged first, also where the data lack them.
-_MARKS = "<< >> #### //"
+_MARKS = "<< >> #### // × ÷ − –"
 _MARK_REPEATS = 1_000
 _STRAY_BYTE = re.compile("([\udc80-\udcff])")
 

@@ -73,6 +73,19 @@ def test_pretrain_submits_the_plan(forge: Forge, fake: Fake) -> None:
     assert (plan.peak_learning_rate, plan.warmup_steps) == (0.001, 3)
     assert (plan.checkpoint_interval_steps, plan.progress_interval_steps) == (10, 5)
     assert [(share.dataset, share.weight) for share in plan.datasets] == [(3, 2.0), (2, 1.0)]
+    assert not plan.HasField("curriculum")
+
+
+def test_pretrain_asks_for_a_curriculum(forge: Forge, fake: Fake) -> None:
+    """The flag alone leaves both numbers to the server; they mean nothing without it."""
+    forge("pretrain", "--steps", "30", "--curriculum")
+    plan = fake.script.calls[-1].request.plan
+    assert (plan.HasField("curriculum"), plan.curriculum.steps, plan.curriculum.initial_competence) == (True, 0, 0.0)
+    forge("pretrain", "--steps", "30", "--curriculum", "--curriculum-steps", "9", "--initial-competence", "0.25")
+    plan = fake.script.calls[-1].request.plan
+    assert (plan.curriculum.steps, plan.curriculum.initial_competence) == (9, 0.25)
+    assert forge("pretrain", "--steps", "30", "--curriculum-steps", "9").exit_code == 2
+    assert len(fake.script.calls) == 2
 
 
 def test_pretrain_refuses_an_unknown_set(forge: Forge, fake: Fake) -> None:

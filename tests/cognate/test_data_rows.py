@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_hostile_elements_of_an_array_are_refused_one_by_one(tmp_path: Path) -> 
     assert _reasons(path) == [reason for bad in elements.values() for reason in (bad, "ok")]
 
 
+def test_a_hostile_first_line_does_not_make_the_file_an_array(tmp_path: Path) -> None:
+    """`.jsonl` means lines."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"[1]\n" + GOOD + b"\n" + GOOD)
+    assert _reasons(path) == ["not_an_object", "ok", "ok"]
+
+
 @pytest.mark.parametrize("text", [b'[{"a": 1}, {"a": ', b'[{"a": 1}', b'[{"a": 1}] {"a": 2}', b'[{"a": 1}}, {"a": 2}]'])
 def test_a_broken_array_says_so(tmp_path: Path, text: bytes) -> None:
     """What follows a break is not lost without a finding."""
@@ -72,6 +80,32 @@ def test_a_cut_gzip_file_gives_its_rows_and_a_finding(tmp_path: Path) -> None:
     reasons = _reasons(path)
     assert reasons[-1] == "unreadable_file"
     assert set(reasons[:-1]) == {"ok"}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz"])
+def test_a_spoiled_gzip_file_gives_its_rows_and_a_finding(tmp_path: Path, name: str) -> None:
+    """Bytes that changed in the middle are noticed there or by the checksum; what came before is read."""
+    rows = [b'{"a": %d, "b": "%s"}' % (n, hashlib.sha256(b"%d" % n).hexdigest().encode()) for n in range(20_000)]
+    text = b"\n".join(rows) if ".jsonl" in name else b"[" + b",".join(rows) + b"]"
+    whole = bytearray(gzip.compress(text))
+    whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    path = tmp_path / name
+    path.write_bytes(whole)
+    reasons = _reasons(path)
+    assert set(reasons[:5_000]) == {"ok"}
+    assert reasons[-1] in ("unreadable_file", "not_json")
+
+
+def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first element comes before the end of the file was looked at."""
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[" + b",".join(GOOD for _ in range(100_000)) + b", {broken")
+    monkeypatch.setattr(rows_module, "_READ_BYTES", 1024)
+    rows = read_rows(path)
+    assert next(rows).load() == {"a": 1}
+    last = list(rows)[-1]
+    assert isinstance(last.content, RowRefusedError)
+    assert last.line == 100_001
 
 
 def test_only_a_newline_ends_a_row(tmp_path: Path) -> None:

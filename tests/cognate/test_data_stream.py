@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cognate_server.data.build import DataPlan, build_stream
-from cognate_server.data.packing import Corpus, Packer
+from cognate_server.data.corpus import Corpus
+from cognate_server.data.packing import Packer
 from cognate_server.data.processor import CognateDatasetProcessor
 from cognate_server.data.sources import DatasetId, DatasetShare, SourceSettings, resolve
 from cognate_server.data.stream import CognateTokenStream, StreamMismatchError
@@ -75,7 +76,24 @@ def test_a_position_of_another_plan_is_refused(
         other.load_state_dict(stream.state_dict())
 
 
-@pytest.mark.parametrize("broken", [{}, {"lanes": [[0, 0, 0]]}, {"lanes": [[0, 0, 10**9]] * 3}, {"drawn": [-1, 0]}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {},
+        {"format": 1},
+        {"lanes": [[0, 0, 0]]},
+        {"lanes": [[0, 0, 10**9]] * 3},
+        {"lanes": [[0, 10**9, 0]] * 3},
+        {"lanes": [[0, 0]] * 3},
+        {"lanes": [[0, 0, True]] * 3},
+        {"lanes": None},
+        {"drawn": [-1, 0]},
+        {"drawn": [0]},
+        {"passed": "00"},
+        {"batches": -1},
+        {"batches": None},
+    ],
+)
 def test_a_broken_position_is_refused(stream: CognateTokenStream, broken: dict[str, Any]) -> None:
     """The stream stays where it was."""
     before = stream.state_dict()

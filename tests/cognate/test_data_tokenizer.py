@@ -33,6 +33,13 @@ def test_every_byte_comes_back(tokenizer: CognateTokenizer, data: bytes) -> None
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
 
 
+def test_half_a_surrogate_pair_is_no_text(tokenizer: CognateTokenizer) -> None:
+    """It has no UTF-8, so a row that holds one is refused, and the tokenizer takes none either."""
+    for text in ("\ud800", "a\udfffb"):
+        with pytest.raises((UnicodeEncodeError, TypeError)):
+            tokenizer.encode(text)
+
+
 def test_each_byte_has_a_token(tokenizer: CognateTokenizer) -> None:
     """All 256 of them, so that nothing is unknown."""
     assert [tokenizer.decode_bytes(tokenizer.encode_bytes(bytes([n]))) for n in range(256)] == [
@@ -46,6 +53,8 @@ def test_each_byte_has_a_token(tokenizer: CognateTokenizer) -> None:
         ("<<48/2=24>>24", ["<<", "4", "8", "/", "2", "=", "2", "4", ">>", "2", "4"]),
         ("#### -1,250", ["####", " ", "-", "1", ",", "2", "5", "0"]),
         ("<<7//2=3>>", ["<<", "7", "//", "2", "=", "3", ">>"]),
+        ("12×3÷4−5–6", ["1", "2", "×", "3", "÷", "4", "−", "5", "–", "6"]),
+        ("<<(.5+-8)*2=-15>>", ["<<", "(", ".", "5", "+", "-", "8", ")", "*", "2", "=", "-", "1", "5", ">>"]),
     ],
 )
 def test_digits_operators_and_marks_are_units(tokenizer: CognateTokenizer, text: str, parts: list[str]) -> None:
@@ -56,7 +65,7 @@ def test_digits_operators_and_marks_are_units(tokenizer: CognateTokenizer, text:
 def test_marks_are_units_even_where_the_data_lack_them() -> None:
     """Text without arithmetic still gives a tokenizer for it."""
     tokenizer = CognateTokenizer.train(["plain words only"])
-    assert [len(tokenizer.encode(mark)) for mark in ("<<", ">>", "####", "//")] == [1, 1, 1, 1]
+    assert {len(tokenizer.encode(mark)) for mark in ("<<", ">>", "####", "//", "×", "÷", "−", "–")} == {1}
 
 
 def test_a_text_cannot_spell_a_control_token(tokenizer: CognateTokenizer) -> None:

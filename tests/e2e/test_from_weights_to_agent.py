@@ -1,5 +1,6 @@
 """Both services as processes, a real Cognate-25M, and an agent made of it: what no part can show alone."""
 
+import json
 import queue
 import threading
 import uuid
@@ -85,6 +86,7 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
         plan = cognate_v1.PretrainingPlan(
             total_steps=16, seed=3, batch_size=2, sequence_length=64, checkpoint_interval_steps=4
         )
+        plan.curriculum.SetInParent()
         request = cognate_v1.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=plan)
         job = cognate.pretraining.StartPretraining(request).job.job.name
         watch = Watch(cognate.watch_job(job))
@@ -111,6 +113,12 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
         name = cognate.pretraining.GetJob(cognate_v1.GetJobRequest(name=job)).job.job.artifact
         model = cognate.models.GetModel(model_pb2.GetModelRequest(name=name)).model
         assert model.architecture.parameter_count == 24_998_668
+        data = json.loads((cognate.fetch_model(name, tmp_path / "model").path / "data.json").read_text())
+        assert data["curriculum"] == {"steps": 8, "initial_competence": 0.1}
+        reports = [source["report"] for source in data["sources"]]
+        assert [(found["rows_read"], found["rows_kept"], found["findings"]) for found in reports] == [
+            (2000, 2000, [])
+        ] * 2
         _train(agents, model, tmp_path)
 
 

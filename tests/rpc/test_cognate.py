@@ -58,6 +58,13 @@ async def test_a_started_job_is_queued_with_its_defaults(cognate: AsyncCognateCl
     assert job == (await cognate.pretraining.GetJob(pb.GetJobRequest(name=job.job.name))).job
 
 
+async def test_a_curriculum_is_stored_with_its_defaults(cognate: AsyncCognateClient) -> None:
+    """Half of the steps and a tenth of the documents; a plan without one has none."""
+    job = (await cognate.pretraining.StartPretraining(start(curriculum=pb.Curriculum()))).job
+    assert (4, 0.1) == (job.plan.curriculum.steps, job.plan.curriculum.initial_competence)
+    assert not (await cognate.pretraining.StartPretraining(start())).job.plan.HasField("curriculum")
+
+
 async def test_the_same_request_returns_the_same_job(cognate: AsyncCognateClient) -> None:
     """Repeating a start makes no second job; another plan under the same id is refused."""
     request = start()
@@ -86,6 +93,10 @@ async def test_racing_repeats_make_one_job(cognate: AsyncCognateClient) -> None:
         (start(sequence_length=100), "plan.sequence_length"),
         (start(peak_learning_rate=float("nan")), "plan.peak_learning_rate"),
         (start(warmup_steps=10), "plan"),
+        (start(curriculum=pb.Curriculum(steps=10)), "plan"),
+        (start(curriculum=pb.Curriculum(steps=-1)), "plan.curriculum.steps"),
+        (start(curriculum=pb.Curriculum(initial_competence=1.1)), "plan.curriculum.initial_competence"),
+        (start(curriculum=pb.Curriculum(initial_competence=float("nan"))), "plan.curriculum.initial_competence"),
         (start(datasets=[pb.DatasetShare(dataset=99, weight=1)]), "plan.datasets[0].dataset"),  # type: ignore[arg-type]
         (start(datasets=[pb.DatasetShare(dataset=pb.DATASET_GSM8K, weight=-1)]), "plan.datasets[0].weight"),
         (start(datasets=[pb.DatasetShare(dataset=pb.DATASET_GSM8K, weight=1)] * 2), "plan.datasets"),

@@ -96,6 +96,15 @@ def _pretrain(app: typer.Typer) -> None:
         dataset: Annotated[
             list[str] | None, typer.Option(help="SET or SET:WEIGHT. May be repeated. Default: both sets.")
         ] = None,
+        curriculum: Annotated[
+            bool, typer.Option("--curriculum", help="Begin with the easiest documents and admit the others gradually.")
+        ] = False,
+        curriculum_steps: Annotated[
+            int, typer.Option(help="With --curriculum: steps until all are admitted. 0: half of all.")
+        ] = 0,
+        initial_competence: Annotated[
+            float, typer.Option(help="With --curriculum: share of documents to begin with. 0: 0.1.")
+        ] = 0.0,
         watch: Watch = False,
         progress: Progress = None,
         request_id: RequestId = None,
@@ -119,6 +128,12 @@ def _pretrain(app: typer.Typer) -> None:
         for share in dataset or []:
             number, weight = _share(share)
             plan.datasets.add(dataset=number, weight=weight)
+        if curriculum:
+            plan.curriculum.CopyFrom(
+                pretraining_pb2.Curriculum(steps=curriculum_steps, initial_competence=initial_competence)
+            )
+        elif curriculum_steps or initial_competence:
+            raise typer.BadParameter("needs --curriculum", param_hint="--curriculum-steps, --initial-competence")
         request = pretraining_pb2.StartPretrainingRequest(request_id=new_request_id(request_id), plan=plan)
         item = session.cognate_client.pretraining.StartPretraining(request).job
         return _submitted(session, Service.COGNATE, item, watch, progress)

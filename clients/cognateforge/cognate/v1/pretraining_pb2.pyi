@@ -78,6 +78,36 @@ class DatasetShare(_message.Message):
 Global___DatasetShare: _TypeAlias = DatasetShare  # noqa: Y015
 
 @_typing.final
+class Curriculum(_message.Message):
+    """From easy documents to all of them. Each set begins with a share of its easiest documents, and the admitted share of it
+    grows with the square root of the steps (Platanios et al. 2019, arXiv:1903.09848). Word problems are ordered by their
+    number of reasoning steps, two-hop questions by level and kind; length decides among equals. The weights of the sets
+    stay as they are.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    INITIAL_COMPETENCE_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Steps until every document may be drawn. 0 means half of total_steps; at most total_steps."""
+    initial_competence: _builtins.float
+    """Share of each set's easiest documents that the first step may draw from. 0 means 0.1; at most 1."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        initial_competence: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_competence", b"initial_competence", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Curriculum: _TypeAlias = Curriculum  # noqa: Y015
+
+@_typing.final
 class PretrainingPlan(_message.Message):
     """What to pretrain. The architecture is fixed, and so are GrokFast's alpha (0.98) and lambda (2.0): no field sets them."""
 
@@ -92,6 +122,7 @@ class PretrainingPlan(_message.Message):
     CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     DATASETS_FIELD_NUMBER: _builtins.int
     PROGRESS_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
+    CURRICULUM_FIELD_NUMBER: _builtins.int
     total_steps: _builtins.int
     """Optimizer steps. 1 to 10,000,000."""
     seed: _builtins.int
@@ -116,6 +147,10 @@ class PretrainingPlan(_message.Message):
         or the hub where they are to be had, and otherwise generated problems under their own name.
         """
 
+    @_builtins.property
+    def curriculum(self) -> Global___Curriculum:
+        """How documents are admitted over the steps. Absent means that all may be drawn from the first step on."""
+
     def __init__(
         self,
         *,
@@ -128,10 +163,11 @@ class PretrainingPlan(_message.Message):
         checkpoint_interval_steps: _builtins.int = ...,
         datasets: _abc.Iterable[Global___DatasetShare] | None = ...,
         progress_interval_steps: _builtins.int = ...,
+        curriculum: Global___Curriculum | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["curriculum", b"curriculum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "checkpoint_interval_steps", b"checkpoint_interval_steps", "datasets", b"datasets", "peak_learning_rate", b"peak_learning_rate", "progress_interval_steps", b"progress_interval_steps", "seed", b"seed", "sequence_length", b"sequence_length", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "checkpoint_interval_steps", b"checkpoint_interval_steps", "curriculum", b"curriculum", "datasets", b"datasets", "peak_learning_rate", b"peak_learning_rate", "progress_interval_steps", b"progress_interval_steps", "seed", b"seed", "sequence_length", b"sequence_length", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
