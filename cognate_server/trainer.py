@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 
 from cognate_server.construct import CognateModelConstructor
+from cognate_server.flops import peak_flops_per_s
 from cognate_server.grokfast import GrokFastAdamW, LambdaDeparture, parameter_groups
 from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, forward, ponder_divergence, truncated_geometric
 from cognate_server.metrics import checked
 from cognate_server.stream import Batch, TokenStream
-from cognate_server.tracker import CognateProgressTracker, StepOutcome
+from cognate_server.tracker import CognateProgressTracker, StepOutcome, validation_metrics
 from cognate_server.validation import ValidationReport, first_rows, row_losses, validate
 from training_common.attempt import Attempt, AttemptStopped, Json, StopKind
 from training_common.models.cognate_v1 import (
@@ -202,7 +203,9 @@ class PretrainingRun:
             raise TrainingDivergedError(f"the loss of step {self.step + 1} is {loss}; nothing was updated")
         self.optimizer.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
-        return StepOutcome(loss=loss, divergence=float(divergence.detach()), output=found.output)
+        return StepOutcome(
+            loss=loss, divergence=float(divergence.detach()), targets=len(found.targets_X), output=found.output
+        )
 
     def write(self, folder: Path) -> None:
         """Fill a checkpoint's folder."""
@@ -264,15 +267,17 @@ def pretrain(config: PretrainConfig, data: TokenStream, attempt: Attempt) -> Pre
         saved_step = run.step
     validation_batches = first_rows(data.validation_batches(), config.validation_rows)
     tracker = CognateProgressTracker(
+        config.model,
         total_steps=config.total_steps,
         batch_tokens=config.batch_tokens,
-        max_ponder_steps=config.model.max_steps,
         step=run.step,
+        peak_flops_per_s=peak_flops_per_s("cpu", torch.float32),
     )
     while run.step < config.total_steps:
         saved_step = _obey(attempt, run, saved_step)
         reports = (run.step + 1) % config.progress_interval_steps == 0 or run.step + 1 in (1, config.total_steps)
         outcome = run.train_step(measure=reports)
+        tracker.count(outcome)
         if reports:
             lr = learning_rate(config, run.step - 1)
             _report(attempt, run, tracker.step_metrics(outcome, run.optimizer.report, step=run.step, learning_rate=lr))
@@ -305,15 +310,7 @@ def _finish(run: PretrainingRun, attempt: Attempt, validation_batches: list[Batc
     """Validate, write the model folder and sum the run up."""
     attempt.trained()
     report = validate(run.model, validation_batches, run.data.unigram_counts())
-    _report(
-        attempt,
-        run,
-        {
-            "validation_loss": report.loss,
-            "validation_loss_memory_off": report.loss_memory_off,
-            "validation_loss_one_step": report.loss_one_step,
-        },
-    )
+    _report(attempt, run, validation_metrics(report))
     model_dir = attempt.workdir / "final"
     model_dir.mkdir(parents=True, exist_ok=True)
     save_state(run.model, model_dir / "model.safetensors")
