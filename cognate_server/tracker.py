@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cognate_server.detectors import Measurement
 from cognate_server.flops import step_flops
 from cognate_server.grokfast import StepReport
 from cognate_server.metrics import checked
@@ -105,6 +106,19 @@ class CognateProgressTracker:
             "tokens_per_s": steps * self._batch_tokens / elapsed_s,
             "seconds_left": (self._total_steps - step) * elapsed_s / steps,
         }
+
+
+def measurement(outcome: StepOutcome, report: StepReport | None, config: CognateV1Config) -> Measurement:
+    """Return what the recovery manager watches of a measured step."""
+    used = outcome.output.memory_statistics
+    entropy = None if used is None or used.read_entropy_nats is None else float(used.read_entropy_nats)
+    counts_N = torch.bincount(outcome.output.steps_BT.reshape(-1), minlength=config.max_steps + 1)
+    return Measurement(
+        halting_shares=tuple(step_histogram(counts_N)),
+        slow_gradient_norm_ratio=None if report is None else report.slow_gradient_norm_ratio,
+        read_entropy_share=None if entropy is None else entropy / math.log(config.memory_slots),
+        contents_rms=contents_rms(outcome.output.memory),
+    )
 
 
 def validation_metrics(report: ValidationReport) -> dict[str, Json]:

@@ -16,7 +16,7 @@ import torch
 from cognate_server.artifacts import CognateArtifactManager, TrainedModel
 from cognate_server.data.build import DataManifest, DataPlan, build_stream
 from cognate_server.gate import CheckKind, GateReport, Verdict, judge
-from cognate_server.grokfast import ALPHA, LAMBDA, GrokFastDiverged
+from cognate_server.grokfast import ALPHA, LAMBDA
 from cognate_server.plan import shares, source_settings
 from cognate_server.settings import CognateSettings, load_settings
 from cognate_server.trainer import PretrainConfig, PretrainResult, pretrain
@@ -30,6 +30,8 @@ from training_common.models import cognate_v1
 from training_common.worker import WorkerContext, run
 
 ARCHITECTURE = "cognate_v1"
+# 32 rows forward cost as much as three training steps of the smallest default batch.
+VALIDATION_INTERVAL_STEPS = 100
 
 
 def work(context: WorkerContext[CognateSettings]) -> None:
@@ -64,7 +66,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     attempt.move(JobState.RUNNING)
     try:
         result = pretrain(_config(plan), stream, attempt)
-    except (TrainerDivergedError, GrokFastDiverged) as error:
+    except TrainerDivergedError as error:
         raise TrainingDivergedError(str(error)) from error
     report = judge(result)
     if report.verdict is Verdict.REFUSED:
@@ -86,6 +88,7 @@ def _config(plan: pb.PretrainingPlan) -> PretrainConfig:
         warmup_steps=plan.warmup_steps,
         checkpoint_interval_steps=plan.checkpoint_interval_steps,
         progress_interval_steps=plan.progress_interval_steps,
+        validation_interval_steps=VALIDATION_INTERVAL_STEPS,
     )
 
 
@@ -141,6 +144,7 @@ def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult,
             "lambda": LAMBDA,
             "departures": [dataclasses.asdict(departure) for departure in result.lambda_departures],
         },
+        recovery=[dataclasses.asdict(event) for event in result.recovery],
     )
 
 
