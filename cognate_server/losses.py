@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cognate_server.stream import Batch
@@ -93,3 +94,40 @@ def _starting_memory(model: CognateV1, batch: Batch, memory: MemoryState | None)
     fresh_B11 = batch.fresh_rows.view(-1, 1, 1)
     carried_BMD = memory.contents_BMD[: len(fresh_B11)]  # the last validation batch may be cut
     return MemoryState(torch.where(fresh_B11, model.memory.initial_MD, carried_BMD))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a batch's gradient is taken of, and its parts.
+
+    total: cross_entropy + ponder weight * divergence. cross_entropy: nats per target. targets: how many there are.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor
+    targets: int
+    output: CognateOutput
+
+
+def objective(
+    model: CognateV1,
+    batch: Batch,
+    memory: MemoryState | None,
+    prior_N: Tensor,
+    *,
+    ponder_weight: float,
+    statistics: bool = False,
+) -> Objective:
+    """Run the model on a batch and return what training minimizes; `memory` is what the rows go on from."""
+    found = forward(model, batch, memory, statistics=statistics)
+    targets = found.targets_X.shape[0]
+    cross_entropy = F.cross_entropy(found.logits_XV, found.targets_X, reduction="sum") / max(1, targets)
+    divergence = ponder_divergence(found.output, prior_N)
+    return Objective(
+        total=cross_entropy + ponder_weight * divergence,
+        cross_entropy=cross_entropy,
+        divergence=divergence,
+        targets=targets,
+        output=found.output,
+    )

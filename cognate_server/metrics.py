@@ -60,6 +60,16 @@ METRICS: Mapping[str, Metric] = {
     "validation_loss": Metric(unit="nats/token", definition="cross-entropy on the validation rows"),
     "validation_loss_memory_off": Metric(unit="nats/token", definition="the same with the memory's reads switched off"),
     "validation_loss_one_step": Metric(unit="nats/token", definition="the same with one core step for every token"),
+    "control_validation_loss": Metric(
+        unit="nats/token",
+        definition="validation_loss of plain AdamW from the same start on the same batches, the lowest among its "
+        "learning rates; only where a control was asked for",
+    ),
+    "acceleration_factor": Metric(
+        unit="1",
+        definition="steps of the control over those of GrokFast until the validation loss is at or below the worse of "
+        "their two final ones; absent without a control, or when one of them did not learn",
+    ),
     "memory_gain_nats": Metric(
         unit="nats/token",
         definition="validation_loss_memory_off less validation_loss: what the memory is worth",

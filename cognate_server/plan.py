@@ -10,6 +10,8 @@ DEFAULT_BATCH_SIZE = 4
 DEFAULT_SEQUENCE_LENGTH = 128
 DEFAULT_PEAK_LEARNING_RATE = 1.5e-3
 DEFAULT_CHECKPOINT_INTERVAL_STEPS = 100
+# From the same rate to that of GrokFast's largest step: 1 + lambda.
+DEFAULT_CONTROL_FACTORS = (1.0, 2.0, 3.0)
 
 
 def with_defaults(plan: pb.PretrainingPlan) -> pb.PretrainingPlan:
@@ -22,6 +24,8 @@ def with_defaults(plan: pb.PretrainingPlan) -> pb.PretrainingPlan:
     filled.warmup_steps = plan.warmup_steps or max(1, plan.total_steps // 10)
     filled.checkpoint_interval_steps = plan.checkpoint_interval_steps or DEFAULT_CHECKPOINT_INTERVAL_STEPS
     filled.progress_interval_steps = plan.progress_interval_steps or 1
+    if plan.HasField("acceleration_control") and not plan.acceleration_control.learning_rate_factors:
+        filled.acceleration_control.learning_rate_factors.extend(DEFAULT_CONTROL_FACTORS)
     return filled
 
 

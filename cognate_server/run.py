@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+from cognate_server.acceleration import AccelerationControl
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.detectors import RecoveryLimits
 from cognate_server.grokfast import GrokFastAdamW, parameter_groups
-from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, forward, ponder_divergence, truncated_geometric
+from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, objective, truncated_geometric
 from cognate_server.recovery import CognateRecoveryManager
 from cognate_server.stream import Batch, TokenStream
 from cognate_server.tracker import StepOutcome
@@ -36,6 +36,9 @@ FINAL_LR_SHARE = 0.1
 # Single steps are too noisy to compare a run's two ends.
 CURVE_ENDS = 10
 MAX_PEAK_LR = 1e-2
+# Each rate costs a whole training. GrokFast's steps are at most 1 + lambda = 3 times plain ones: 8 is well beyond.
+MAX_CONTROL_RATES = 4
+MAX_CONTROL_RATE = 8.0
 # GrokFast's EMA starts as a copy of the first gradient and forgets it with a time constant of 1 / (1 - alpha) = 50
 # steps. Amplified in full before that, one stale gradient outweighs the present one: at a ramp of 4 steps the loss on
 # real rows rose from 6.6 to 8.5 nats within 15 steps.
@@ -57,6 +60,7 @@ class PretrainConfig:
     batch_tokens: tokens of one optimizer step, a multiple of sequence_length.
     validation_rows: how many rows of the stream's validation data are used.
     validation_interval_steps: validate after every so many steps as well as at the end; None: at the end only.
+    control_rates: learning rates of the plain AdamW control, over peak_lr; none: there is no control.
     model: Cognate-25M; tests use smaller ones. recovery: the detectors' numbers; tests use shorter windows.
     Errors: ValueError, naming the field.
     """
@@ -71,6 +75,7 @@ class PretrainConfig:
     progress_interval_steps: int = 10
     validation_rows: int = 32
     validation_interval_steps: int | None = None
+    control_rates: tuple[float, ...] = ()
     model: CognateV1Config = field(default_factory=CognateV1Config)
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
 
@@ -88,6 +93,13 @@ class PretrainConfig:
             )
         if not 0 < self.peak_lr <= MAX_PEAK_LR:
             raise ValueError(f"peak_lr must be above 0 and at most {MAX_PEAK_LR}, got {self.peak_lr}")
+        if len(self.control_rates) > MAX_CONTROL_RATES or not all(
+            0 < rate <= MAX_CONTROL_RATE for rate in self.control_rates
+        ):
+            raise ValueError(
+                f"control_rates must be at most {MAX_CONTROL_RATES} factors above 0 and at most {MAX_CONTROL_RATE:g}, "
+                f"got {self.control_rates}"
+            )
         if self.warmup_steps > self.total_steps:
             raise ValueError(f"warmup_steps must be at most total_steps ({self.total_steps}), got {self.warmup_steps}")
 
@@ -133,6 +145,7 @@ class PretrainingRun:
             warmup_steps=max(config.warmup_steps, MIN_LAMBDA_RAMP_STEPS),
         )
         self.prior_N = truncated_geometric(config.model.max_steps, PONDER_MEAN)
+        self.control = self._build_control()
         self.recovery = CognateRecoveryManager(config.recovery)
         self.lr_factor = 1.0
         self.ponder_weight = PONDER_WEIGHT
@@ -141,6 +154,17 @@ class PretrainingRun:
         self.memory: MemoryState | None = None
         self.first_losses: list[float] = []
         self.last_losses: collections.deque[float] = collections.deque(maxlen=CURVE_ENDS)
+
+    def _build_control(self) -> AccelerationControl | None:
+        if not self.config.control_rates:
+            return None
+        return AccelerationControl(
+            self.config.model,
+            seed=self.config.seed,
+            unigram_counts=self.data.unigram_counts(),
+            prior_N=self.prior_N,
+            rates=self.config.control_rates,
+        )
 
     @property
     def next_lr(self) -> float:
@@ -158,6 +182,8 @@ class PretrainingRun:
         Errors: TrainingDivergedError, GrokFastDiverged; nothing is updated then, and the batch is used up.
         """
         batch = self.data.next_batch()
+        if self.control is not None:
+            self.control.train_step(batch, learning_rate(self.config, self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.next_lr
         outcome = self.backward(batch, measure=measure)
@@ -177,18 +203,16 @@ class PretrainingRun:
         Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
         """
         _check_shape(batch, self.config)
-        found = forward(self.model, batch, self.memory, statistics=measure)
-        total = F.cross_entropy(found.logits_XV, found.targets_X, reduction="sum")
-        mean_loss = total / max(1, found.targets_X.shape[0])
-        divergence = ponder_divergence(found.output, self.prior_N)
-        objective = mean_loss + self.ponder_weight * divergence
-        loss = float(mean_loss.detach())
-        if not math.isfinite(float(objective.detach())):
+        found = objective(
+            self.model, batch, self.memory, self.prior_N, ponder_weight=self.ponder_weight, statistics=measure
+        )
+        loss = float(found.cross_entropy.detach())
+        if not math.isfinite(float(found.total.detach())):
             raise TrainingDivergedError(f"the loss of step {self.step + 1} is {loss}; nothing was updated")
         self.optimizer.zero_grad()
-        objective.backward()  # type: ignore[no-untyped-call]
+        found.total.backward()  # type: ignore[no-untyped-call]
         return StepOutcome(
-            loss=loss, divergence=float(divergence.detach()), targets=len(found.targets_X), output=found.output
+            loss=loss, divergence=float(found.divergence.detach()), targets=found.targets, output=found.output
         )
 
     def save(self, attempt: Attempt, *, planned: bool) -> int:
@@ -217,6 +241,8 @@ class PretrainingRun:
             "random_state": torch.get_rng_state(),
         }
         torch.save(tensors, folder / "optimizer.pt")
+        if self.control is not None:
+            torch.save(self.control.state_dict(), folder / "control.pt")
         state: dict[str, Json] = {
             "step": self.step,
             "good_step": good_step,
@@ -241,6 +267,8 @@ class PretrainingRun:
         load_state(self.model, folder / "model.safetensors")
         tensors = torch.load(folder / "optimizer.pt", weights_only=True)
         self.optimizer.load_state_dict(tensors["optimizer"])
+        if self.control is not None:
+            self.control.load_state_dict(torch.load(folder / "control.pt", weights_only=True))
         self.memory = None if tensors["memory"] is None else MemoryState(tensors["memory"])
         torch.set_rng_state(tensors["random_state"])
         self.data.load_state_dict(state["data_position"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cognate_server.acceleration import AccelerationReport
 from cognate_server.actions import apply, go_back_to_mandate
 from cognate_server.flops import peak_flops_per_s
 from cognate_server.grokfast import GrokFastDiverged, LambdaDeparture
@@ -49,6 +50,7 @@ class PretrainResult:
     model_dir: holds model.safetensors and config.json.
     first_loss, last_loss: training loss, mean over the first and the last ten steps.
     lambda_departures: every change of GrokFast's lambda. recovery: every action of the recovery manager.
+    acceleration: against the control, where there was one and both learnt.
     """
 
     step: int
@@ -60,6 +62,7 @@ class PretrainResult:
     validation: ValidationReport
     lambda_departures: tuple[LambdaDeparture, ...]
     recovery: tuple[RecoveryEvent, ...] = ()
+    acceleration: AccelerationReport | None = None
 
 
 def pretrain(
@@ -104,11 +107,11 @@ class _Pretraining:
             self._take_step()
             self._return_when_stable()
             is_last = self.run.step == self.config.total_steps
-            if self.run.step % self.config.checkpoint_interval_steps == 0 or is_last:
-                self.saved_step = self.run.save(self.attempt, planned=True)
             interval = self.config.validation_interval_steps
             if interval and self.run.step % interval == 0 and not is_last:
-                self._validate()
+                self._validate()  # before the checkpoint, which holds what followed from it
+            if self.run.step % self.config.checkpoint_interval_steps == 0 or is_last:
+                self.saved_step = self.run.save(self.attempt, planned=True)
         self._obey()
         return self._finish()
 
@@ -151,9 +154,13 @@ class _Pretraining:
     def _validate(self) -> None:
         """Validate between steps: the loss, and the score where there is a scorer."""
         loss = row_losses(self.run.model, self.validation_batches).mean
-        self._report({"validation_loss": loss})
+        self._report({"validation_loss": loss, "control_validation_loss": self._validate_control(loss)})
         score = None if self.score is None else self.score(self.run.model)
         self._recover(self.run.recovery.observe_validation(loss, score))
+
+    def _validate_control(self, loss: float) -> float | None:
+        control = self.run.control
+        return None if control is None else control.validate(self.run.step, loss, self.validation_batches)
 
     def _recover(self, finding: Finding | None) -> None:
         """Apply the first action that is left and possible.
@@ -198,7 +205,15 @@ class _Pretraining:
         run, attempt = self.run, self.attempt
         attempt.trained()
         report = validate(run.model, self.validation_batches, run.data.unigram_counts())
-        self._report(validation_metrics(report))
+        control_loss = self._validate_control(report.loss)
+        acceleration = None if run.control is None else run.control.report(report.unigram_loss)
+        self._report(
+            {
+                **validation_metrics(report),
+                "control_validation_loss": control_loss,
+                "acceleration_factor": None if acceleration is None else acceleration.factor,
+            }
+        )
         model_dir = attempt.workdir / "final"
         model_dir.mkdir(parents=True, exist_ok=True)
         save_state(run.model, model_dir / "model.safetensors")
@@ -213,4 +228,5 @@ class _Pretraining:
             validation=report,
             lambda_departures=run.optimizer.departures,
             recovery=run.recovery.events,
+            acceleration=acceleration,
         )

@@ -88,8 +88,16 @@ def _config(plan: pb.PretrainingPlan) -> PretrainConfig:
         warmup_steps=plan.warmup_steps,
         checkpoint_interval_steps=plan.checkpoint_interval_steps,
         progress_interval_steps=plan.progress_interval_steps,
-        validation_interval_steps=VALIDATION_INTERVAL_STEPS,
+        validation_interval_steps=_validation_interval_steps(plan),
+        control_rates=tuple(plan.acceleration_control.learning_rate_factors),
     )
+
+
+def _validation_interval_steps(plan: pb.PretrainingPlan) -> int:
+    """Return the usual interval; with a control at most a twentieth of the run, as it is the factor's resolution."""
+    if not plan.HasField("acceleration_control"):
+        return VALIDATION_INTERVAL_STEPS
+    return min(VALIDATION_INTERVAL_STEPS, max(1, plan.total_steps // 20))
 
 
 def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult, report: GateReport) -> TrainedModel:
@@ -138,6 +146,7 @@ def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult,
             "loss_first_10_steps": result.first_loss,
             "loss_last_10_steps": result.last_loss,
             "validation": dataclasses.asdict(result.validation),
+            "acceleration": None if result.acceleration is None else dataclasses.asdict(result.acceleration),
         },
         grokfast={
             "alpha": ALPHA,
