@@ -30,7 +30,7 @@ class GrokFastDiverged(RuntimeError):  # noqa: N818 - the design's name
 
 @dataclass(frozen=True, kw_only=True)
 class LambdaDeparture:
-    """One lowering of lambda: after how many finished steps, from what and to what."""
+    """One change of lambda's limit: after how many finished steps, from what and to what."""
 
     step: int
     before: float
@@ -78,6 +78,7 @@ class GrokFastAdamW(torch.optim.Optimizer):
             "weight_decay": WEIGHT_DECAY,
             "warmup_steps": warmup_steps,
             "finished_steps": 0,
+            "ramp_start": 0,
             "lambda_limit": LAMBDA,
             "lambda_departures": [],
         }
@@ -89,11 +90,12 @@ class GrokFastAdamW(torch.optim.Optimizer):
     def grokfast_lambda(self) -> float:
         """The lambda that the next step will use."""
         group = self.param_groups[0]
-        return float(min(group["lambda_limit"], LAMBDA * min(1.0, group["finished_steps"] / group["warmup_steps"])))
+        ramped = (group["finished_steps"] - group["ramp_start"]) / group["warmup_steps"]
+        return float(min(group["lambda_limit"], LAMBDA * min(1.0, ramped)))
 
     @property
     def departures(self) -> tuple[LambdaDeparture, ...]:
-        """Every lowering of lambda so far, kept through checkpoints."""
+        """Every change of lambda's limit so far, kept through checkpoints."""
         return tuple(LambdaDeparture(**kept) for kept in self.param_groups[0]["lambda_departures"])
 
     def lower_lambda(self, value: float) -> LambdaDeparture:
@@ -104,11 +106,31 @@ class GrokFastAdamW(torch.optim.Optimizer):
         limit = self.param_groups[0]["lambda_limit"]
         if not LAMBDA_FLOOR <= value < limit:
             raise ValueError(f"lambda may only be lowered: within {LAMBDA_FLOOR} and below {limit}, got {value}")
-        departure = {"step": self.param_groups[0]["finished_steps"], "before": limit, "after": value}
+        return self._set_limit(value)
+
+    def restore_lambda(self) -> LambdaDeparture:
+        """Raise the limit back to LAMBDA; for the recovery manager alone.
+
+        Errors: ValueError, when it is there already.
+        """
+        if self.param_groups[0]["lambda_limit"] >= LAMBDA:
+            raise ValueError(f"lambda's limit is {LAMBDA} already")
+        return self._set_limit(LAMBDA)
+
+    def _set_limit(self, value: float) -> LambdaDeparture:
+        group = self.param_groups[0]
+        departure = {"step": group["finished_steps"], "before": group["lambda_limit"], "after": value}
         for group in self.param_groups:
             group["lambda_limit"] = value
             group["lambda_departures"] = [*group["lambda_departures"], departure]
         return LambdaDeparture(**departure)
+
+    def reset_slow_gradient(self) -> None:
+        """Drop every EMA, so that the next gradient starts it, and let lambda ramp up anew as it did at the start."""
+        for state in self.state.values():
+            state.pop("slow_gradient", None)
+        for group in self.param_groups:
+            group["ramp_start"] = group["finished_steps"]
 
     def measure_next_step(self) -> None:
         """Let the next step's report carry the cosine and the norm ratio, which cost one more pass."""
@@ -147,12 +169,13 @@ class GrokFastAdamW(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
-            is_first = not state
-            if is_first:
+            if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                state["slow_gradient"] = torch.empty_like(parameter, dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
+            is_first = "slow_gradient" not in state
+            if is_first:
+                state["slow_gradient"] = torch.empty_like(parameter, dtype=torch.float32)
             state["step"] += 1
             whole = (parameter, parameter.grad, state["slow_gradient"], state["exp_avg"], state["exp_avg_sq"])
             for p, g, h, average, average_sq in _pieces(whole):
@@ -174,7 +197,7 @@ class GrokFastAdamW(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
-            if index in state_dict["state"]:
+            if "slow_gradient" in state_dict["state"].get(index, {}):
                 stored: Tensor = state_dict["state"][index]["slow_gradient"]
                 self.state[parameter]["slow_gradient"] = stored.to(parameter.device, torch.float32, copy=True)
 
