@@ -204,8 +204,9 @@ async def test_a_field_that_the_contract_does_not_have_is_refused(agents: AsyncA
 
 async def test_an_architecture_that_is_not_installed_is_refused(agents: AsyncAgentClient) -> None:
     """FAILED_PRECONDITION, with what there is."""
-    with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate"):
+    with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate") as caught:
         await agents.training.StartTraining(start(architecture="perceptron"))
+    assert ["plan.architecture"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
 
 
@@ -244,8 +245,9 @@ async def test_files_are_looked_for_inside_the_data_folder_only(tmp_path: Path) 
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     settings = {"data": {"folder": folder}}
     async with running_agent(tmp_path / "agent", **settings) as server, AsyncAgentClient(server.address) as agents:
-        with pytest.raises(DataUnavailableError, match=r"gone\.jsonl"):
+        with pytest.raises(DataUnavailableError, match=r"gone\.jsonl") as missing:
             await agents.training.StartTraining(start(**from_file("gone.jsonl")))
+        assert ["plan.classification.file.path"] == [violation.field for violation in missing.value.violations]
         with pytest.raises(InvalidFieldError, match="leads out of the data folder") as caught:
             await agents.training.StartTraining(start(**from_file("link.jsonl")))
         assert ["plan.classification.file.path"] == [violation.field for violation in caught.value.violations]

@@ -117,10 +117,10 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
 
 async def test_a_set_that_is_not_here_is_refused_at_the_start(cognate: AsyncCognateClient) -> None:
     """GSM8K by name means GSM8K: generated problems never take its place."""
-    with pytest.raises(DataUnavailableError, match="gsm8k"):
-        await cognate.pretraining.StartPretraining(
-            start(datasets=[pb.DatasetShare(dataset=pb.DATASET_GSM8K, weight=1)])
-        )
+    generated, real = (pb.DatasetShare(dataset=kind, weight=1) for kind in (pb.DATASET_FORGE_TWOHOP, pb.DATASET_GSM8K))
+    with pytest.raises(DataUnavailableError, match="gsm8k") as caught:
+        await cognate.pretraining.StartPretraining(start(datasets=[generated, real]))
+    assert ["plan.datasets[1].dataset"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(cognate)
 
 
