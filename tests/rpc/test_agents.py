@@ -22,6 +22,7 @@ from cognateforge.exceptions import (
     NotImplementedByServerError,
     OffsetOutOfRangeError,
     RequestIdReusedError,
+    ResourceExhaustedError,
     UnknownFieldError,
 )
 from cognateforge.job.v1 import job_pb2
@@ -599,3 +600,23 @@ async def test_what_a_worker_publishes_is_served_in_whole(
     assert (job_pb2.JOB_STATE_SUCCEEDED, "intent-router@1") == (job.state, job.artifact)
     fetched = await agents.fetch_agent("intent-router", tmp_path / "out")
     assert "{}" == (fetched.path / "agent.json").read_text()
+
+
+async def test_a_repeated_move_gets_the_first_answer(agents: AsyncAgentClient, store: Path) -> None:
+    """Whatever has moved since."""
+    publish(store)
+    request_id = new_id()
+    first = await alias(agents, "production", "intent-router@1", request_id)
+    await alias(agents, "candidate", "intent-router@1")
+    assert first == await alias(agents, "production", "intent-router@1", request_id.upper())
+    assert ["candidate", "production"] == list((await get(agents, "intent-router@1")).aliases)
+
+
+async def test_one_alias_too_many_is_refused(agents: AsyncAgentClient, store: Path) -> None:
+    """An agent with more than the contract allows could not be told to anybody."""
+    publish(store)
+    for number in range(64):
+        await alias(agents, f"a{number}", "intent-router@1")
+    with pytest.raises(ResourceExhaustedError, match="64 aliases already"):
+        await alias(agents, "a64", "intent-router@1")
+    assert 64 == len((await get(agents, "intent-router@1")).aliases) == len(moves(store))

@@ -80,8 +80,8 @@ class RunningServer:
         try:
             port = self._server.add_insecure_port(wanted)
         except RuntimeError as error:  # gRPC's own, whose text names its internals
-            for task in self._standing:
-                task.close()
+            for standing in self._standing:
+                standing.close()
             raise AddressInUseError(
                 f"address {wanted} cannot be bound: another process uses it, or it is not of this machine; stop that "
                 "process or set another address"
@@ -90,6 +90,14 @@ class RunningServer:
         await self._health.check()
         await self._server.start()
         self._tasks = [asyncio.create_task(task) for task in (self._health.run(), *self._standing)]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Report a standing task that ended by itself: without it jobs or watches would stand still unseen."""
+        if not task.cancelled() and task.exception() is not None:
+            log.critical("a standing task ended", exc_info=task.exception())
+            self._health.give_up()
 
     async def stop(self) -> None:
         """Drain: tell health watchers, take no new call, let running ones end, then stop. Workers go on."""
