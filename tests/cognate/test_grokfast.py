@@ -1,7 +1,8 @@
 """The optimizer against the authors' published algorithm, and the promises of its docstring."""
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import cognate_server.grokfast as grokfast
+import cognate_server.grokfast.optimizer as optimizer_module
 from cognate_server.grokfast import (
     ALPHA,
     BETAS,
@@ -21,11 +22,30 @@ from cognate_server.grokfast import (
     GrokFastAdamW,
     GrokFastDiverged,
     parameter_groups,
+    native,
 )
+from cognate_server.grokfast.foreach import ForeachUpdate
+from cognate_server.grokfast.update import Update
 
+Use = Callable[[Update], None]
+needs_numba = pytest.mark.skipif(not native.is_available(), reason="numba is not installed")
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU"
+)
+IMPLEMENTATIONS = [
+    pytest.param(ForeachUpdate, id="foreach"),
+    pytest.param(native.NativeUpdate, id="native", marks=needs_numba),
+    pytest.param(lambda: ForeachUpdate(compiled=True), id="compiled", marks=[needs_compiler, pytest.mark.slow]),
+]
 LR = 1e-2
 WARMUP_STEPS = 4
 SHAPES = ((7, 5), (5,), (3, 2, 2))
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+    """Let optimizers be built on a given implementation."""
+    return lambda update: monkeypatch.setattr(optimizer_module, "choose", lambda device: update)
 
 
 def make_parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -72,15 +92,55 @@ def reference(parameters: Sequence[Tensor], gradients: list[list[Tensor]]) -> li
     return values
 
 
-@pytest.mark.parametrize("piece", [3, grokfast.PIECE])
-def test_updates_equal_the_published_algorithm(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve steps over ramp and clip equal the plain loop, cut into pieces or not."""
-    monkeypatch.setattr(grokfast, "PIECE", piece)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_updates_equal_the_published_algorithm(implementation: Callable[[], Update], use: Use) -> None:
+    """Twelve steps over ramp and clip equal the plain loop, by every implementation that this machine has."""
+    use(implementation())
     parameters, gradients = make_parameters(), make_gradients(12)
     expected = reference(parameters, gradients)
-    train(GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS), parameters, gradients)
+    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    train(optimizer, parameters, gradients)
+    assert optimizer.implementations == (implementation().name,)
     for parameter, value in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.detach().double(), value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_all_implementations_give_the_same_bits_on_a_cpu(implementation: Callable[[], Update], use: Use) -> None:
+    """One definition, each operation rounded once: a run may change the implementation and keep its numbers."""
+    ends = []
+    for update in (ForeachUpdate(), implementation()):
+        use(update)
+        parameters = make_parameters()
+        train(GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS), parameters, make_gradients(12))
+        ends.append(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_changes_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces, not threads, decide every result and the order of every sum."""
+    monkeypatch.setattr(native, "PIECE", 64)
+    monkeypatch.setattr(native, "RUN", 2)
+    native._pieces.cache_clear()
+    before = torch.get_num_threads()
+    ends = []
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            parameter = nn.Parameter(torch.linspace(-1, 1, 5_000))
+            optimizer = GrokFastAdamW([parameter], lr=LR, warmup_steps=WARMUP_STEPS)
+            for step in range(5):
+                parameter.grad = torch.sin(parameter.detach() * (step + 1))
+                optimizer.measure_next_step()
+                optimizer.step()
+            ends.append((parameter.detach(), optimizer.report))
+    finally:
+        torch.set_num_threads(before)
+        native._pieces.cache_clear()
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
 
 
 def test_lambda_ramps_while_the_ema_already_runs() -> None:
