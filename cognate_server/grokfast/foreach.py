@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from cognate_server.grokfast.update import Share
 
+# A number, or a tensor without dimensions on the same device.
+Scalar: TypeAlias = Any
+
 
 def is_compiler_available() -> bool:
     """Say whether torch can compile for CUDA here."""
     return importlib.util.find_spec("triton") is not None
+
+
+def amplify(x: list[Tensor], slow: list[Tensor], alpha: Scalar, rest: Scalar, lamb: Scalar) -> None:
+    """Run GrokFast's filter in place: h <- alpha * h + rest * x, then x <- x + lamb * h; rest is 1 - alpha."""
+    torch._foreach_mul_(slow, alpha)
+    torch._foreach_add_(slow, torch._foreach_mul(x, rest))
+    torch._foreach_add_(x, torch._foreach_mul(slow, lamb))
 
 
 def _update(
@@ -26,20 +37,15 @@ def _update(
     mean: list[Tensor],
     mean_square: list[Tensor],
     numbers: list[Tensor],
-    coupled: bool,
     round_roots: bool,
 ) -> None:
     """Run the arithmetic of `update` on float32 tensors; numbers are zero-dimensional, so that none is compiled in.
 
     round_roots: torch's single sqrt on a CPU is off by one bit now and then; by way of float64 it is not.
     """
-    scale, alpha, rest, lamb, decay, beta1, rest1, beta2, rest2, shrink, size, root, eps = numbers
-    x = torch._foreach_mul(gradients, scale)
-    torch._foreach_mul_(slow, alpha)
-    torch._foreach_add_(slow, torch._foreach_mul(x, rest))
-    torch._foreach_add_(x, torch._foreach_mul(slow, lamb))
-    if coupled:
-        torch._foreach_add_(x, torch._foreach_mul(parameters, decay))
+    scale, alpha, rest, lamb, beta1, rest1, beta2, rest2, shrink, size, root, eps = numbers
+    x = list(torch._foreach_mul(gradients, scale))
+    amplify(x, slow, alpha, rest, lamb)
     torch._foreach_mul_(mean, beta1)
     torch._foreach_add_(mean, torch._foreach_mul(x, rest1))
     torch._foreach_mul_(x, x)
@@ -92,7 +98,6 @@ class ForeachUpdate:
                 list(share.mean),
                 list(share.mean_square),
                 list(numbers.unbind()),
-                share.factors.rule.coupled_decay != 0,
                 self.name == "foreach" and numbers.device.type == "cpu",
             )
             for parameter, computed in zip(share.parameters, parameters, strict=True):

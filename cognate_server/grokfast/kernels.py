@@ -20,15 +20,19 @@ TINY = np.float32(np.finfo(np.float32).tiny)
 ZERO = np.float32(0)
 
 
-@intrinsic
-def _pointer(_context: Any, address: Any) -> Any:
-    """Turn an address into a pointer to float32."""
+def _pointer_of(_context: Any, address: Any) -> Any:
+    """Say how an address becomes a pointer to float32."""
     signature = types.CPointer(types.float32)(address)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return signature, generate
+
+
+_pointer: Any = intrinsic(_pointer_of)
+# numba's own annotations leave this one out.
+_array: Any = numba.carray  # type: ignore[attr-defined,unused-ignore]
 
 
 def _jit(function: Any, **options: Any) -> Any:
@@ -56,14 +60,14 @@ _dot = _jit(_dot_loop, **_SUMS)
 
 def _update_loop(p: Any, g: Any, h: Any, m: Any, v: Any, numbers: Any) -> None:
     """Run the arithmetic of `update`; numbers are in the order of NUMBERS."""
-    scale, alpha, rest, lamb, decay = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    beta1, rest1, beta2, rest2 = numbers[5], numbers[6], numbers[7], numbers[8]
-    shrink, size, root, eps = numbers[9], numbers[10], numbers[11], numbers[12]
+    scale, alpha, rest, lamb = numbers[0], numbers[1], numbers[2], numbers[3]
+    beta1, rest1, beta2, rest2 = numbers[4], numbers[5], numbers[6], numbers[7]
+    shrink, size, root, eps = numbers[8], numbers[9], numbers[10], numbers[11]
     for i in range(p.size):
         x = g[i] * scale
         slow = alpha * h[i] + rest * x
         h[i] = ZERO if abs(slow) < TINY else slow
-        x = x + lamb * slow + decay * p[i]
+        x = x + lamb * slow
         mean = beta1 * m[i] + rest1 * x
         square = beta2 * v[i] + rest2 * (x * x)
         m[i] = ZERO if abs(mean) < TINY else mean
@@ -77,7 +81,7 @@ _update_piece = _jit(_update_loop)
 def _squares(addresses: Any, pieces: Any, first: int, last: int, sums: Any) -> None:
     """Sum the squares of the gradients' pieces: addresses (tensors, 5), pieces (pieces, 3), sums (pieces,)."""
     for k in range(first, last):
-        gradient = numba.carray(_pointer(addresses[pieces[k, 0], 1] + 4 * pieces[k, 1]), pieces[k, 2])
+        gradient = _array(_pointer(addresses[pieces[k, 0], 1] + 4 * pieces[k, 1]), pieces[k, 2])
         sums[k] = _dot(gradient, gradient)
 
 
@@ -88,11 +92,11 @@ def _update(addresses: Any, numbers: Any, pieces: Any, first: int, last: int, me
     """Update pieces: addresses of p, g, h, m, v (tensors, 5), numbers (tensors, NUMBERS), sums (pieces, 2)."""
     for k in range(first, last):
         t, offset, n = pieces[k, 0], 4 * pieces[k, 1], pieces[k, 2]
-        p = numba.carray(_pointer(addresses[t, 0] + offset), n)
-        g = numba.carray(_pointer(addresses[t, 1] + offset), n)
-        h = numba.carray(_pointer(addresses[t, 2] + offset), n)
-        m = numba.carray(_pointer(addresses[t, 3] + offset), n)
-        v = numba.carray(_pointer(addresses[t, 4] + offset), n)
+        p = _array(_pointer(addresses[t, 0] + offset), n)
+        g = _array(_pointer(addresses[t, 1] + offset), n)
+        h = _array(_pointer(addresses[t, 2] + offset), n)
+        m = _array(_pointer(addresses[t, 3] + offset), n)
+        v = _array(_pointer(addresses[t, 4] + offset), n)
         if measure:
             sums[k, 0] = _dot(h, g) * numbers[t, 0]
             sums[k, 1] = _dot(h, h)

@@ -14,13 +14,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cognate_server.grokfast.update import NUMBERS, Share
+from cognate_server.grokfast.update import Share
 
 # Elements of a piece: its gradient and h stay in a second-level cache between the telemetry's loop and the update's.
 PIECE = 16_384
@@ -86,7 +87,12 @@ def _pieces(sizes: tuple[int, ...]) -> Integers:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Return the tensor as the kernels read it, which is itself in the ordinary case."""
-    return tensor.detach().to(torch.float32).contiguous()
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
+_STATE = (attrgetter("slow"), attrgetter("mean"), attrgetter("mean_square"))
 
 
 def _rounded(count: int, unit: int) -> int:
@@ -110,30 +116,23 @@ class NativeUpdate:
 
     def apply(self, shares: Sequence[Share], *, measure: bool) -> list[tuple[float, float]]:
         """See Update."""
-        table = [
-            (number, parameter, _plain(parameter), _plain(gradient), slow, mean, mean_square)
-            for number, share in enumerate(shares)
-            for parameter, gradient, slow, mean, mean_square in zip(
-                share.parameters, share.gradients, share.slow, share.mean, share.mean_square, strict=True
-            )
-        ]
-        addresses = np.array([[t.data_ptr() for t in row[2:]] for row in table], dtype=np.int64).reshape(-1, 5)
-        numbers = np.array([shares[row[0]].factors.numbers() for row in table], dtype=np.float32)
-        pieces = _pieces(tuple(row[1].numel() for row in table))
+        owners = [number for number, share in enumerate(shares) for _ in share.parameters]
+        parameters = [parameter for share in shares for parameter in share.parameters]
+        computed = [_plain(parameter) for parameter in parameters]
+        gradients = [_plain(gradient) for share in shares for gradient in share.gradients]
+        columns = [computed, gradients, *([t for share in shares for t in rows(share)] for rows in _STATE)]
+        addresses = np.array([[tensor.data_ptr() for tensor in column] for column in columns], dtype=np.int64).T.copy()
+        numbers = np.array([share.factors.numbers() for share in shares], dtype=np.float32)[owners]
+        pieces = _pieces(tuple(parameter.numel() for parameter in parameters))
         sums = np.zeros((len(pieces), 2))
         kernel = _kernels().update
-        _in_runs(
-            len(pieces),
-            lambda first, last: kernel(
-                addresses, numbers.reshape(-1, len(NUMBERS)), pieces, first, last, measure, sums
-            ),
-        )
-        for _, parameter, computed, *_rest in table:
-            if computed.data_ptr() != parameter.data_ptr():
-                parameter.copy_(computed)
+        _in_runs(len(pieces), lambda first, last: kernel(addresses, numbers, pieces, first, last, measure, sums))
+        for parameter, result in zip(parameters, computed, strict=True):
+            if result is not parameter:
+                parameter.copy_(result)
         if not measure:
             return []
-        share_of_piece = np.array([row[0] for row in table])[pieces[:, 0]]
+        share_of_piece = np.array(owners)[pieces[:, 0]]
         return [tuple(sums[share_of_piece == number].sum(axis=0).tolist()) for number in range(len(shares))]
 
     def states_like(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:

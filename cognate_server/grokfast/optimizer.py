@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cognate_server.grokfast import sharding
-from cognate_server.grokfast.update import Factors, Rule, Share, choose
+from cognate_server.grokfast.update import Factors, Share, choose
 
 ALPHA = 0.98
 LAMBDA = 2.0
@@ -25,7 +25,6 @@ MAX_GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 EPSILON = 1e-8
-RULE = Rule(alpha=ALPHA, betas=BETAS, epsilon=EPSILON)
 
 
 class GrokFastDiverged(RuntimeError):  # noqa: N818 - the design's name
@@ -70,8 +69,8 @@ class GrokFastAdamW(torch.optim.Optimizer):
 
     alpha is 0.98. lambda ramps from 0 to 2.0 over `warmup_steps` while the EMA h runs from the first step, and stays
     there. A parameter's h starts as a copy of its first gradient; h and AdamW's averages are float32 whatever the
-    parameter's type, and live in the optimizer's state, so a resumed run equals the uninterrupted one. `p.grad` is read,
-    after accumulation and all-reduce, and never written. Learning rates are the param groups' `lr`.
+    parameter's type, and live in the optimizer's state, so a resumed run equals the uninterrupted one. `p.grad` is
+    read, after accumulation and all-reduce, and never written. Learning rates are the param groups' `lr`.
 
     Under fully_shard the norm is that of the whole gradient and state is sharded as its parameter is. Under a
     GradScaler, gradients are unscaled on the way, and a step that found infinities changes nothing. A parameter in
@@ -249,10 +248,12 @@ class GrokFastAdamW(torch.optim.Optimizer):
             state["step"] += 1
             state["slow_steps"] += 1
         factors = Factors(
-            rule=RULE,
             scale=scale,
+            alpha=ALPHA,
             lamb=lamb,
             lr=float(batch.group["lr"]),
+            betas=BETAS,
+            epsilon=EPSILON,
             weight_decay=batch.group["weight_decay"],
             count=batch.count + 1,
             fresh=batch.is_fresh,

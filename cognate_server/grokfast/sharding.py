@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def layout(tensor: Tensor) -> object:

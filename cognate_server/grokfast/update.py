@@ -5,14 +5,13 @@ For every element, with the scalars of `Factors`, each operation rounded to floa
     x <- scale * g
     h <- alpha * h + (1 - alpha) * x            (h <- x where h is fresh)
     x <- x + lamb * h
-    x <- x + coupled_decay * p                  (only where it is not 0)
     m <- beta1 * m + (1 - beta1) * x
     v <- beta2 * v + (1 - beta2) * (x * x)
     p <- shrink * p - size * (m / (sqrt(v) * root + eps))
 
-`scale` holds the clip and, under a gradient scaler, the unscaling, so gradients are read and never written. `native` does
-this in one pass over memory on a CPU, `foreach` with torch's operations, and compiled from those on a GPU. On one CPU all
-three give the same bits.
+`scale` holds the clip and, under a gradient scaler, the unscaling, so gradients are read and never written. `native`
+does this in one pass over memory on a CPU, `foreach` with torch's operations, and compiled from those on a GPU. On one
+CPU all three give the same bits.
 """
 
 from __future__ import annotations
@@ -27,19 +26,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """The constants of a run's updates. The service has one, `optimizer.RULE`; experiments outside it have others.
-
-    coupled_decay: L2 that is added to the filtered gradient, as Adam without the W has it.
-    """
-
-    alpha: float
-    betas: tuple[float, float]
-    epsilon: float
-    coupled_decay: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Factors:
     """The scalars of one update of one parameter.
 
@@ -47,24 +33,25 @@ class Factors:
     fresh: h is to become a copy of the scaled gradient.
     """
 
-    rule: Rule
     scale: float
+    alpha: float
     lamb: float
     lr: float
+    betas: tuple[float, float]
+    epsilon: float
     weight_decay: float
     count: int
     fresh: bool
 
     def numbers(self) -> tuple[float, ...]:
         """Return what the arithmetic multiplies with, in the order of NUMBERS."""
-        beta1, beta2 = self.rule.betas
-        alpha = 0.0 if self.fresh else self.rule.alpha
+        beta1, beta2 = self.betas
+        alpha = 0.0 if self.fresh else self.alpha
         return (
             self.scale,
             alpha,
             1 - alpha,
             self.lamb,
-            self.rule.coupled_decay,
             beta1,
             1 - beta1,
             beta2,
@@ -72,7 +59,7 @@ class Factors:
             1 - self.lr * self.weight_decay,
             self.lr / (1 - beta1**self.count),
             1 / math.sqrt(1 - beta2**self.count),
-            self.rule.epsilon,
+            self.epsilon,
         )
 
 
@@ -81,7 +68,6 @@ NUMBERS = (
     "alpha",
     "one_minus_alpha",
     "lamb",
-    "coupled_decay",
     "beta1",
     "one_minus_beta1",
     "beta2",
