@@ -5,9 +5,12 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from agent_server import tables as t
-from cognateforge.exceptions import AgentNotFoundError
+from cognateforge.exceptions import AgentNotFoundError, ResourceExhaustedError
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.store.database import now_us
+
+# What the contract lets one agent carry.
+MAX_ALIASES = 64
 
 
 def find_agent(registry: ArtifactRegistry, name: str) -> ArtifactRow:
@@ -37,10 +40,10 @@ def aliases_of(registry: ArtifactRegistry, rows: list[ArtifactRow]) -> dict[str,
     return found
 
 
-def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller: str, request_id: str) -> bytes:
-    """Point an alias at a version and keep the move, in the caller's transaction.
+def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller: str, request_id: str) -> list[str]:
+    """Point an alias at a version and keep the move, in the caller's transaction; return the version's aliases.
 
-    Returns nothing to replay: the answer is the agent as it is when it is asked, only that the move was made counts.
+    Errors: ResourceExhaustedError, when the version has as many as the contract allows.
     """
     key = {"family": row.family, "alias": alias}
     before = connection.execute(sa.select(t.aliases.c.version).filter_by(**key)).scalar()
@@ -58,4 +61,8 @@ def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller
             time_us=now_us(),
         )
     )
-    return b""
+    query = sa.select(t.aliases.c.alias).filter_by(family=row.family, version=row.version).order_by(t.aliases.c.alias)
+    aliases = list(connection.execute(query).scalars())
+    if len(aliases) > MAX_ALIASES:
+        raise ResourceExhaustedError(f"{row.name} has {MAX_ALIASES} aliases already: move one of them elsewhere first")
+    return aliases

@@ -5,7 +5,7 @@ from __future__ import annotations
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.data.classification import AgentDataProcessor, ClassificationSource
 from cognateforge.agent.v1 import training_pb2 as pb
-from cognateforge.exceptions import FieldViolation, InvalidFieldError, NotImplementedByServerError
+from cognateforge.exceptions import DataUnavailableError, FieldViolation, InvalidFieldError, NotImplementedByServerError
 from training_common.settings import DataSettings
 
 DEFAULT_BATCH_SIZE = 32
@@ -49,13 +49,13 @@ def require_feasible(plan: pb.TrainingPlan, factory: AgentArchitectureFactory, d
         )
     try:
         AgentDataProcessor(folder=data.folder).require_available(classification_source(plan.classification))
-    except InvalidFieldError as error:
+    except (InvalidFieldError, DataUnavailableError) as error:
         # The pipeline does not know where in a request its source stands.
         violations = [
             FieldViolation(field=f"plan.classification.file.{v.field}", description=v.description)
             for v in error.violations
         ]
-        raise InvalidFieldError(error.message, violations=violations) from error
+        raise type(error)(error.message, violations=violations) from error
 
 
 def classification_source(task: pb.ClassificationTask) -> ClassificationSource:

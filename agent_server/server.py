@@ -17,6 +17,7 @@ from cognateforge.agent.v1 import agent_pb2_grpc, training_pb2_grpc
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
+from training_common.data_dir import DataDirLock
 from training_common.engines.local import LocalEngine
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
@@ -35,6 +36,7 @@ SERVICES = (*TRAINING, *REGISTRY)
 
 def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
+    lock = DataDirLock(settings.data_dir)
     server = create_server(settings, SERVICES)
     factory = AgentArchitectureFactory()
     for problem in factory.problems:
@@ -66,5 +68,6 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         services=SERVICES,
         health=health,
         database=database,
+        lock=lock,
         tasks=[scheduler.run(), events.run()],
     )

@@ -20,6 +20,7 @@ class TrainedModel:
     state: "READY" or "EXPERIMENTAL".
     architecture: name, fingerprint, parameter_count, act_version, ltm_version.
     sources: name, kind, rows and digest of each set that was trained on.
+    recovery: every action of the recovery manager, in order.
     """
 
     folder: Path
@@ -30,6 +31,7 @@ class TrainedModel:
     checks: list[dict[str, Any]]
     training: Mapping[str, Any]
     grokfast: Mapping[str, Any]
+    recovery: list[dict[str, Any]]
 
 
 class CognateArtifactManager:
@@ -54,6 +56,7 @@ class CognateArtifactManager:
                 "checks": model.checks,
                 "training": dict(model.training),
                 "grokfast": dict(model.grokfast),
+                "recovery": model.recovery,
             },
             code=("cognate_server", "training_common"),
         )

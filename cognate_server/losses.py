@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cognate_server.cross_entropy import head_cross_entropy
+from cognate_server.precision import Precision
 from cognate_server.stream import Batch
 from training_common.models.cognate_v1 import CognateOutput, CognateV1, MemoryState
 
@@ -100,3 +101,41 @@ def _starting_memory(model: CognateV1, batch: Batch, memory: MemoryState | None)
     fresh_B11 = batch.fresh_rows.view(-1, 1, 1)
     carried_BMD = memory.contents_BMD[: len(fresh_B11)]  # the last validation batch may be cut
     return MemoryState(torch.where(fresh_B11, model.memory.initial_MD, carried_BMD))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a batch's gradient is taken of, and its parts.
+
+    total: cross_entropy + ponder weight * divergence. cross_entropy: nats per target. targets: how many there are.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor
+    targets: int
+    output: CognateOutput
+
+
+def objective(
+    model: CognateV1,
+    batch: Batch,
+    memory: MemoryState | None,
+    prior_N: Tensor,
+    *,
+    ponder_weight: float,
+    precision: Precision,
+    statistics: bool = False,
+) -> Objective:
+    """Run the model on a batch and return what training minimizes; `memory` is what the rows go on from."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.BFLOAT16):
+        found = forward(model, batch, memory, statistics=statistics)
+        cross_entropy = mean_cross_entropy(model, found)
+    divergence = ponder_divergence(found.output, prior_N)
+    return Objective(
+        total=cross_entropy + ponder_weight * divergence,
+        cross_entropy=cross_entropy,
+        divergence=divergence,
+        targets=found.targets_X.shape[0],
+        output=found.output,
+    )

@@ -20,6 +20,16 @@ METRICS: Mapping[str, Metric] = {
     "tokens_per_s": Metric(
         unit="tokens/s", definition="trained token positions over wall-clock time since the progress event before"
     ),
+    "model_flops_per_s": Metric(
+        unit="FLOP/s",
+        definition="matrix products that the tokens needed, forward and backward, over wall-clock time since the "
+        "progress event before; halted tokens, masked keys and repeated work count nothing",
+    ),
+    "mfu_ratio": Metric(
+        unit="1",
+        definition="model_flops_per_s over the rate of a large matrix product of the same type, measured by this "
+        "process when it started",
+    ),
     "gradient_norm": Metric(unit="1", definition="norm of the raw gradient, before clipping"),
     "grokfast_lambda": Metric(unit="1", definition="GrokFast's amplification in this step"),
     "slow_gradient_norm_ratio": Metric(
@@ -46,9 +56,33 @@ METRICS: Mapping[str, Metric] = {
         unit="nats", definition="entropy of the read attention over slots, mean over heads and tokens of the batch"
     ),
     "memory_write_rate": Metric(unit="1", definition="write gate, mean over the batch's tokens"),
+    "memory_contents_rms": Metric(unit="1", definition="root mean square of the memory's contents after the batch"),
     "validation_loss": Metric(unit="nats/token", definition="cross-entropy on the validation rows"),
     "validation_loss_memory_off": Metric(unit="nats/token", definition="the same with the memory's reads switched off"),
     "validation_loss_one_step": Metric(unit="nats/token", definition="the same with one core step for every token"),
+    "control_validation_loss": Metric(
+        unit="nats/token",
+        definition="validation_loss of plain AdamW from the same start on the same batches, the lowest among its "
+        "learning rates; only where a control was asked for",
+    ),
+    "acceleration_factor": Metric(
+        unit="1",
+        definition="steps of the control over those of GrokFast until the validation loss is at or below the worse of "
+        "their two final ones; absent without a control, or when one of them did not learn",
+    ),
+    "memory_gain_nats": Metric(
+        unit="nats/token",
+        definition="validation_loss_memory_off less validation_loss: what the memory is worth",
+    ),
+    "memory_gain_error_nats": Metric(
+        unit="nats/token", definition="standard error of memory_gain_nats over the validation rows"
+    ),
+    "pondering_gain_nats": Metric(
+        unit="nats/token", definition="validation_loss_one_step less validation_loss: what pondering is worth"
+    ),
+    "pondering_gain_error_nats": Metric(
+        unit="nats/token", definition="standard error of pondering_gain_nats over the validation rows"
+    ),
     "peak_memory_bytes": Metric(unit="bytes", definition="largest resident set of the worker process so far"),
     "seconds_left": Metric(
         unit="s", definition="optimizer steps left times the time per step since the progress event before"

@@ -11,6 +11,8 @@ DEFAULT_BATCH_SIZE = 4
 DEFAULT_SEQUENCE_LENGTH = 128
 DEFAULT_PEAK_LEARNING_RATE = 1.5e-3
 DEFAULT_CHECKPOINT_INTERVAL_STEPS = 100
+# From the same rate to that of GrokFast's largest step: 1 + lambda.
+DEFAULT_CONTROL_FACTORS = (1.0, 2.0, 3.0)
 
 
 def with_defaults(plan: pb.PretrainingPlan) -> pb.PretrainingPlan:
@@ -26,6 +28,8 @@ def with_defaults(plan: pb.PretrainingPlan) -> pb.PretrainingPlan:
     if plan.HasField("curriculum"):
         filled.curriculum.steps = plan.curriculum.steps or max(1, plan.total_steps // 2)
         filled.curriculum.initial_competence = plan.curriculum.initial_competence or DEFAULT_INITIAL_COMPETENCE
+    if plan.HasField("acceleration_control") and not plan.acceleration_control.learning_rate_factors:
+        filled.acceleration_control.learning_rate_factors.extend(DEFAULT_CONTROL_FACTORS)
     return filled
 
 

@@ -17,6 +17,11 @@ class Precision(enum.StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of the same name."""
+        return torch.bfloat16 if self is Precision.BFLOAT16 else torch.float32
+
 
 def native_precision() -> Precision:
     """Return bfloat16 where the processor multiplies it in hardware, else float32."""

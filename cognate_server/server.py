@@ -17,6 +17,7 @@ from cognateforge.exchange.v1 import model_pb2_grpc, resource_pb2_grpc
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
+from training_common.data_dir import DataDirLock
 from training_common.engines.local import LocalEngine
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
@@ -33,6 +34,7 @@ SERVICES = (*TRAINING, *EXCHANGE)
 
 def build(settings: CognateSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
+    lock = DataDirLock(settings.data_dir)
     server = create_server(settings, SERVICES)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
@@ -66,5 +68,6 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         services=SERVICES,
         health=health,
         database=database,
+        lock=lock,
         tasks=[scheduler.run(), events.run(), outbox.run()],
     )

@@ -1,129 +1,45 @@
-"""Pretraining: from a config, a token stream and an attempt to a model folder and what was measured about it.
-
-RuntimeError
-└── TrainingDivergedError       the loss is not finite
-    (GrokFastDiverged of cognate_server.grokfast: a gradient is not finite)
-ValueError
-└── CheckpointMismatchError     a checkpoint is of another config
-"""
+"""Pretraining: from a config, a token stream and an attempt to a model folder and what was measured about it."""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from cognate_server.construct import CognateModelConstructor
-from cognate_server.grokfast import GrokFastAdamW, LambdaDeparture, parameter_groups
-from cognate_server.losses import (
-    PONDER_MEAN,
-    PONDER_WEIGHT,
-    forward,
-    mean_cross_entropy,
-    ponder_divergence,
-    truncated_geometric,
-)
+from cognate_server.acceleration import AccelerationReport
+from cognate_server.actions import apply, go_back_to_mandate
+from cognate_server.flops import peak_flops_per_s
+from cognate_server.grokfast import GrokFastDiverged, LambdaDeparture
 from cognate_server.metrics import checked
 from cognate_server.precision import Precision
-from cognate_server.stream import Batch, TokenStream
-from cognate_server.tracker import CognateProgressTracker, StepOutcome
+from cognate_server.recovery import QUALITY, Action, Change, Finding, RecoveryEvent
+from cognate_server.run import (
+    CheckpointMismatchError,
+    PretrainConfig,
+    PretrainingRun,
+    TrainingDivergedError,
+    learning_rate,
+)
+from cognate_server.stream import TokenStream
+from cognate_server.tracker import CognateProgressTracker, StepOutcome, measurement, validation_metrics
 from cognate_server.validation import ValidationReport, first_rows, row_losses, validate
 from training_common.attempt import Attempt, AttemptStopped, Json, StopKind
-from training_common.models.cognate_v1 import (
-    CognateV1Config,
-    MemoryState,
-    config_to_json,
-    load_state,
-    save_state,
-)
+from training_common.models.cognate_v1 import CognateV1, CognateV1Config, config_to_json, save_state
 
-# The cosine ends here, as a share of the peak.
-FINAL_LR_SHARE = 0.1
-# Single steps are too noisy to compare a run's two ends.
-CURVE_ENDS = 10
-MAX_PEAK_LR = 1e-2
-# GrokFast's EMA starts as a copy of the first gradient and forgets it with a time constant of 1 / (1 - alpha) = 50
-# steps. Amplified in full before that, one stale gradient outweighs the present one: at a ramp of 4 steps the loss on
-# real rows rose from 6.6 to 8.5 nats within 15 steps.
-MIN_LAMBDA_RAMP_STEPS = 100
+__all__ = [
+    "CheckpointMismatchError",
+    "PretrainConfig",
+    "PretrainResult",
+    "PretrainingRun",
+    "TrainingDivergedError",
+    "learning_rate",
+    "pretrain",
+]
 
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is not finite; the newest checkpoint is of before."""
-
-
-class CheckpointMismatchError(ValueError):
-    """The checkpoint belongs to another config, so going on from it would be another run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """One pretraining run. GrokFast is not in it: it cannot be chosen.
-
-    batch_tokens: tokens of one optimizer step, a multiple of sequence_length.
-    validation_rows: how many rows of the stream's validation data are used.
-    validation_interval_steps: validate after every so many steps as well as at the end; None: at the end only.
-    model: Cognate-25M; tests use smaller ones.
-    Errors: ValueError, naming the field.
-    """
-
-    seed: int
-    total_steps: int
-    batch_tokens: int = 512
-    sequence_length: int = 128
-    peak_lr: float = 1.5e-3
-    warmup_steps: int = 20
-    precision: Precision = Precision.FLOAT32
-    checkpoint_interval_steps: int = 100
-    progress_interval_steps: int = 10
-    validation_rows: int = 32
-    validation_interval_steps: int | None = None
-    model: CognateV1Config = field(default_factory=CognateV1Config)
-
-    def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_tokens", "sequence_length", "warmup_steps", "checkpoint_interval_steps"):
-            _require_positive(name, getattr(self, name))
-        for name in ("progress_interval_steps", "validation_rows", "validation_interval_steps"):
-            if getattr(self, name) is not None:
-                _require_positive(name, getattr(self, name))
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be within 0 and 2**63 - 1, got {self.seed}")
-        if self.batch_tokens % self.sequence_length:
-            raise ValueError(
-                f"batch_tokens must be a multiple of sequence_length ({self.sequence_length}), got {self.batch_tokens}"
-            )
-        if not 0 < self.peak_lr <= MAX_PEAK_LR:
-            raise ValueError(f"peak_lr must be above 0 and at most {MAX_PEAK_LR}, got {self.peak_lr}")
-        if self.warmup_steps > self.total_steps:
-            raise ValueError(f"warmup_steps must be at most total_steps ({self.total_steps}), got {self.warmup_steps}")
-
-    @property
-    def rows(self) -> int:
-        """Rows of a batch."""
-        return self.batch_tokens // self.sequence_length
-
-    def digest(self) -> str:
-        """Return a sha256 of all that decides the weights: a checkpoint may only be resumed under the same one."""
-        deciding = dataclasses.asdict(self)
-        for name in (
-            "checkpoint_interval_steps",
-            "progress_interval_steps",
-            "validation_rows",
-            "validation_interval_steps",
-        ):
-            del deciding[name]
-        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-
-
-def _require_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+# Measures how well a model reasons: the share of right answers, and of how many rows.
+Scorer = Callable[[CognateV1], tuple[float, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +48,8 @@ class PretrainResult:
 
     model_dir: holds model.safetensors and config.json.
     first_loss, last_loss: training loss, mean over the first and the last ten steps.
-    lambda_departures: every lowering of GrokFast's lambda, for the manifest.
+    lambda_departures: every change of GrokFast's lambda. recovery: every action of the recovery manager.
+    acceleration: against the control, where there was one and both learnt.
     """
 
     step: int
@@ -144,198 +61,173 @@ class PretrainResult:
     last_loss: float
     validation: ValidationReport
     lambda_departures: tuple[LambdaDeparture, ...]
+    recovery: tuple[RecoveryEvent, ...] = ()
+    acceleration: AccelerationReport | None = None
 
 
-def learning_rate(config: PretrainConfig, finished_steps: int) -> float:
-    """Return the rate for the step after `finished_steps`: linear warm-up, then a cosine to a tenth of the peak."""
-    if finished_steps < config.warmup_steps:
-        return config.peak_lr * (finished_steps + 1) / config.warmup_steps
-    done = (finished_steps - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
-    return config.peak_lr * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-class PretrainingRun:
-    """All that changes while a run goes on: how a step changes it, and how it is saved and restored."""
-
-    def __init__(self, config: PretrainConfig, data: TokenStream) -> None:
-        torch.manual_seed(config.seed)
-        self.config = config
-        self.data = data
-        self.model = CognateModelConstructor(config.model).construct(
-            config.model, seed=config.seed, unigram_counts=data.unigram_counts()
-        )
-        self.optimizer = GrokFastAdamW(
-            parameter_groups(self.model),
-            lr=config.peak_lr,
-            warmup_steps=max(config.warmup_steps, MIN_LAMBDA_RAMP_STEPS),
-        )
-        self.prior_N = truncated_geometric(config.model.max_steps, PONDER_MEAN)
-        self.step = 0
-        self.memory: MemoryState | None = None
-        self.first_losses: list[float] = []
-        self.last_losses: collections.deque[float] = collections.deque(maxlen=CURVE_ENDS)
-
-    def train_step(self, *, measure: bool) -> StepOutcome:
-        """Take one optimizer step; `measure` adds the telemetry that costs time.
-
-        Errors: TrainingDivergedError, GrokFastDiverged; nothing is updated then.
-        """
-        batch = self.data.next_batch()
-        lr = learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        outcome = self.backward(batch, measure=measure)
-        if measure:
-            self.optimizer.measure_next_step()
-        self.optimizer.step()
-        self.memory = outcome.output.memory.detach() if batch.fresh_rows is not None else None
-        self.step += 1
-        if len(self.first_losses) < CURVE_ENDS:
-            self.first_losses.append(outcome.loss)
-        self.last_losses.append(outcome.loss)
-        return outcome
-
-    def backward(self, batch: Batch, *, measure: bool) -> StepOutcome:
-        """Replace the gradients by those of this batch: cross-entropy and the ponder prior.
-
-        Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
-        """
-        _check_shape(batch, self.config)
-        # Products in bfloat16 where the config says so; weights, sums and all that is kept stay float32.
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision is Precision.BFLOAT16):
-            found = forward(self.model, batch, self.memory, statistics=measure)
-            mean_loss = mean_cross_entropy(self.model, found)
-        divergence = ponder_divergence(found.output, self.prior_N)
-        objective = mean_loss + PONDER_WEIGHT * divergence
-        loss = float(mean_loss.detach())
-        if not math.isfinite(float(objective.detach())):
-            raise TrainingDivergedError(f"the loss of step {self.step + 1} is {loss}; nothing was updated")
-        self.optimizer.zero_grad()
-        objective.backward()  # type: ignore[no-untyped-call]
-        return StepOutcome(loss=loss, divergence=float(divergence.detach()), output=found.output)
-
-    def write(self, folder: Path) -> None:
-        """Fill a checkpoint's folder."""
-        save_state(self.model, folder / "model.safetensors")
-        tensors = {
-            "optimizer": self.optimizer.state_dict(),
-            "memory": None if self.memory is None else self.memory.contents_BMD,
-            "random_state": torch.get_rng_state(),
-        }
-        torch.save(tensors, folder / "optimizer.pt")
-        state: dict[str, Json] = {
-            "step": self.step,
-            "config_digest": self.config.digest(),
-            "data_position": dict(self.data.state_dict()),
-            "first_losses": list(self.first_losses),
-            "last_losses": list(self.last_losses),
-        }
-        (folder / "trainer.json").write_text(json.dumps(state))
-
-    def restore(self, folder: Path) -> None:
-        """Go to where a checkpoint was written.
-
-        Errors: CheckpointMismatchError.
-        """
-        state = json.loads((folder / "trainer.json").read_text())
-        if state["config_digest"] != self.config.digest():
-            raise CheckpointMismatchError(f"the checkpoint of step {state['step']} was written under another config")
-        load_state(self.model, folder / "model.safetensors")
-        tensors = torch.load(folder / "optimizer.pt", weights_only=True)
-        self.optimizer.load_state_dict(tensors["optimizer"])
-        self.memory = None if tensors["memory"] is None else MemoryState(tensors["memory"])
-        torch.set_rng_state(tensors["random_state"])
-        self.data.load_state_dict(state["data_position"])
-        self.step = state["step"]
-        self.first_losses = state["first_losses"]
-        self.last_losses.extend(state["last_losses"])
-
-
-def _check_shape(batch: Batch, config: PretrainConfig) -> None:
-    expected = (config.rows, config.sequence_length + 1)
-    if tuple(batch.tokens.shape) != expected:
-        raise ValueError(f"the stream's batches are {tuple(batch.tokens.shape)}, the config asks for {expected}")
-
-
-def pretrain(config: PretrainConfig, data: TokenStream, attempt: Attempt) -> PretrainResult:
+def pretrain(
+    config: PretrainConfig, data: TokenStream, attempt: Attempt, *, score: Scorer | None = None
+) -> PretrainResult:
     """Train from random values, or go on from the attempt's newest checkpoint, to the end of the plan.
 
-    A resumed run is bitwise equal to an uninterrupted one on the same hardware with the same number of threads.
+    A resumed run is bitwise equal to an uninterrupted one on the same hardware with the same number of threads, and so
+    are its recoveries.
 
+    score: asked at every validation before the end; None: no reasoning is measured.
     Errors: AttemptStopped, when the job's owner asked for it: after PAUSE there is a checkpoint of the last finished
-        step, after CANCEL and REVOKED nothing more was written. TrainingDivergedError, GrokFastDiverged,
-        CheckpointMismatchError, ConstructionError.
+        step, after CANCEL and REVOKED nothing more was written. TrainingDivergedError, with the evidence, when
+        recoveries did not help. CheckpointMismatchError, ConstructionError.
     """
-    run = PretrainingRun(config, data)
-    checkpoint = attempt.latest_checkpoint()
-    saved_step = -1
-    if checkpoint is not None:
-        run.restore(checkpoint.path)
-        saved_step = run.step
-    validation_batches = first_rows(data.validation_batches(), config.validation_rows)
-    tracker = CognateProgressTracker(
-        total_steps=config.total_steps,
-        batch_tokens=config.batch_tokens,
-        max_ponder_steps=config.model.max_steps,
-        step=run.step,
-    )
-    while run.step < config.total_steps:
-        saved_step = _obey(attempt, run, saved_step)
-        reports = (run.step + 1) % config.progress_interval_steps == 0 or run.step + 1 in (1, config.total_steps)
-        outcome = run.train_step(measure=reports)
+    return _Pretraining(config, data, attempt, score).to_the_end()
+
+
+class _Pretraining:
+    """The loop around a run: what its job wishes, is told and keeps."""
+
+    def __init__(self, config: PretrainConfig, data: TokenStream, attempt: Attempt, score: Scorer | None) -> None:
+        self.config, self.attempt, self.score = config, attempt, score
+        self.run = PretrainingRun(config, data)
+        checkpoint = attempt.latest_checkpoint()
+        self.saved_step = -1
+        if checkpoint is not None:
+            self.run.restore(checkpoint.path)
+            self.saved_step = self.run.step
+        self.validation_batches = first_rows(data.validation_batches(), config.validation_rows)
+        self.tracker = CognateProgressTracker(
+            config.model,
+            total_steps=config.total_steps,
+            batch_tokens=config.batch_tokens,
+            step=self.run.step,
+            peak_flops_per_s=peak_flops_per_s("cpu", config.precision.dtype),
+        )
+
+    def to_the_end(self) -> PretrainResult:
+        while self.run.step < self.config.total_steps:
+            self._obey()
+            self._take_step()
+            self._return_when_stable()
+            is_last = self.run.step == self.config.total_steps
+            interval = self.config.validation_interval_steps
+            if interval and self.run.step % interval == 0 and not is_last:
+                self._validate()  # before the checkpoint, which holds what followed from it
+            if self.run.step % self.config.checkpoint_interval_steps == 0 or is_last:
+                self.saved_step = self.run.save(self.attempt, planned=True)
+        self._obey()
+        return self._finish()
+
+    def _obey(self) -> None:
+        """Raise AttemptStopped if the attempt is to end."""
+        kind = self.attempt.stop_requested()
+        if kind is None:
+            return
+        if kind is StopKind.PAUSE and self.run.step != self.saved_step:
+            self.run.save(self.attempt, planned=False)
+        raise AttemptStopped(kind)
+
+    def _take_step(self) -> None:
+        number = self.run.step + 1
+        reports = number % self.config.progress_interval_steps == 0 or number in (1, self.config.total_steps)
+        measures = self.run.recovery.measures(number)
+        lr = self.run.next_lr
+        try:
+            outcome = self.run.train_step(measure=reports or measures)
+        except (TrainingDivergedError, GrokFastDiverged) as error:
+            self.run.pass_over()
+            self._recover(self.run.recovery.observe_not_finite(self.run.step, str(error)))
+            return
+        self.tracker.count(outcome)
+        report = self.run.optimizer.report
+        ratio = None if report is None else report.slow_gradient_norm_ratio
+        if ratio is not None and not math.isfinite(ratio):
+            self._recover(self.run.recovery.observe_not_finite(self.run.step, f"the EMA's norm ratio is {ratio}"))
+            return
         if reports:
-            lr = learning_rate(config, run.step - 1)
-            _report(attempt, run, tracker.step_metrics(outcome, run.optimizer.report, step=run.step, learning_rate=lr))
-        if run.step % config.checkpoint_interval_steps == 0 or run.step == config.total_steps:
-            saved_step = attempt.save_checkpoint(step=run.step, write=run.write).step
-        if config.validation_interval_steps and run.step % config.validation_interval_steps == 0 < (
-            config.total_steps - run.step
-        ):
-            loss = row_losses(run.model, validation_batches).mean
-            _report(attempt, run, {"validation_loss": loss})
-    _obey(attempt, run, saved_step)
-    return _finish(run, attempt, validation_batches)
+            self._report(self.tracker.step_metrics(outcome, report, step=self.run.step, learning_rate=lr))
+        self._observe(outcome, measures=measures)
 
+    def _observe(self, outcome: StepOutcome, *, measures: bool) -> None:
+        """Show a finished step to the recovery manager."""
+        run = self.run
+        seen = measurement(outcome, run.optimizer.report, self.config.model) if measures else None
+        self._recover(run.recovery.observe_step(run.step, outcome.loss, seen))
 
-def _obey(attempt: Attempt, run: PretrainingRun, saved_step: int) -> int:
-    """Raise AttemptStopped if the attempt is to end; return the step of the newest checkpoint."""
-    kind = attempt.stop_requested()
-    if kind is None:
-        return saved_step
-    if kind is StopKind.PAUSE and run.step != saved_step:
-        attempt.save_checkpoint(step=run.step, write=run.write)
-    raise AttemptStopped(kind)
+    def _validate(self) -> None:
+        """Validate between steps: the loss, and the score where there is a scorer."""
+        loss = row_losses(self.run.model, self.validation_batches).mean
+        self._report({"validation_loss": loss, "control_validation_loss": self._validate_control(loss)})
+        score = None if self.score is None else self.score(self.run.model)
+        self._recover(self.run.recovery.observe_validation(loss, score))
 
+    def _validate_control(self, loss: float) -> float | None:
+        control = self.run.control
+        return None if control is None else control.validate(self.run.step, loss, self.validation_batches)
 
-def _report(attempt: Attempt, run: PretrainingRun, metrics: dict[str, Json]) -> None:
-    attempt.progress(step=run.step, total_steps=run.config.total_steps, metrics=checked(metrics))
+    def _recover(self, finding: Finding | None) -> None:
+        """Apply the first action that is left and possible.
 
+        Errors: TrainingDivergedError, with the evidence, when there is none and the trouble is not the gate's matter.
+        """
+        if finding is None:
+            return
+        manager = self.run.recovery
+        for action in manager.choices(finding):
+            change = apply(action, self.run, finding)
+            if change is not None:
+                self._tell(manager.record(finding, action, change))
+                return
+        if finding.detector not in QUALITY:
+            evidence = ", ".join(f"{name} {value}" for name, value in finding.evidence.items())
+            raise TrainingDivergedError(
+                f"{finding.detector} at step {self.run.step} ({evidence}); {len(manager.events)} recovery "
+                "actions were taken and none is left for it"
+            )
+        self._tell(manager.record(finding, Action.LEAVE_TO_GATE, Change(before={}, after={})))
 
-def _finish(run: PretrainingRun, attempt: Attempt, validation_batches: list[Batch]) -> PretrainResult:
-    """Validate, write the model folder and sum the run up."""
-    attempt.trained()
-    report = validate(run.model, validation_batches, run.data.unigram_counts())
-    _report(
-        attempt,
-        run,
-        {
-            "validation_loss": report.loss,
-            "validation_loss_memory_off": report.loss_memory_off,
-            "validation_loss_one_step": report.loss_one_step,
-        },
-    )
-    model_dir = attempt.workdir / "final"
-    model_dir.mkdir(parents=True, exist_ok=True)
-    save_state(run.model, model_dir / "model.safetensors")
-    (model_dir / "config.json").write_text(json.dumps(config_to_json(run.config.model), indent=2) + "\n")
-    return PretrainResult(
-        step=run.step,
-        model_dir=model_dir,
-        config=run.config.model,
-        precision=run.config.precision,
-        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
-        first_loss=sum(run.first_losses) / len(run.first_losses),
-        last_loss=sum(run.last_losses) / len(run.last_losses),
-        validation=report,
-        lambda_departures=run.optimizer.departures,
-    )
+    def _return_when_stable(self) -> None:
+        """Undo what a recovery changed once training has been stable for long enough."""
+        manager = self.run.recovery
+        if not manager.stable:
+            return
+        change = go_back_to_mandate(self.run)
+        if change is None:
+            manager.start_anew()
+        else:
+            self._tell(manager.record_return(change))
+
+    def _tell(self, event: RecoveryEvent) -> None:
+        self.attempt.event("recovery", event.payload())
+
+    def _report(self, metrics: dict[str, Json]) -> None:
+        self.attempt.progress(step=self.run.step, total_steps=self.config.total_steps, metrics=checked(metrics))
+
+    def _finish(self) -> PretrainResult:
+        """Validate, write the model folder and sum the run up."""
+        run, attempt = self.run, self.attempt
+        attempt.trained()
+        report = validate(run.model, self.validation_batches, run.data.unigram_counts())
+        control_loss = self._validate_control(report.loss)
+        acceleration = None if run.control is None else run.control.report(report.unigram_loss)
+        self._report(
+            {
+                **validation_metrics(report),
+                "control_validation_loss": control_loss,
+                "acceleration_factor": None if acceleration is None else acceleration.factor,
+            }
+        )
+        model_dir = attempt.workdir / "final"
+        model_dir.mkdir(parents=True, exist_ok=True)
+        save_state(run.model, model_dir / "model.safetensors")
+        (model_dir / "config.json").write_text(json.dumps(config_to_json(run.config.model), indent=2) + "\n")
+        return PretrainResult(
+            step=run.step,
+            model_dir=model_dir,
+            config=run.config.model,
+            precision=run.config.precision,
+            parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+            first_loss=sum(run.first_losses) / len(run.first_losses),
+            last_loss=sum(run.last_losses) / len(run.last_losses),
+            validation=report,
+            lambda_departures=run.optimizer.departures,
+            recovery=run.recovery.events,
+            acceleration=acceleration,
+        )

@@ -14,7 +14,6 @@ from torch import Tensor
 from cognate_server.construct import log_frequency
 from cognate_server.losses import forward, masks
 from cognate_server.stream import Batch
-from cognate_server.tracker import mean_steps, step_histogram
 from training_common.models.cognate_v1 import CognateV1, MemoryState
 
 
@@ -113,6 +112,17 @@ def validate(model: CognateV1, batches: list[Batch], unigram_counts_V: Tensor) -
         mean_ponder_steps=mean_steps(histogram),
         halting_histogram=tuple(histogram),
     )
+
+
+def step_histogram(counts_N: Tensor) -> list[float]:
+    """Turn counts of 0, 1, 2, ... steps into shares of 1, 2, ...: padding takes 0 steps and does not count."""
+    shares: list[float] = (counts_N[1:] / counts_N[1:].sum().clamp(min=1)).tolist()
+    return shares
+
+
+def mean_steps(histogram: list[float]) -> float:
+    """Return the mean of a histogram of 1, 2, ... steps."""
+    return sum(share * (index + 1) for index, share in enumerate(histogram))
 
 
 def first_rows(batches: Iterable[Batch], rows: int) -> list[Batch]:

@@ -17,7 +17,7 @@ import torch
 from cognate_server.artifacts import CognateArtifactManager, TrainedModel
 from cognate_server.data.build import DataManifest, DataPlan, build_stream
 from cognate_server.gate import CheckKind, GateReport, Verdict, judge
-from cognate_server.grokfast import ALPHA, LAMBDA, GrokFastDiverged
+from cognate_server.grokfast import ALPHA, LAMBDA
 from cognate_server.plan import curriculum, shares, source_settings
 from cognate_server.precision import Precision, native_precision
 from cognate_server.settings import CognateSettings, load_settings
@@ -32,6 +32,8 @@ from training_common.models import cognate_v1
 from training_common.worker import WorkerContext, run
 
 ARCHITECTURE = "cognate_v1"
+# 32 rows forward cost as much as three training steps of the smallest default batch.
+VALIDATION_INTERVAL_STEPS = 100
 
 
 def work(context: WorkerContext[CognateSettings]) -> None:
@@ -69,7 +71,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     try:
         precision = _precision(settings.pretraining.precision, context.job_dir / "precision")
         result = pretrain(_config(plan, precision), stream, attempt)
-    except (TrainerDivergedError, GrokFastDiverged) as error:
+    except TrainerDivergedError as error:
         raise TrainingDivergedError(str(error)) from error
     report = judge(result)
     if report.verdict is Verdict.REFUSED:
@@ -102,7 +104,16 @@ def _config(plan: pb.PretrainingPlan, precision: Precision) -> PretrainConfig:
         warmup_steps=plan.warmup_steps,
         checkpoint_interval_steps=plan.checkpoint_interval_steps,
         progress_interval_steps=plan.progress_interval_steps,
+        validation_interval_steps=_validation_interval_steps(plan),
+        control_rates=tuple(plan.acceleration_control.learning_rate_factors),
     )
+
+
+def _validation_interval_steps(plan: pb.PretrainingPlan) -> int:
+    """Return the usual interval; with a control at most a twentieth of the run, as it is the factor's resolution."""
+    if not plan.HasField("acceleration_control"):
+        return VALIDATION_INTERVAL_STEPS
+    return min(VALIDATION_INTERVAL_STEPS, max(1, plan.total_steps // 20))
 
 
 def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult, report: GateReport) -> TrainedModel:
@@ -153,12 +164,14 @@ def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult,
             "loss_first_10_steps": result.first_loss,
             "loss_last_10_steps": result.last_loss,
             "validation": dataclasses.asdict(result.validation),
+            "acceleration": None if result.acceleration is None else dataclasses.asdict(result.acceleration),
         },
         grokfast={
             "alpha": ALPHA,
             "lambda": LAMBDA,
             "departures": [dataclasses.asdict(departure) for departure in result.lambda_departures],
         },
+        recovery=[dataclasses.asdict(event) for event in result.recovery],
     )
 
 

@@ -5,6 +5,7 @@ A checkpoint is handed out only after its digests held. One that is torn or chan
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from training_common.jobs.store import AttemptStore, CheckpointRow
 MANIFEST = "checkpoint.json"
 # The newest may be torn by the crash that makes it needed, so the one before it stays.
 KEPT = 2
+# Less free space than this after a failed write says why it failed: a writer's last block was larger.
+_FULL_BYTES = 1 << 20
 
 
 class CheckpointFolder:
@@ -39,7 +42,7 @@ class CheckpointFolder:
             shutil.rmtree(target)
 
         def fill(folder: Path) -> None:
-            write(folder)
+            self._write(write, folder)
             files = {
                 path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "digest": sha256_file(path)}
                 for path in files_under(folder)
@@ -52,6 +55,16 @@ class CheckpointFolder:
         self._store.add_checkpoint(step=step, digest=digest, size_bytes=size_bytes, folder=name)
         self._retain()
         return CheckpointRef(step=step, path=target)
+
+    @staticmethod
+    def _write(write: Callable[[Path], None], folder: Path) -> None:
+        try:
+            write(folder)
+        except Exception as error:
+            # Libraries tell of a full disk in words of their own.
+            if shutil.disk_usage(folder).free < _FULL_BYTES:
+                raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(folder)) from error
+            raise
 
     def latest(self) -> CheckpointRef | None:
         """Return the newest checkpoint whose digests hold. Damaged ones are reported and passed over."""
@@ -76,7 +89,7 @@ class CheckpointFolder:
                 if sha256_file(folder / name) != facts["digest"]:
                     return f"{name} does not have the digest in {MANIFEST}"
         except OSError as error:
-            return f"{error.filename}: {error.strerror}"
+            return f"{Path(str(error.filename)).name}: {error.strerror}"
         return None
 
     def _retain(self) -> None:

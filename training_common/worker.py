@@ -133,6 +133,10 @@ class WorkerContext(Generic[S]):
     job_dir: Path
 
 
+# From sysexits.h: try again later.
+EX_TEMPFAIL = 75
+
+
 def job_dir(settings: ServiceSettings, job_name: str) -> Path:
     """Return the folder of one job: checkpoints, scratch files, logs."""
     return settings.data_dir / "jobs" / job_name.removeprefix("jobs/")
@@ -180,6 +184,12 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
             store.move(JobState.PAUSED, message="paused")
     except FencedOutError:
         raise
+    except (OSError, sa.exc.OperationalError) as error:
+        # The machine's fault and not the job's: the process ends, and the scheduler gives the job another worker.
+        log.exception("attempt ended by the platform")
+        with contextlib.suppress(sa.exc.OperationalError):
+            context.attempt.event("platform", {"message": _platform_fault(error)})
+        raise SystemExit(EX_TEMPFAIL) from error
     except ForgeError as error:
         log.error("job failed", reason=error.reason_name(), detail=error.message)
         _fail(store, error.reason_name(), error.message)
@@ -190,6 +200,12 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
         place = f"{Path(where.filename).name}:{where.lineno}"
         _fail(store, "INTERNAL", f"{type(error).__name__} at {place}; the worker's log has the detail")
     log.info("attempt ended", seconds=round(time.monotonic() - started, 1))
+
+
+def _platform_fault(error: OSError | sa.exc.OperationalError) -> str:
+    if isinstance(error, OSError):
+        return f"the worker's machine failed it: {error.strerror or type(error).__name__}; another attempt will go on"
+    return "the store did not answer in time; another attempt will go on"
 
 
 def _fail(store: AttemptStore, reason: str, message: str) -> None:

@@ -35,6 +35,8 @@ _SPLITS = {
     "dev": "validation", "test": "test",
 }  # fmt: skip
 _SPLIT_ORDER = ("test", "validation", "train")
+# The field that names files, within its message of the contract.
+_PATH_FIELD = "path"
 _FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 Example = tuple[str, int]
@@ -174,7 +176,7 @@ class AgentDataProcessor:
     def _files(self, path: str) -> list[Path]:
         """Return the files that a request's path names, none of them outside the data folder."""
         if self._folder is None:
-            raise DataUnavailableError("no data folder is set on this server, so it has no files; use generated rows")
+            raise _unavailable("no data folder is set on this server, so it has no files; use generated rows")
         root = self._folder.resolve()
         try:
             found = (root / path).resolve()
@@ -182,17 +184,26 @@ class AgentDataProcessor:
         except (OSError, ValueError):  # a loop of links, or a zero byte
             inside = False
         if not inside:
-            description = f"{quote(path)} leads out of the data folder"
-            raise InvalidFieldError(description, violations=[FieldViolation(field="path", description=description)])
+            raise _leads_out(path)
         if found.is_dir():
             files = sorted(file for file in found.iterdir() if file.is_file() and file.name.endswith(_FILE_ENDINGS))
+            for file in files:
+                if not file.resolve().is_relative_to(root):
+                    raise _leads_out(f"{path}/{file.name}")
             if files:
                 return files
         elif found.is_file():
             return [found]
-        raise DataUnavailableError(
-            f"the data folder has no {quote(path)} with rows; add the file or use generated rows"
-        )
+        raise _unavailable(f"the data folder has no {quote(path)} with rows; add the file or use generated rows")
+
+
+def _unavailable(message: str) -> DataUnavailableError:
+    return DataUnavailableError(message, violations=[FieldViolation(field=_PATH_FIELD, description=message)])
+
+
+def _leads_out(path: str) -> InvalidFieldError:
+    description = f"{quote(path)} leads out of the data folder"
+    return InvalidFieldError(description, violations=[FieldViolation(field=_PATH_FIELD, description=description)])
 
 
 def _set_name(path: str) -> str:

@@ -13,7 +13,7 @@ from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.jobs.store import once
 from training_common.rpc import fetch, paging
 from training_common.rpc.interceptor import current_caller
-from training_common.rpc.jobs import Context
+from training_common.rpc.jobs import Context, payload_of
 
 
 class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
@@ -53,21 +53,21 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> Any:
         row = await self._find(request.name)
         caller = current_caller().name
-        payload = request.SerializeToString(deterministic=True)
 
-        def transact() -> None:
+        def transact() -> bytes:
             with self._registry.database.write() as connection:
-                once(
+
+                def move() -> bytes:
+                    aliases = set_alias(connection, row, request.alias, caller=caller, request_id=request.request_id)
+                    return pb.SetAliasResponse(agent=convert.agent(row, aliases)).SerializeToString()
+
+                return once(
                     connection,
                     caller=caller,
                     request_id=request.request_id,
                     method="SetAlias",
-                    payload=payload,
-                    work=lambda: set_alias(
-                        connection, row, request.alias, caller=caller, request_id=request.request_id
-                    ),
+                    payload=payload_of(request),
+                    work=move,
                 )
 
-        await self._registry.database.run(transact)
-        [agent] = await self._messages([row])
-        return pb.SetAliasResponse(agent=agent)
+        return pb.SetAliasResponse.FromString(await self._registry.database.run(transact))

@@ -170,13 +170,15 @@ def require_available(shares: Sequence[DatasetShare], settings: SourceSettings) 
 
     Errors: DataUnavailableError.
     """
-    for share in shares:
+    for place, share in enumerate(shares):
+        field = f"plan.datasets[{place}].dataset"
         if share.dataset.generated or _find(share.dataset, settings.folder):
             continue
         if not settings.hub:
-            raise _unavailable(share.dataset, settings)
+            raise _unavailable(share.dataset, settings, field)
         if importlib.util.find_spec("datasets") is None:
-            raise DataUnavailableError("the hub is allowed, but the package `datasets` is not installed")
+            message = "the hub is allowed, but the package `datasets` is not installed on the server"
+            raise DataUnavailableError(message, violations=[FieldViolation(field=field, description=message)])
 
 
 def _resolve_auto(real: DatasetId, generated: DatasetId, settings: SourceSettings) -> Source:
@@ -286,13 +288,14 @@ def _canonical(row: Mapping[str, object]) -> bytes:
         return ascii(row).encode("ascii")
 
 
-def _unavailable(dataset: DatasetId, settings: SourceSettings) -> DataUnavailableError:
+def _unavailable(dataset: DatasetId, settings: SourceSettings, field: str = "plan.datasets") -> DataUnavailableError:
     place = "no data folder is set" if settings.folder is None else f"the data folder has no {_FILES[dataset][0]}"
     counterpart = dict(_AUTO)[dataset]
-    return DataUnavailableError(
+    message = (
         f"{place} and the hub is not allowed, so {dataset} cannot be read; add the file, allow the hub, or name "
         f"{counterpart}"
     )
+    return DataUnavailableError(message, violations=[FieldViolation(field=field, description=message)])
 
 
 def _invalid(name: str, description: str) -> None:

@@ -104,6 +104,8 @@ class GrokFastAdamW(torch.optim.Optimizer):
         self._record_implementation()
         self.report: StepReport | None = None
         self._measure = False
+        # Memory of EMAs that were reset, until their parameters' next gradients.
+        self._spare: dict[Tensor, Tensor] = {}
 
     def _record_implementation(self) -> None:
         for group in self.param_groups:
@@ -155,9 +157,9 @@ class GrokFastAdamW(torch.optim.Optimizer):
 
         Lambda ramps from 0 again, since amplified in full that one gradient would outweigh those that follow.
         """
-        for state in self.state.values():
-            state["slow_steps"] = 0
-            sharding.local(state["slow_gradient"]).zero_()
+        for parameter, state in self.state.items():
+            if "slow_gradient" in state:
+                self._spare[parameter] = state.pop("slow_gradient")
         finished = self.param_groups[0]["finished_steps"]
         return self._depart("slow gradient reset", self.grokfast_lambda, 0.0, ramp_start=finished)
 
@@ -231,7 +233,7 @@ class GrokFastAdamW(torch.optim.Optimizer):
                 if parameter.grad.is_sparse:
                     raise RuntimeError("a gradient is sparse; build the embedding with sparse=False")
                 state = self.state.get(parameter, {})
-                count, is_fresh = int(state.get("step", 0)), not state.get("slow_steps", 0)
+                count, is_fresh = int(state.get("step", 0)), "slow_gradient" not in state
                 key = (index, count, is_fresh, sharding.layout(parameter))
                 batches.setdefault(key, _Batch(group, count, is_fresh)).parameters.append(parameter)
         return list(batches.values())
@@ -246,7 +248,6 @@ class GrokFastAdamW(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in batch.parameters]
         for state in states:
             state["step"] += 1
-            state["slow_steps"] += 1
         factors = Factors(
             scale=scale,
             alpha=ALPHA,
@@ -267,15 +268,17 @@ class GrokFastAdamW(torch.optim.Optimizer):
             mean_square=[sharding.local(state["exp_avg_sq"]) for state in states],
         )
 
-    def _ensure_state(self, parameters: list[Tensor]) -> None:
+    def _ensure_state(self, parameters: Iterable[Tensor]) -> None:
         new = [parameter for parameter in parameters if not self.state[parameter]]
         made = self._update.states_like([sharding.local(parameter) for parameter in new])
         for parameter, tensors in zip(new, made, strict=True):
-            self.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "slow_steps": 0,
-                **{name: sharding.like(t, parameter) for name, t in zip(STATE_TENSORS, tensors, strict=True)},
-            }
+            named = zip(STATE_TENSORS, (sharding.like(tensor, parameter) for tensor in tensors), strict=True)
+            self.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **dict(named)}
+        for parameter in parameters:
+            if "slow_gradient" not in self.state[parameter]:
+                spare = self._spare.pop(parameter)
+                sharding.local(spare).zero_()
+                self.state[parameter]["slow_gradient"] = spare
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep state float32 where torch would cast it to the parameter's type."""
@@ -283,18 +286,18 @@ class GrokFastAdamW(torch.optim.Optimizer):
         self._record_implementation()
         parameters = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        stored = {
-            p: state_dict["state"][i] for i, p in zip(indices, parameters, strict=True) if i in state_dict["state"]
-        }
-        for parameter in stored:
-            self.state[parameter] = {}
-        self._ensure_state(list(stored))
+        stored = {p: state_dict["state"][i] for i, p in zip(indices, parameters, strict=True) if p in self.state}
+        self._spare.clear()
+        self.state.clear()
+        self._ensure_state(stored)
         for parameter, values in stored.items():
             state = self.state[parameter]
             state["step"].copy_(values["step"])
-            state["slow_steps"] = values["slow_steps"]
             for name in STATE_TENSORS:
-                sharding.local(state[name]).copy_(sharding.local(values[name]))
+                if name in values:
+                    sharding.local(state[name]).copy_(sharding.local(values[name]))
+            if "slow_gradient" not in values:
+                self._spare[parameter] = state.pop("slow_gradient")
 
 
 STATE_TENSORS = ("slow_gradient", "exp_avg", "exp_avg_sq")

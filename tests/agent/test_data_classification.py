@@ -124,13 +124,17 @@ def test_filters_leave_out_and_count(tmp_path: Path) -> None:
         _process(tmp_path, rows, domains=("x",))
 
 
-@pytest.mark.parametrize("path", ["../secret.jsonl", "a/../../secret.jsonl", "/etc/passwd", "link.jsonl", "a\0b"])
+@pytest.mark.parametrize(
+    "path", ["../secret.jsonl", "a/../../secret.jsonl", "/etc/passwd", "link.jsonl", "a\0b", "inner"]
+)
 def test_no_path_leads_out_of_the_folder(tmp_path: Path, path: str) -> None:
     """Links are followed before they are judged."""
     folder = tmp_path / "data"
     folder.mkdir()
     (tmp_path / "secret.jsonl").write_text("{}")
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(InvalidFieldError, match="out of the data folder"):
         AgentDataProcessor(folder=folder).process(ClassificationSource(path=path))
 

@@ -74,6 +74,7 @@ def publish(data_dir: Path, scratch: Path) -> ArtifactRow:
             checks=[],
             training={"steps": 1, "tokens": 512},
             grokfast={},
+            recovery=[],
         )
         registry = ArtifactRegistry(database, BlobStore(data_dir / "artifacts"))
         return CognateArtifactManager(registry).publish(model, attempt)

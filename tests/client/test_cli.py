@@ -302,7 +302,7 @@ def test_errors_are_told_without_a_traceback(
     assert result.stderr.startswith("error: ")
     if isinstance(failure, exceptions.ForgeError):
         assert "\n  plan.steps: must be positive\n" in result.stderr
-        assert "request id: request-7" in result.stderr
+        assert "call id: request-7" in result.stderr
 
 
 def test_a_deadline_is_exit_code_6(forge: Forge, fake: Fake) -> None:

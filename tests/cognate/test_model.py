@@ -301,20 +301,6 @@ def test_gradients_equal_finite_differences() -> None:
         assert float((parameter.grad * direction).sum()) == pytest.approx(expected, rel=1e-3, abs=1e-6), name
 
 
-@torch.no_grad()
-def test_greedy_generation_takes_the_likeliest_token_and_stops() -> None:
-    """Each new token is the argmax after all before it; a row that has stopped repeats the stop token."""
-    model, prompt = make_model(), make_tokens(2, 5)
-    continued = model.generate(prompt, max_new_tokens=6)
-    assert continued.shape == (2, 11)
-    assert continued[:, :5].tolist() == prompt.tolist()
-    logits = model.logits(model(continued).hidden_BTD)
-    assert logits[:, 4:-1].argmax(-1).tolist() == continued[:, 5:].tolist()
-    stop = int(continued[0, 5])
-    stopped = model.generate(prompt[:1], max_new_tokens=6, stop_token=stop)
-    assert stopped.tolist() == continued[:1, :6].tolist()
-
-
 def test_cognate_25m_has_exactly_the_specified_parameters() -> None:
     """24,998,668, by formula and by counting the module."""
     with torch.device("meta"):

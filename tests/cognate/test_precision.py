@@ -11,26 +11,28 @@ from cognate_server import cross_entropy
 from cognate_server.cross_entropy import head_cross_entropy
 from cognate_server.precision import Precision
 from cognate_server.trainer import PretrainConfig, PretrainingRun
-from tests.cognate.test_trainer import CONFIG, CountingStream
+from tests.cognate._support import CONFIG, CountingStream
 
 
-def problem(tokens: int) -> list[Tensor]:
+def problem(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return hidden states, weights, bias and targets."""
     generator = torch.Generator().manual_seed(tokens)
     hidden_XD, weight_VD = (torch.randn(rows, 8, generator=generator) for rows in (tokens, 30))
     bias_V = torch.randn(30, generator=generator)
-    leaves = [tensor.requires_grad_() for tensor in (hidden_XD, weight_VD, bias_V)]
-    return [*leaves, torch.randint(0, 30, (tokens,), generator=generator)]
+    for leaf in (hidden_XD, weight_VD, bias_V):
+        leaf.requires_grad_()
+    return hidden_XD, weight_VD, bias_V, torch.randint(0, 30, (tokens,), generator=generator)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 7, 12])
 def test_pieces_give_the_whole_cross_entropy_and_its_gradients(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole pieces, a rest, and no token at all."""
     monkeypatch.setattr(cross_entropy, "CPU_PIECE", 4)
-    *leaves, targets_X = problem(tokens)
-    expected = F.cross_entropy(F.linear(*leaves), targets_X, reduction="sum")
+    hidden_XD, weight_VD, bias_V, targets_X = problem(tokens)
+    leaves = (hidden_XD, weight_VD, bias_V)
+    expected = F.cross_entropy(F.linear(hidden_XD, weight_VD, bias_V), targets_X, reduction="sum")
     wanted = torch.autograd.grad(3 * expected, leaves)
-    actual = head_cross_entropy(*leaves, targets_X)
+    actual = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
     torch.testing.assert_close(actual, expected)
     for got, want in zip(torch.autograd.grad(3 * actual, leaves), wanted, strict=True):
         torch.testing.assert_close(got, want)
@@ -38,13 +40,15 @@ def test_pieces_give_the_whole_cross_entropy_and_its_gradients(tokens: int, monk
 
 def test_autocast_changes_the_products_alone() -> None:
     """The loss is within bfloat16's rounding, and loss and gradients are float32."""
-    *leaves, targets_X = problem(16)
-    expected = head_cross_entropy(*leaves, targets_X)
+    hidden_XD, weight_VD, bias_V, targets_X = problem(16)
+    expected = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = head_cross_entropy(*leaves, targets_X)
+        actual = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
     assert float(actual.detach()) != float(expected.detach())
     torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
-    assert {torch.float32} == {gradient.dtype for gradient in torch.autograd.grad(actual, leaves)}
+    assert {torch.float32} == {
+        gradient.dtype for gradient in torch.autograd.grad(actual, (hidden_XD, weight_VD, bias_V))
+    }
 
 
 def gradient(config: PretrainConfig) -> Tensor:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,124 +11,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from cognate_server import trainer
+from cognate_server import losses
 from cognate_server.construct import CognateModelConstructor
-from cognate_server.grokfast import GrokFastDiverged
 from cognate_server.losses import Predictions, mean_cross_entropy, ponder_divergence, truncated_geometric
 from cognate_server.metrics import METRICS, checked
 from cognate_server.precision import Precision
 from cognate_server.stream import Batch
 from cognate_server.trainer import (
     CheckpointMismatchError,
-    PretrainConfig,
-    PretrainResult,
     TrainingDivergedError,
     learning_rate,
     pretrain,
 )
 from cognate_server.validation import unigram_loss, validate
-from training_common.attempt import AttemptStopped, CheckpointRef, Json, StopKind
+from tests.cognate._support import CONFIG, TINY, CountingStream, MemoryAttempt, weights
+from training_common.attempt import AttemptStopped, StopKind
 from training_common.models.cognate_v1 import (
     CognateOutput,
     CognateV1,
-    CognateV1Config,
     MemoryState,
     config_from_json,
     load_state,
 )
-
-TINY = CognateV1Config(vocabulary_size=40, width=32, heads=4, feed_forward_width=48, memory_slots=6, memory_chunk=8)
-CONFIG = PretrainConfig(
-    seed=7,
-    total_steps=12,
-    batch_tokens=32,
-    sequence_length=16,
-    warmup_steps=3,
-    checkpoint_interval_steps=5,
-    progress_interval_steps=4,
-    validation_rows=3,
-    model=TINY,
-)
-
-
-class CountingStream:
-    """Rows that count upwards in steps of the row's own: learnable, endless, resumable."""
-
-    def __init__(self, *, packed: bool = False, carried: bool = False) -> None:
-        self.position = 0
-        self.packed = packed
-        self.carried = carried
-
-    def _batch(self, seed: int, rows: int = 2) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randint(0, 40, (rows, 1), generator=generator)
-        stride = torch.randint(1, 3, (rows, 1), generator=generator)
-        tokens = (start + stride * torch.arange(17)) % 40
-        segment_ids = (torch.arange(17) // 6).expand(rows, -1) if self.packed else None
-        if segment_ids is not None:
-            segment_ids = segment_ids.masked_fill(torch.arange(17) >= 15, -1)
-        fresh = torch.arange(rows) == seed % 2 if self.carried else None
-        return Batch(tokens=tokens, segment_ids=segment_ids, fresh_rows=fresh)
-
-    def next_batch(self) -> Batch:
-        self.position += 1
-        return self._batch(self.position)
-
-    def state_dict(self) -> Mapping[str, Json]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: Mapping[str, Json]) -> None:
-        assert isinstance(state["position"], int)
-        self.position = state["position"]
-
-    def validation_batches(self) -> Iterable[Batch]:
-        return [self._batch(10_000 + index) for index in range(4)]
-
-    def unigram_counts(self) -> Tensor:
-        return torch.full((40,), 100)
-
-
-class MemoryAttempt:
-    """An attempt without a server: checkpoints are folders, and a stop can be asked for at any poll."""
-
-    job = "jobs/00000000-0000-0000-0000-000000000000"
-
-    def __init__(self, workdir: Path, *, stop: tuple[int, StopKind] | None = None) -> None:
-        self.workdir = workdir
-        self.rows: list[tuple[int, dict[str, Any]]] = []
-        self.saved: list[int] = []
-        self.rows_when_trained: int | None = None
-        self._stop = stop
-        self._polls = 0
-
-    def progress(self, *, step: int, total_steps: int, metrics: Mapping[str, Json]) -> None:
-        assert total_steps == CONFIG.total_steps
-        self.rows.append((step, json.loads(json.dumps(metrics, allow_nan=False))))
-
-    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
-        raise AssertionError(f"no event was expected, got {kind} {payload}")
-
-    def trained(self) -> None:
-        self.rows_when_trained = len(self.rows)
-
-    def stop_requested(self) -> StopKind | None:
-        self._polls += 1
-        return self._stop[1] if self._stop is not None and self._polls >= self._stop[0] else None
-
-    def save_checkpoint(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
-        path = self.workdir / f"checkpoint-{step:06d}"
-        path.mkdir(parents=True)
-        write(path)
-        self.saved.append(step)
-        return CheckpointRef(step=step, path=path)
-
-    def latest_checkpoint(self) -> CheckpointRef | None:
-        paths = sorted(self.workdir.glob("checkpoint-*"))
-        return CheckpointRef(step=int(paths[-1].name[-6:]), path=paths[-1]) if paths else None
-
-
-def weights(result: PretrainResult) -> bytes:
-    return (result.model_dir / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -198,7 +101,7 @@ def test_errors_of_the_gains_are_those_of_single_rows() -> None:
 def test_progress_carries_defined_finite_metrics(tmp_path: Path) -> None:
     """Every number has a definition; what is measured at the end only is absent before."""
     attempt = MemoryAttempt(tmp_path)
-    result = pretrain(CONFIG, CountingStream(), attempt)
+    result = pretrain(dataclasses.replace(CONFIG, control_rates=(1.0,)), CountingStream(), attempt)
     assert [step for step, _ in attempt.rows] == [1, 4, 8, 12, 12]
     assert set().union(*(metrics for _, metrics in attempt.rows)) == set(METRICS)
     first, later, last = attempt.rows[0][1], attempt.rows[1][1], attempt.rows[-1][1]
@@ -238,16 +141,18 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
     pretrain(dataclasses.replace(CONFIG, progress_interval_steps=6), CountingStream(), MemoryAttempt(tmp_path))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the step, and no checkpoint of the bad state is written."""
-    monkeypatch.setattr(trainer, "mean_cross_entropy", lambda model, found: mean_cross_entropy(model, found) * math.nan)
+def test_a_loss_that_is_never_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches are skipped; the error names the step that none was left for, and no checkpoint is written."""
+    monkeypatch.setattr(losses, "mean_cross_entropy", lambda model, found: mean_cross_entropy(model, found) * math.nan)
     attempt = MemoryAttempt(tmp_path)
-    with pytest.raises(TrainingDivergedError, match="step 1 is nan"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"not_finite at step 3 .*loss of step 3 is nan.* 2 recovery actions"
+    ):
         pretrain(CONFIG, CountingStream(), attempt)
     assert attempt.saved == []
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_never_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finite loss can have an infinite gradient; the optimizer refuses it."""
 
     def explosive(model: CognateV1, found: Predictions) -> Tensor:
@@ -255,8 +160,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch
         result.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
         return result
 
-    monkeypatch.setattr(trainer, "mean_cross_entropy", explosive)
-    with pytest.raises(GrokFastDiverged):
+    monkeypatch.setattr(losses, "mean_cross_entropy", explosive)
+    with pytest.raises(TrainingDivergedError, match="the gradient's norm is"):
         pretrain(CONFIG, CountingStream(), MemoryAttempt(tmp_path))
 
 

@@ -1,10 +1,12 @@
 """Jobs, attempts and fencing, over a real database and real worker processes."""
 
+import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -14,9 +16,19 @@ from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, Re
 from tests.support.toy_service import ToyService
 from tests.support.toy_worker import expected_result
 from training_common.attempt import FencedOutError
+from training_common.checkpoints import CheckpointFolder
+from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import JobRow, once
 from training_common.store import tables as t
+
+
+class Usage(NamedTuple):
+    """What shutil.disk_usage returns."""
+
+    total: int
+    used: int
+    free: int
 
 
 @pytest.fixture
@@ -146,6 +158,64 @@ async def test_an_unexpected_failure_keeps_its_detail_in_the_log(service: ToySer
     assert "secret" not in job.failure_message
     assert "RuntimeError at toy_worker.py" in job.failure_message
     assert "secret detail of a library" in service.log(job)
+
+
+async def test_a_full_disk_is_the_machines_fault_and_another_attempt_goes_on(service: ToyService) -> None:
+    """The job is told why, keeps its older checkpoint and ends as if nothing had been."""
+    job = await service.until(service.submit(steps=30, checkpoint_every=10, disk_full_at=20), ended)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+    assert [expected_result(30)] == result(service, job)
+    told = [e.payload["message"] for e in service.events(job) if e.payload.get("kind") == "platform"]
+    assert ["the worker's machine failed it: No space left on device; another attempt will go on"] == told
+
+
+def test_a_writer_that_fails_on_a_full_disk_is_told_apart(service: ToyService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries raise errors of their own then; with space left, the error is the writer's."""
+    job = service.submit(steps=1)
+    assert service.store.begin_attempt("local") is not None
+    held, attempt = service.store.held()[0]
+    store = service.store.attempt(job.name, attempt.number, held.fencing_token)
+    folder = CheckpointFolder(service.folder / "checkpoints", store)
+
+    def write(folder: Path) -> None:
+        raise RuntimeError("a library's words")
+
+    with pytest.raises(RuntimeError, match="a library's words"):
+        folder.save(step=1, write=write)
+    monkeypatch.setattr("training_common.checkpoints.shutil.disk_usage", lambda path: Usage(9, 9, 0))
+    with pytest.raises(OSError, match="no space left for a checkpoint"):
+        folder.save(step=1, write=write)
+    assert [] == list((service.folder / "checkpoints").iterdir())
+
+
+async def test_workers_that_cannot_be_started_cost_jobs_nothing(
+    service: ToyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tries wait longer and longer, no job fails, and all goes on by itself when a worker starts again."""
+    now = 0.0
+    scheduler = Scheduler(
+        service.store, service.engine, service.settings.workers, settings_file=service.settings_file, clock=lambda: now
+    )
+    job = service.submit(steps=3)
+    launch, tries = service.engine.launch, list[float]()
+
+    def broken(arguments: Sequence[str], *, log_name: str) -> str:
+        tries.append(now)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(service.engine, "launch", broken)
+    for _ in range(400):
+        scheduler.tick()
+        now += 0.5
+    assert [0, 1, 3, 7, 15, 31, 63, 123, 183] == tries
+    assert service.store.get(job.name).state is JobState.RECOVERING
+    assert scheduler.last_launch_failed
+    monkeypatch.setattr(service.engine, "launch", launch)
+    now += 60
+    scheduler.tick()
+    assert not scheduler.last_launch_failed
+    job = await service.until(job, ended)
+    assert (job.state, len(tries) + 1) == (JobState.SUCCEEDED, job.attempt)
 
 
 async def test_losses_without_progress_spend_the_retry_budget(service: ToyService) -> None:

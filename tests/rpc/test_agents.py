@@ -22,6 +22,7 @@ from cognateforge.exceptions import (
     NotImplementedByServerError,
     OffsetOutOfRangeError,
     RequestIdReusedError,
+    ResourceExhaustedError,
     UnknownFieldError,
 )
 from cognateforge.job.v1 import job_pb2
@@ -204,8 +205,9 @@ async def test_a_field_that_the_contract_does_not_have_is_refused(agents: AsyncA
 
 async def test_an_architecture_that_is_not_installed_is_refused(agents: AsyncAgentClient) -> None:
     """FAILED_PRECONDITION, with what there is."""
-    with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate"):
+    with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate") as caught:
         await agents.training.StartTraining(start(architecture="perceptron"))
+    assert ["plan.architecture"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
 
 
@@ -244,8 +246,9 @@ async def test_files_are_looked_for_inside_the_data_folder_only(tmp_path: Path) 
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     settings = {"data": {"folder": folder}}
     async with running_agent(tmp_path / "agent", **settings) as server, AsyncAgentClient(server.address) as agents:
-        with pytest.raises(DataUnavailableError, match=r"gone\.jsonl"):
+        with pytest.raises(DataUnavailableError, match=r"gone\.jsonl") as missing:
             await agents.training.StartTraining(start(**from_file("gone.jsonl")))
+        assert ["plan.classification.file.path"] == [violation.field for violation in missing.value.violations]
         with pytest.raises(InvalidFieldError, match="leads out of the data folder") as caught:
             await agents.training.StartTraining(start(**from_file("link.jsonl")))
         assert ["plan.classification.file.path"] == [violation.field for violation in caught.value.violations]
@@ -597,3 +600,23 @@ async def test_what_a_worker_publishes_is_served_in_whole(
     assert (job_pb2.JOB_STATE_SUCCEEDED, "intent-router@1") == (job.state, job.artifact)
     fetched = await agents.fetch_agent("intent-router", tmp_path / "out")
     assert "{}" == (fetched.path / "agent.json").read_text()
+
+
+async def test_a_repeated_move_gets_the_first_answer(agents: AsyncAgentClient, store: Path) -> None:
+    """Whatever has moved since."""
+    publish(store)
+    request_id = new_id()
+    first = await alias(agents, "production", "intent-router@1", request_id)
+    await alias(agents, "candidate", "intent-router@1")
+    assert first == await alias(agents, "production", "intent-router@1", request_id.upper())
+    assert ["candidate", "production"] == list((await get(agents, "intent-router@1")).aliases)
+
+
+async def test_one_alias_too_many_is_refused(agents: AsyncAgentClient, store: Path) -> None:
+    """An agent with more than the contract allows could not be told to anybody."""
+    publish(store)
+    for number in range(64):
+        await alias(agents, f"a{number}", "intent-router@1")
+    with pytest.raises(ResourceExhaustedError, match="64 aliases already"):
+        await alias(agents, "a64", "intent-router@1")
+    assert 64 == len((await get(agents, "intent-router@1")).aliases) == len(moves(store))

@@ -1,6 +1,8 @@
 """The Cognate service over a real connection: jobs, idempotency, paging, watching, models."""
 
 import asyncio
+import base64
+import json
 import uuid
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from cognateforge.job.v1 import job_pb2
 from tests.support.servers import running_cognate
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.rpc.paging import make_token
 from training_common.rpc.server import RunningServer
 from training_common.store.database import Database
 
@@ -117,10 +120,10 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
 
 async def test_a_set_that_is_not_here_is_refused_at_the_start(cognate: AsyncCognateClient) -> None:
     """GSM8K by name means GSM8K: generated problems never take its place."""
-    with pytest.raises(DataUnavailableError, match="gsm8k"):
-        await cognate.pretraining.StartPretraining(
-            start(datasets=[pb.DatasetShare(dataset=pb.DATASET_GSM8K, weight=1)])
-        )
+    generated, real = (pb.DatasetShare(dataset=kind, weight=1) for kind in (pb.DATASET_FORGE_TWOHOP, pb.DATASET_GSM8K))
+    with pytest.raises(DataUnavailableError, match="gsm8k") as caught:
+        await cognate.pretraining.StartPretraining(start(datasets=[generated, real]))
+    assert ["plan.datasets[1].dataset"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(cognate)
 
 
@@ -188,6 +191,52 @@ async def test_a_quiet_watch_gets_heartbeats(tmp_path: Path) -> None:
         async for answer in call:
             assert 1 == answer.frame.heartbeat.last_sequence
             break
+
+
+async def test_a_quiet_watch_gets_heartbeats_while_other_jobs_are_busy(tmp_path: Path) -> None:
+    """Their events wake the watch, and must not put its heartbeat off for ever."""
+    async with running_cognate(tmp_path, heartbeat_frame_s=0.3) as server, AsyncCognateClient(server.address) as client:
+        name = (await client.pretraining.StartPretraining(start())).job.job.name
+        call = client.pretraining.WatchJob(pb.WatchJobRequest(name=name, after_sequence=1), timeout=30)
+
+        async def keep_busy() -> None:
+            while True:  # a change well within each heartbeat's silence
+                await client.pretraining.StartPretraining(start())
+                await asyncio.sleep(0.05)
+
+        busy = asyncio.create_task(keep_busy())
+        async for answer in call:
+            assert 1 == answer.frame.heartbeat.last_sequence
+            break
+        busy.cancel()
+
+
+async def test_lists_beyond_their_bound_are_refused_unread(cognate: AsyncCognateClient) -> None:
+    """One request of 900,000 items kept the event loop for half a minute; the bound is looked at first."""
+    with pytest.raises(InvalidFieldError, match="states: must have at most 16 items, got 900000"):
+        await cognate.pretraining.ListJobs(pb.ListJobsRequest(states=[job_pb2.JOB_STATE_QUEUED] * 900_000))
+    request = start(datasets=[pb.DatasetShare()] * 200_000)
+    with pytest.raises(InvalidFieldError, match="must have at most 8 items") as caught:
+        await cognate.pretraining.StartPretraining(request)
+    assert ["plan.datasets"] == [violation.field for violation in caught.value.violations]
+    assert 0 == await jobs_stored(cognate)
+
+
+@pytest.mark.parametrize("row", [0, -1, True, 2**63, 10**30, "1"])
+async def test_a_page_token_with_a_made_up_row_is_refused(cognate: AsyncCognateClient, row: Any) -> None:
+    """INVALID_ARGUMENT, never an error of the database."""
+    bound = json.loads(base64.urlsafe_b64decode(make_token(pb.ListJobsRequest(), 1)))[0]
+    token = base64.urlsafe_b64encode(json.dumps([bound, row]).encode()).decode()
+    with pytest.raises(InvalidPageTokenError):
+        await cognate.pretraining.ListJobs(pb.ListJobsRequest(page_token=token))
+
+
+async def test_a_request_id_in_capitals_is_the_same(cognate: AsyncCognateClient) -> None:
+    """A UUID's letters have no case."""
+    request = start()
+    first = await cognate.pretraining.StartPretraining(request)
+    request.request_id = request.request_id.upper()
+    assert first.job.job.name == (await cognate.pretraining.StartPretraining(request)).job.job.name
 
 
 async def test_a_position_beyond_the_last_event_is_refused(cognate: AsyncCognateClient) -> None:

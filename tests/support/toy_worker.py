@@ -4,6 +4,7 @@ The plan is JSON: steps, step_s, checkpoint_every, and what to do wrong. The res
 resumed run ends with the same result only when nothing was lost or done twice.
 """
 
+import errno
 import hashlib
 import json
 import time
@@ -36,6 +37,8 @@ def work(context: WorkerContext[ToySettings]) -> None:
     attempt.move(JobState.RUNNING)
 
     def write(folder: Path) -> None:
+        if attempt.store.attempt.number == 1 and step == plan.get("disk_full_at"):
+            raise OSError(errno.ENOSPC, "No space left on device")
         (folder / "state.json").write_text(json.dumps({"step": step, "value": value.hex()}))
 
     while step < plan["steps"]:

@@ -7,7 +7,8 @@ found by its handle. A worker whose heart is silent while its process lives is u
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,9 @@ log = structlog.get_logger(__name__)
 
 # How often workers are looked at. A submit wakes the scheduler at once.
 TICK_S = 0.5
+# After a worker could not be started, the next try waits this long, and twice as long after each further failure.
+LAUNCH_PAUSE_S = 1.0
+MAX_LAUNCH_PAUSE_S = 60.0
 
 
 class Engine(Protocol):
@@ -47,7 +51,13 @@ class Scheduler:
     """Matches jobs and workers of one service."""
 
     def __init__(
-        self, store: JobStore, engine: Engine, settings: WorkerSettings, *, settings_file: Path | None
+        self,
+        store: JobStore,
+        engine: Engine,
+        settings: WorkerSettings,
+        *,
+        settings_file: Path | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -57,6 +67,9 @@ class Scheduler:
         # Handles of workers that were launched here and have not registered yet, by attempt id.
         self._launched: dict[int, str] = {}
         self.last_launch_failed = False
+        self._clock = clock
+        self._launch_again_at = 0.0
+        self._launch_pause_s = LAUNCH_PAUSE_S
 
     def wake(self) -> None:
         """Look for work now. Call it on the event loop."""
@@ -83,6 +96,8 @@ class Scheduler:
         held = self._store.held()
         for job, attempt in held:
             self._look_at(job, attempt)
+        if self._clock() < self._launch_again_at:
+            return
         for _ in range(self._settings.slots - len(held)):
             if not self._start_next():
                 return
@@ -117,14 +132,24 @@ class Scheduler:
             )
         except OSError as error:
             self.last_launch_failed = True
-            self._cut(job, attempt, f"attempt {attempt.number}: the worker could not be started: {error.strerror}")
+            self._launch_again_at = self._clock() + self._launch_pause_s
+            self._launch_pause_s = min(MAX_LAUNCH_PAUSE_S, 2 * self._launch_pause_s)
+            # The job has no part in it, so its retry budget is not touched.
+            self._cut(
+                job,
+                attempt,
+                f"attempt {attempt.number}: the worker could not be started: {error.strerror}",
+                counted=False,
+            )
             return False
         self.last_launch_failed = False
+        self._launch_pause_s = LAUNCH_PAUSE_S
         log.info("worker started", job=job.name, attempt=job.attempt)
         return True
 
-    def _cut(self, job: JobRow, attempt: AttemptRow, message: str) -> None:
+    def _cut(self, job: JobRow, attempt: AttemptRow, message: str, *, counted: bool = True) -> None:
         self._launched.pop(attempt.id, None)
-        after = self._store.cut(job, attempt, message=message, retries=self._settings.retries_without_progress)
+        retries = self._settings.retries_without_progress if counted else None
+        after = self._store.cut(job, attempt, message=message, retries=retries)
         if after is not None:
             log.warning("worker lost", job=job.name, attempt=attempt.number, detail=message, state=after.state.value)

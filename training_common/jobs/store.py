@@ -359,11 +359,12 @@ class JobStore:
             )
             return append_event(connection, job.id, "attempt_started", {"attempt": number, "engine": engine})
 
-    def cut(self, job: JobRow, attempt: AttemptRow, *, message: str, retries: int) -> JobRow | None:
+    def cut(self, job: JobRow, attempt: AttemptRow, *, message: str, retries: int | None) -> JobRow | None:
         """Take a job away from a worker that was lost, and settle what becomes of it.
 
         A job that was pausing or being cancelled is PAUSED or CANCELLED. Otherwise it recovers, unless more than
-        `retries` cuts in a row brought no new checkpoint: then it is FAILED.
+        `retries` cuts in a row brought no new checkpoint: then it is FAILED. None: the cut is the platform's, and does
+        not count.
         Returns None when the worker had let go itself.
         """
         with self.database.write() as connection:
@@ -372,13 +373,13 @@ class JobStore:
                 return None
             self._end_attempt(connection, attempt.id)
             stuck = self._newest_step(connection, job.id) <= attempt.first_step
-            spent = current.retries_without_progress + 1 if stuck else 0
+            spent = current.retries_without_progress + (retries is not None) if stuck else 0
             changes: dict[str, Any] = {"fencing_token": current.fencing_token + 1, "wish": "", "observed": True}
             if current.state is JobState.CANCELLING:
                 return move(connection, current, JobState.CANCELLED, message=message, **changes)
             if current.state is JobState.PAUSING:
                 return move(connection, current, JobState.PAUSED, message=message, **changes)
-            if spent > retries:
+            if retries is not None and spent > retries:
                 failure: dict[str, Any] = {
                     "failure_reason": "RETRY_BUDGET_SPENT",
                     "failure_message": f"{spent} attempts in a row were lost without a new checkpoint; last: {message}",

@@ -142,9 +142,21 @@ class _RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.scale_D, NORM_EPSILON)
 
 
-def _normalize(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Bring the last dimension to a root mean square of 1, without parameters."""
     return F.rms_norm(x, (x.shape[-1],), None, NORM_EPSILON)
+
+
+def rotary_angles(positions: int, head_width: int, device: torch.device) -> Tensor:
+    """Return the angle of every position and pair of a head: (positions, head_width / 2), float32."""
+    frequency_K = ROPE_BASE ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
+    return torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequency_K)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the pairs of the last dimension, first half with second half."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -182,16 +194,12 @@ class _Layout:
         """Apply the rotary embedding of every active token's position to its heads."""
         places_A = torch.arange(self.B * self.T, device=x_AHK.device) if self.active_A is None else self.active_A
         positions_A = places_A % self.T
-        cosine, sine = self.cosine_TK[positions_A].unsqueeze(1), self.sine_TK[positions_A].unsqueeze(1)
-        left, right = x_AHK.chunk(2, dim=-1)
-        return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1)
+        return rotate(x_AHK, self.cosine_TK[positions_A].unsqueeze(1), self.sine_TK[positions_A].unsqueeze(1))
 
 
 def _layout(tokens_BT: Tensor, segment_ids_BT: Tensor | None, head_width: int) -> _Layout:
     B, T = tokens_BT.shape
-    device = tokens_BT.device
-    frequency_K = ROPE_BASE ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
-    angle_TK = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequency_K)
+    angle_TK = rotary_angles(T, head_width, tokens_BT.device)
     mask_B1TT = None
     if segment_ids_BT is not None:
         same_BTT = segment_ids_BT.unsqueeze(2) == segment_ids_BT.unsqueeze(1)
@@ -221,8 +229,8 @@ class _Attention(nn.Module):
         """Attend from the active tokens to all; return their output and everyone's keys and values."""
         A, D = x_AD.shape
         query, key, value = self.query_key_value(x_AD).view(A, 3, self.heads, D // self.heads).unbind(1)
-        query = layout.rotate(_normalize(query))
-        key = layout.rotate(_normalize(key))
+        query = layout.rotate(normalize(query))
+        key = layout.rotate(normalize(key))
         kept_key, kept_value = kept if kept is not None else (None, None)
         key, value = layout.scatter(key, kept_key), layout.scatter(value, kept_value)
         query_BHTK, key_BHTK, value_BHTK = (
@@ -318,9 +326,9 @@ class LongTermMemory(nn.Module):
 
     def write(self, source_BTD: Tensor, state: MemoryState, valid_BT: Tensor | None) -> _Written:
         """Write all chunks in order; return the contents before each of them, and after the last."""
-        x_BTD = _normalize(source_BTD)
+        x_BTD = normalize(source_BTD)
         scale = 1 / math.sqrt(x_BTD.shape[-1])
-        address_BTM = F.linear(_normalize(self.write_key(x_BTD)), _normalize(self.addresses_MD) * scale).softmax(-1)
+        address_BTM = F.linear(normalize(self.write_key(x_BTD)), normalize(self.addresses_MD) * scale).softmax(-1)
         if valid_BT is None:
             valid_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.bool)
         valid_BT1 = valid_BT.unsqueeze(-1).to(x_BTD.dtype)
@@ -374,29 +382,34 @@ class LongTermMemory(nn.Module):
         contents_BCMD = torch.stack(before, 1)
         B, C, M, D = contents_BCMD.shape
         heads = (B * C, M, self.heads, D // self.heads)
-        key = _normalize(self.read_key(contents_BCMD + self.addresses_MD).view(heads)).transpose(1, 2)
+        key = normalize(self.read_key(contents_BCMD + self.addresses_MD).view(heads)).transpose(1, 2)
         value = self.read_value(contents_BCMD).view(heads).transpose(1, 2)
         return _Readable(key, value, C)
 
     def read(self, x_AD: Tensor, layout: _Layout, readable: _Readable) -> Tensor:
         """Return what every active token reads from the memory that its chunk may see."""
         A, D = x_AD.shape
-        x_AD = _normalize(x_AD)
         query_XHLK = self._queries(x_AD, layout, readable.C)
         with _wide_on_cpu(x_AD.device):
             mixed_XHLK = F.scaled_dot_product_attention(
                 query_XHLK, readable.key_XHMK.to(query_XHLK.dtype), readable.value_XHMK.to(query_XHLK.dtype)
             )
         mixed_BTD = mixed_XHLK.transpose(1, 2).reshape(layout.B, readable.C * self.chunk, D)[:, : layout.T]
-        mixed_AHK = layout.gather(mixed_BTD.reshape(layout.B * layout.T, D)).view(A, self.heads, -1)
-        gated_AHK = mixed_AHK * torch.sigmoid(self.read_gate(x_AD)).unsqueeze(-1)
-        read_AD: Tensor = self.read_output(gated_AHK.reshape(A, D))
+        return self.let_through(layout.gather(mixed_BTD.reshape(layout.B * layout.T, D)).view(A, self.heads, -1), x_AD)
+
+    def queries(self, x_AD: Tensor) -> Tensor:
+        """Return what every token asks the memory for: (A, H, K)."""
+        return normalize(self.read_query(normalize(x_AD)).view(len(x_AD), self.heads, -1))
+
+    def let_through(self, mixed_AHK: Tensor, x_AD: Tensor) -> Tensor:
+        """Gate each head's find and map all of them to the model's width: (A, D)."""
+        gated_AHK = mixed_AHK * torch.sigmoid(self.read_gate(normalize(x_AD))).unsqueeze(-1)
+        read_AD: Tensor = self.read_output(gated_AHK.flatten(1))
         return read_AD
 
     def _queries(self, x_AD: Tensor, layout: _Layout, C: int) -> Tensor:
-        A, D = x_AD.shape
-        query_AHK = _normalize(self.read_query(x_AD).view(A, self.heads, -1))
-        query_BTD = layout.scatter(query_AHK.reshape(A, D)).view(layout.B, layout.T, D)
+        D = x_AD.shape[1]
+        query_BTD = layout.scatter(self.queries(x_AD).flatten(1)).view(layout.B, layout.T, D)
         missing = C * self.chunk - layout.T
         if missing:
             query_BTD = F.pad(query_BTD, (0, 0, 0, missing))
@@ -412,7 +425,7 @@ class LongTermMemory(nn.Module):
         even = shares_M.mean()
         entropy = None
         if readable is not None:
-            query_XHLK = self._queries(_normalize(x_AD), layout, readable.C)
+            query_XHLK = self._queries(x_AD, layout, readable.C)
             score_XHLM = query_XHLK @ readable.key_XHMK.transpose(-1, -2) / math.sqrt(query_XHLK.shape[-1])
             entropy_XHL = torch.special.entr(score_XHLM.softmax(-1)).sum(-1)
             entropy_BCL = entropy_XHL.mean(1).view(layout.B, readable.C * self.chunk)[:, : layout.T]
@@ -483,7 +496,7 @@ class CognateV1(nn.Module):
             raise ValueError(f"fixed_steps must be within 1 and {self.config.max_steps}, got {fixed_steps}")
         B, T = tokens_BT.shape
         layout = _layout(tokens_BT, segment_ids_BT, self.config.width // self.config.heads)
-        x_AD = _normalize(self.embedding(tokens_BT)).view(B * T, -1)
+        x_AD = normalize(self.embedding(tokens_BT)).view(B * T, -1)
         for block in self.prelude:
             x_AD, _ = block(x_AD, layout)
         written = self.memory.write(x_AD.view(B, T, -1), memory or self.memory.start(B), valid_BT)
@@ -529,7 +542,7 @@ class CognateV1(nn.Module):
             state_AD, kept = self._core_step(step, state_AD, layout.gather(prelude_XD), layout, readable, kept)
             last = step == limit - 1
             if fixed_steps is None:
-                weight_A, spent_A, halts_A = self._halt(state_AD, spent_A, last=last)
+                weight_A, spent_A, halts_A = self.halt(state_AD, spent_A, last=last)
             else:
                 weight_A = torch.full_like(spent_A, float(last))
                 halts_A = torch.full_like(spent_A, last, dtype=torch.bool)
@@ -562,13 +575,13 @@ class CognateV1(nn.Module):
             now_kept.append(key_value)
         return x_AD, now_kept
 
-    def _halt(self, state_AD: Tensor, spent_A: Tensor, *, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def halt(self, state_AD: Tensor, spent_A: Tensor, *, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return each token's weight of this step, the halting probability it has spent, and whether it halts.
 
         A token halts when it has spent 1 - epsilon, or at the last step; that step gets the remainder to 1.
         """
         # Under autocast the logit is bfloat16; sums that are compared with 1 - epsilon need finer steps.
-        logit_A = self.halting(_normalize(state_AD)).to(state_AD.dtype).squeeze(1)
+        logit_A = self.halting(normalize(state_AD)).to(state_AD.dtype).squeeze(1)
         probability_A = torch.sigmoid(logit_A)
         sum_A = spent_A + probability_A
         halts_A = torch.full_like(sum_A, True, dtype=torch.bool) if last else sum_A >= 1 - self.config.halting_epsilon
@@ -579,24 +592,6 @@ class CognateV1(nn.Module):
         if layout.active_A is None:
             return output_XD + share_AD
         return output_XD.index_add(0, layout.active_A, share_AD)
-
-    @torch.no_grad()
-    def generate(self, tokens_BT: Tensor, *, max_new_tokens: int, stop_token: int | None = None) -> Tensor:
-        """Continue the rows greedily and return them with what was added; every step runs the whole forward again.
-
-        Rows end together: when each has produced `stop_token` (which later tokens of that row repeat), or at
-        max_new_tokens.
-        """
-        ended_B = torch.zeros(tokens_BT.shape[0], dtype=torch.bool, device=tokens_BT.device)
-        for _ in range(max_new_tokens):
-            next_B = self.logits(self(tokens_BT).hidden_BTD[:, -1]).argmax(-1)
-            if stop_token is not None:
-                next_B = next_B.masked_fill(ended_B, stop_token)
-                ended_B |= next_B == stop_token
-            tokens_BT = torch.cat((tokens_BT, next_B.unsqueeze(1)), dim=1)
-            if bool(ended_B.all()):
-                break
-        return tokens_BT
 
 
 def count_parameters(config: CognateV1Config) -> int:

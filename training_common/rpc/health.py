@@ -34,6 +34,7 @@ class HealthMonitor:
         self._training = training
         self._other = other
         self._draining = False
+        self._given_up = False
 
     async def run(self) -> None:
         """Check and report, until cancelled."""
@@ -43,13 +44,17 @@ class HealthMonitor:
 
     async def check(self) -> None:
         """Look once and set every service's status."""
-        store = await self._store_answers()
+        store = await self._store_answers() and not self._given_up
         training = store and not self._scheduler.last_launch_failed
         for service in self._training:
             await self._set(service, training)
         for service in self._other:
             await self._set(service, store)
         await self._set("", store and training)
+
+    def give_up(self) -> None:
+        """Report NOT_SERVING from now on: a part of this process has ended that only a restart brings back."""
+        self._given_up = True
 
     async def drain(self) -> None:
         """Tell clients to go elsewhere, for good."""

@@ -6,6 +6,7 @@ package, so the handlers take the messages from the package that they are given.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -53,7 +54,7 @@ class JobService(Generic[M]):
     ) -> bytes:
         """Do a mutation once for its request id, and return the answer's bytes, replayed or new."""
         caller = current_caller().name
-        payload = request.SerializeToString(deterministic=True)
+        payload = payload_of(request)
 
         def transact() -> bytes:
             with self.store.database.write() as connection:
@@ -92,6 +93,8 @@ class JobService(Generic[M]):
                 f"after_sequence {after_sequence} is beyond {name}'s last event {job.last_sequence}"
             )
         sequence, seen = after_sequence, 0
+        loop = asyncio.get_running_loop()
+        quiet_since = loop.time()
         while True:
             # The job is read before its events: what its end frame counts is then among the events that follow.
             job = await run(self.store.get, name)
@@ -99,6 +102,7 @@ class JobService(Generic[M]):
             for row in rows:
                 sequence = row.sequence
                 yield job_pb2.WatchFrame(event=convert.event(row, self._units))
+                quiet_since = loop.time()
             if len(rows) == _BATCH:
                 continue
             end = convert.end_frame(job)
@@ -106,10 +110,11 @@ class JobService(Generic[M]):
                 yield end
                 return
             if not rows:
-                now = await self._hub.wait(seen, self._heartbeat_s)
-                if now == seen:
+                # Other jobs' events end a wait too, so what is left of the silence is counted across waits.
+                seen = await self._hub.wait(seen, max(0.0, quiet_since + self._heartbeat_s - loop.time()))
+                if loop.time() >= quiet_since + self._heartbeat_s:
                     yield job_pb2.WatchFrame(heartbeat=job_pb2.Heartbeat(last_sequence=sequence))
-                seen = now
+                    quiet_since = loop.time()
 
     async def checkpoints(self, name: str) -> list[job_pb2.Checkpoint]:
         """Return a job's checkpoints, newest first."""
@@ -122,6 +127,15 @@ class JobService(Generic[M]):
         job = await self.store.database.run(self.store.get, request.name)
         rows = await self.store.database.run(self.store.events_of_kind, job.id, "progress")
         return convert.series(rows, request.metrics, self._units)
+
+
+def payload_of(request: Any) -> bytes:
+    """Return what must be the same when a request_id comes again: all but the id, which may be spelt in capitals."""
+    plain = type(request)()
+    plain.CopyFrom(request)
+    plain.ClearField("request_id")
+    payload: bytes = plain.SerializeToString(deterministic=True)
+    return payload
 
 
 class JobRpcs(Generic[M]):

@@ -41,7 +41,7 @@ def read_token(query: Message, token: str) -> int | None:
         return None
     try:
         bound, before_id = json.loads(base64.urlsafe_b64decode(token.encode()))
-        if bound == _bound(query) and isinstance(before_id, int):
+        if bound == _bound(query) and type(before_id) is int and 0 < before_id < 2**63:
             return before_id
     except (binascii.Error, ValueError, TypeError):
         pass

@@ -13,6 +13,7 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from training_common.data_dir import DataDirLock
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.interceptor import ContractInterceptor
 from training_common.rpc.policy import policies, role_names
@@ -44,6 +45,10 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.ai
     )
 
 
+class AddressInUseError(RuntimeError):
+    """The server cannot listen where its settings say."""
+
+
 class RunningServer:
     """A server that listens, with its standing tasks, until it is drained."""
 
@@ -55,12 +60,14 @@ class RunningServer:
         services: Sequence[str],
         health: HealthMonitor,
         database: Database,
+        lock: DataDirLock,
         tasks: Sequence[Coroutine[Any, Any, None]],
     ) -> None:
         self._server = server
         self._settings = settings
         self._health = health
         self._database = database
+        self._lock = lock
         self._standing = tasks
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
@@ -68,13 +75,29 @@ class RunningServer:
         reflection.enable_server_reflection([*services, HEALTH, reflection.SERVICE_NAME], server)
 
     async def start(self) -> None:
-        """Listen. `address` then holds the real port. Errors: RuntimeError, when the address is taken."""
+        """Listen. `address` then holds the real port. Errors: AddressInUseError."""
         wanted = self._settings.address
-        port = self._server.add_insecure_port(wanted)
+        try:
+            port = self._server.add_insecure_port(wanted)
+        except RuntimeError as error:  # gRPC's own, whose text names its internals
+            for standing in self._standing:
+                standing.close()
+            raise AddressInUseError(
+                f"address {wanted} cannot be bound: another process uses it, or it is not of this machine; stop that "
+                "process or set another address"
+            ) from error
         self.address = wanted if wanted.startswith("unix:") else f"{wanted.rpartition(':')[0]}:{port}"
         await self._health.check()
         await self._server.start()
         self._tasks = [asyncio.create_task(task) for task in (self._health.run(), *self._standing)]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Report a standing task that ended by itself: without it jobs or watches would stand still unseen."""
+        if not task.cancelled() and task.exception() is not None:
+            log.critical("a standing task ended", exc_info=task.exception())
+            self._health.give_up()
 
     async def stop(self) -> None:
         """Drain: tell health watchers, take no new call, let running ones end, then stop. Workers go on."""
@@ -85,6 +108,7 @@ class RunningServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._database.close)
+        self._lock.release()
 
 
 async def serve_until_signal(running: RunningServer, *, name: str, address_file: Path | None) -> None:

@@ -27,6 +27,7 @@ SHOWN: Mapping[str, str] = {
     "tok/s": "tokens_per_s",
     "rows/s": "samples_per_s",
     "accuracy": "train_accuracy",
+    "validation": "validation_loss",
 }
 
 OnFrame = Callable[["WatchFrame"], None]

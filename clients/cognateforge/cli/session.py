@@ -188,9 +188,13 @@ def report(error: ForgeError) -> Exit:
     """Print an error and what is known about it, and return its exit code."""
     say(f"error: {error.message}")
     for violation in error.violations:
-        say(f"  {violation.field}: {violation.description}")
+        if violation.description not in error.message:
+            say(f"  {violation.field}: {violation.description}")
+        elif violation.field not in error.message:
+            say(f"  field: {violation.field}")
     if error.request_id:
-        say(f"  request id: {error.request_id}")
+        # Not the request_id of a mutation: this one finds the call in the server's log.
+        say(f"  call id: {error.request_id}")
     return exit_for(error)
 
 

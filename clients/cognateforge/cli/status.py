@@ -25,12 +25,13 @@ def register(app: typer.Typer) -> None:
                 row = _status(session, service)
             except ForgeError as error:
                 say(f"{service}:")
-                worst = worst or report(error)
+                code = report(error)
+                worst = worst or code
                 row = {"service": service.value, "address": _address(session, service), "health": "UNREACHABLE"}
             if session.as_json:
                 session.emit(row)
             else:
-                print_line("  ".join(f"{key} {value}" for key, value in row.items() if value != []))
+                print_line("  ".join(f"{key} {_plain(value)}" for key, value in row.items() if value != []))
             if row["health"] != "SERVING":
                 worst = worst or Exit.UNAVAILABLE
         return worst
@@ -44,6 +45,10 @@ def register(app: typer.Typer) -> None:
             session.emit({"version": installed("cognateforge")})
         else:
             print_line(installed("cognateforge"))
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _address(session: Session, service: Service) -> str:

@@ -108,6 +108,34 @@ class Curriculum(_message.Message):
 Global___Curriculum: _TypeAlias = Curriculum  # noqa: Y015
 
 @_typing.final
+class AccelerationControl(_message.Message):
+    """A control: plain AdamW from the same start, on the same batches, under the same schedule. It only measures; the model
+    that is published has the same bits with and without it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNING_RATE_FACTORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def learning_rate_factors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Learning rates to try, over the plan's. The lowest validation loss among them counts at every step. Empty means 1, 2
+        and 3. At most 4, each above 0 and at most 8.
+        """
+
+    def __init__(
+        self,
+        *,
+        learning_rate_factors: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learning_rate_factors", b"learning_rate_factors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccelerationControl: _TypeAlias = AccelerationControl  # noqa: Y015
+
+@_typing.final
 class PretrainingPlan(_message.Message):
     """What to pretrain. The architecture is fixed, and so are GrokFast's alpha (0.98) and lambda (2.0): no field sets them."""
 
@@ -123,6 +151,7 @@ class PretrainingPlan(_message.Message):
     DATASETS_FIELD_NUMBER: _builtins.int
     PROGRESS_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     CURRICULUM_FIELD_NUMBER: _builtins.int
+    ACCELERATION_CONTROL_FIELD_NUMBER: _builtins.int
     total_steps: _builtins.int
     """Optimizer steps. 1 to 10,000,000."""
     seed: _builtins.int
@@ -151,6 +180,12 @@ class PretrainingPlan(_message.Message):
     def curriculum(self) -> Global___Curriculum:
         """How documents are admitted over the steps. Absent means that all may be drawn from the first step on."""
 
+    @_builtins.property
+    def acceleration_control(self) -> Global___AccelerationControl:
+        """Trains a control beside the run and reports the true acceleration. Absent: there is no control, and no factor is
+        reported. It costs as much time, memory and checkpoint space again for each of its learning rates.
+        """
+
     def __init__(
         self,
         *,
@@ -164,10 +199,11 @@ class PretrainingPlan(_message.Message):
         datasets: _abc.Iterable[Global___DatasetShare] | None = ...,
         progress_interval_steps: _builtins.int = ...,
         curriculum: Global___Curriculum | None = ...,
+        acceleration_control: Global___AccelerationControl | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["curriculum", b"curriculum"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "curriculum", b"curriculum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "checkpoint_interval_steps", b"checkpoint_interval_steps", "curriculum", b"curriculum", "datasets", b"datasets", "peak_learning_rate", b"peak_learning_rate", "progress_interval_steps", b"progress_interval_steps", "seed", b"seed", "sequence_length", b"sequence_length", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "batch_size", b"batch_size", "checkpoint_interval_steps", b"checkpoint_interval_steps", "curriculum", b"curriculum", "datasets", b"datasets", "peak_learning_rate", b"peak_learning_rate", "progress_interval_steps", b"progress_interval_steps", "seed", b"seed", "sequence_length", b"sequence_length", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

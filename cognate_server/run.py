@@ -1,0 +1,339 @@
+"""A pretraining run: its config, all that changes while it goes on, and how that is saved and restored.
+
+RuntimeError
+└── TrainingDivergedError       the loss is not finite, or recoveries did not help
+    (GrokFastDiverged of cognate_server.grokfast: a gradient is not finite)
+ValueError
+└── CheckpointMismatchError     a checkpoint is of another config
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cognate_server.acceleration import AccelerationControl
+from cognate_server.construct import CognateModelConstructor
+from cognate_server.detectors import RecoveryLimits
+from cognate_server.grokfast import GrokFastAdamW, parameter_groups
+from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, objective, truncated_geometric
+from cognate_server.precision import Precision
+from cognate_server.recovery import CognateRecoveryManager
+from cognate_server.stream import Batch, TokenStream
+from cognate_server.tracker import StepOutcome
+from training_common.attempt import Attempt, Json
+from training_common.models.cognate_v1 import CognateV1Config, MemoryState, load_state, save_state
+
+# The cosine ends here, as a share of the peak.
+FINAL_LR_SHARE = 0.1
+# Single steps are too noisy to compare a run's two ends.
+CURVE_ENDS = 10
+MAX_PEAK_LR = 1e-2
+# Each rate costs a whole training. GrokFast's steps are at most 1 + lambda = 3 times plain ones: 8 is well beyond.
+MAX_CONTROL_RATES = 4
+MAX_CONTROL_RATE = 8.0
+# GrokFast's EMA starts as a copy of the first gradient and forgets it with a time constant of 1 / (1 - alpha) = 50
+# steps. Amplified in full before that, one stale gradient outweighs the present one: at a ramp of 4 steps the loss on
+# real rows rose from 6.6 to 8.5 nats within 15 steps.
+MIN_LAMBDA_RAMP_STEPS = 100
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is not finite, or training went astray beyond what recoveries may do."""
+
+
+class CheckpointMismatchError(ValueError):
+    """The checkpoint belongs to another config, so going on from it would be another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pretraining run. GrokFast is not in it: it cannot be chosen.
+
+    batch_tokens: tokens of one optimizer step, a multiple of sequence_length.
+    validation_rows: how many rows of the stream's validation data are used.
+    validation_interval_steps: validate after every so many steps as well as at the end; None: at the end only.
+    control_rates: learning rates of the plain AdamW control, over peak_lr; none: there is no control.
+    model: Cognate-25M; tests use smaller ones. recovery: the detectors' numbers; tests use shorter windows.
+    Errors: ValueError, naming the field.
+    """
+
+    seed: int
+    total_steps: int
+    batch_tokens: int = 512
+    sequence_length: int = 128
+    peak_lr: float = 1.5e-3
+    warmup_steps: int = 20
+    precision: Precision = Precision.FLOAT32
+    checkpoint_interval_steps: int = 100
+    progress_interval_steps: int = 10
+    validation_rows: int = 32
+    validation_interval_steps: int | None = None
+    control_rates: tuple[float, ...] = ()
+    model: CognateV1Config = field(default_factory=CognateV1Config)
+    recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "batch_tokens", "sequence_length", "warmup_steps", "checkpoint_interval_steps"):
+            _require_positive(name, getattr(self, name))
+        for name in ("progress_interval_steps", "validation_rows", "validation_interval_steps"):
+            if getattr(self, name) is not None:
+                _require_positive(name, getattr(self, name))
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be within 0 and 2**63 - 1, got {self.seed}")
+        if self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"batch_tokens must be a multiple of sequence_length ({self.sequence_length}), got {self.batch_tokens}"
+            )
+        if not 0 < self.peak_lr <= MAX_PEAK_LR:
+            raise ValueError(f"peak_lr must be above 0 and at most {MAX_PEAK_LR}, got {self.peak_lr}")
+        if len(self.control_rates) > MAX_CONTROL_RATES or not all(
+            0 < rate <= MAX_CONTROL_RATE for rate in self.control_rates
+        ):
+            raise ValueError(
+                f"control_rates must be at most {MAX_CONTROL_RATES} factors above 0 and at most {MAX_CONTROL_RATE:g}, "
+                f"got {self.control_rates}"
+            )
+        if self.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps must be at most total_steps ({self.total_steps}), got {self.warmup_steps}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self.batch_tokens // self.sequence_length
+
+    def digest(self) -> str:
+        """Return a sha256 of all that decides the weights: a checkpoint may only be resumed under the same one."""
+        deciding = dataclasses.asdict(self)
+        # All else can decide: a recovery goes back to a planned checkpoint, and may rest on a validation.
+        del deciding["progress_interval_steps"]
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _require_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+
+
+def learning_rate(config: PretrainConfig, finished_steps: int) -> float:
+    """Return the rate for the step after `finished_steps`: linear warm-up, then a cosine to a tenth of the peak."""
+    if finished_steps < config.warmup_steps:
+        return config.peak_lr * (finished_steps + 1) / config.warmup_steps
+    done = (finished_steps - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
+    return config.peak_lr * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class PretrainingRun:
+    """All that changes while a run goes on: how a step changes it, and how it is saved and restored."""
+
+    def __init__(self, config: PretrainConfig, data: TokenStream) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.data = data
+        self.model = CognateModelConstructor(config.model).construct(
+            config.model, seed=config.seed, unigram_counts=data.unigram_counts()
+        )
+        self.optimizer = GrokFastAdamW(
+            parameter_groups(self.model),
+            lr=config.peak_lr,
+            warmup_steps=max(config.warmup_steps, MIN_LAMBDA_RAMP_STEPS),
+        )
+        self.prior_N = truncated_geometric(config.model.max_steps, PONDER_MEAN)
+        self.control = self._build_control()
+        self.recovery = CognateRecoveryManager(config.recovery)
+        self.lr_factor = 1.0
+        self.ponder_weight = PONDER_WEIGHT
+        self.good: GoodCheckpoint | None = None
+        self.step = 0
+        self.memory: MemoryState | None = None
+        self.first_losses: list[float] = []
+        self.last_losses: collections.deque[float] = collections.deque(maxlen=CURVE_ENDS)
+
+    def _build_control(self) -> AccelerationControl | None:
+        if not self.config.control_rates:
+            return None
+        return AccelerationControl(
+            self.config.model,
+            seed=self.config.seed,
+            unigram_counts=self.data.unigram_counts(),
+            prior_N=self.prior_N,
+            rates=self.config.control_rates,
+            precision=self.config.precision,
+        )
+
+    @property
+    def next_lr(self) -> float:
+        """The learning rate of the next step: the schedule's, less what recoveries took."""
+        return learning_rate(self.config, self.step) * self.lr_factor
+
+    def pass_over(self) -> None:
+        """Count a step that could not be taken, so that the plan's length and schedule hold."""
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def train_step(self, *, measure: bool) -> StepOutcome:
+        """Take one optimizer step; `measure` adds the telemetry that costs time.
+
+        Errors: TrainingDivergedError, GrokFastDiverged; nothing is updated then, and the batch is used up.
+        """
+        batch = self.data.next_batch()
+        if self.control is not None:
+            self.control.train_step(batch, learning_rate(self.config, self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.next_lr
+        outcome = self.backward(batch, measure=measure)
+        if measure:
+            self.optimizer.measure_next_step()
+        self.optimizer.step()
+        self.memory = outcome.output.memory.detach() if batch.fresh_rows is not None else None
+        self.step += 1
+        if len(self.first_losses) < CURVE_ENDS:
+            self.first_losses.append(outcome.loss)
+        self.last_losses.append(outcome.loss)
+        return outcome
+
+    def backward(self, batch: Batch, *, measure: bool) -> StepOutcome:
+        """Replace the gradients by those of this batch: cross-entropy and the ponder prior.
+
+        Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
+        """
+        _check_shape(batch, self.config)
+        found = objective(
+            self.model,
+            batch,
+            self.memory,
+            self.prior_N,
+            ponder_weight=self.ponder_weight,
+            precision=self.config.precision,
+            statistics=measure,
+        )
+        loss = float(found.cross_entropy.detach())
+        if not math.isfinite(float(found.total.detach())):
+            raise TrainingDivergedError(f"the loss of step {self.step + 1} is {loss}; nothing was updated")
+        self.optimizer.zero_grad()
+        found.total.backward()  # type: ignore[no-untyped-call]
+        return StepOutcome(
+            loss=loss, divergence=float(found.divergence.detach()), targets=found.targets, output=found.output
+        )
+
+    def save(self, attempt: Attempt, *, planned: bool) -> int:
+        """Save a checkpoint, and with it the newest good one; return its step.
+
+        planned: only checkpoints of the plan can be good, so that a pause changes no later decision.
+        """
+        is_good = planned and self.recovery.healthy and all(bool(p.isfinite().all()) for p in self.model.parameters())
+        kept = None if is_good else self.good
+
+        def write(folder: Path) -> None:
+            self.write(folder, good_step=self.step if is_good else None)
+            if kept is not None:
+                kept.link_into(folder)
+
+        saved = attempt.save_checkpoint(step=self.step, write=write)
+        self.good = _good_of(saved.path)
+        return saved.step
+
+    def write(self, folder: Path, *, good_step: int | None = None) -> None:
+        """Fill a checkpoint's folder. good_step: its own step, when it is one to go back to."""
+        save_state(self.model, folder / "model.safetensors")
+        tensors = {
+            "optimizer": self.optimizer.state_dict(),
+            "memory": None if self.memory is None else self.memory.contents_BMD,
+            "random_state": torch.get_rng_state(),
+        }
+        torch.save(tensors, folder / "optimizer.pt")
+        if self.control is not None:
+            torch.save(self.control.state_dict(), folder / "control.pt")
+        state: dict[str, Json] = {
+            "step": self.step,
+            "good_step": good_step,
+            "config_digest": self.config.digest(),
+            "data_position": dict(self.data.state_dict()),
+            "first_losses": list(self.first_losses),
+            "last_losses": list(self.last_losses),
+            "lr_factor": self.lr_factor,
+            "ponder_weight": self.ponder_weight,
+            "recovery": self.recovery.state_dict(),
+        }
+        (folder / "trainer.json").write_text(json.dumps(state))
+
+    def restore(self, folder: Path) -> None:
+        """Go to where a checkpoint was written.
+
+        Errors: CheckpointMismatchError.
+        """
+        state = json.loads((folder / "trainer.json").read_text())
+        if state["config_digest"] != self.config.digest():
+            raise CheckpointMismatchError(f"the checkpoint of step {state['step']} was written under another config")
+        load_state(self.model, folder / "model.safetensors")
+        tensors = torch.load(folder / "optimizer.pt", weights_only=True)
+        self.optimizer.load_state_dict(tensors["optimizer"])
+        if self.control is not None:
+            self.control.load_state_dict(torch.load(folder / "control.pt", weights_only=True))
+        self.memory = None if tensors["memory"] is None else MemoryState(tensors["memory"])
+        torch.set_rng_state(tensors["random_state"])
+        self.data.load_state_dict(state["data_position"])
+        self.step = state["step"]
+        self.first_losses = state["first_losses"]
+        self.last_losses.extend(state["last_losses"])
+        self.lr_factor, self.ponder_weight = state["lr_factor"], state["ponder_weight"]
+        self.recovery.load_state_dict(state["recovery"])
+        self.good = _good_of(folder)
+
+    def go_back_to(self, good: GoodCheckpoint) -> None:
+        """Take weights and optimizer from a good checkpoint, and go on with the plan's next step and fresh data.
+
+        Going on instead of training the same batches again leaves out those that led astray (as for PaLM, Chowdhery et
+        al. 2022, arXiv:2204.02311, section 5.1). What recoveries did to lambda stays.
+        """
+        kept = [{name: group[name] for name in _KEPT_IN_ROLL_BACK} for group in self.optimizer.param_groups]
+        load_state(self.model, good.folder / "model.safetensors")
+        self.optimizer.load_state_dict(torch.load(good.folder / "optimizer.pt", weights_only=True)["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
+            group.update(values)
+        self.memory = None
+
+
+_KEPT_IN_ROLL_BACK = ("lambda_limit", "lambda_departures")
+_GOOD = "good"
+
+
+@dataclass(frozen=True)
+class GoodCheckpoint:
+    """Weights and optimizer of a step at which no detector saw a sign of trouble.
+
+    Its files are a checkpoint's own, or lie in the folder `good` of a later one.
+    """
+
+    step: int
+    folder: Path
+
+    def link_into(self, checkpoint: Path) -> None:
+        """Let a newer checkpoint hold these files too, without another copy of their bytes."""
+        target = checkpoint / _GOOD
+        target.mkdir()
+        for name in ("model.safetensors", "optimizer.pt"):
+            os.link(self.folder / name, target / name)
+        (target / "step.json").write_text(json.dumps(self.step))
+
+
+def _good_of(checkpoint: Path) -> GoodCheckpoint | None:
+    own: int | None = json.loads((checkpoint / "trainer.json").read_text())["good_step"]
+    if own is not None:
+        return GoodCheckpoint(own, checkpoint)
+    folder = checkpoint / _GOOD
+    return GoodCheckpoint(json.loads((folder / "step.json").read_text()), folder) if folder.exists() else None
+
+
+def _check_shape(batch: Batch, config: PretrainConfig) -> None:
+    expected = (config.rows, config.sequence_length + 1)
+    if tuple(batch.tokens.shape) != expected:
+        raise ValueError(f"the stream's batches are {tuple(batch.tokens.shape)}, the config asks for {expected}")
