@@ -170,6 +170,7 @@ def _model(plan: pb.PretrainingPlan, data: DataManifest, result: PretrainResult,
             "alpha": ALPHA,
             "lambda": LAMBDA,
             "departures": [dataclasses.asdict(departure) for departure in result.lambda_departures],
+            "implementations": list(result.optimizer_implementations),
         },
         recovery=[dataclasses.asdict(event) for event in result.recovery],
     )
