@@ -50,6 +50,7 @@ class PretrainResult:
     first_loss, last_loss: training loss, mean over the first and the last ten steps.
     lambda_departures: every change of GrokFast's lambda. recovery: every action of the recovery manager.
     acceleration: against the control, where there was one and both learnt.
+    optimizer_implementations: what computed the optimizer's steps, one after the other.
     """
 
     step: int
@@ -63,6 +64,7 @@ class PretrainResult:
     lambda_departures: tuple[LambdaDeparture, ...]
     recovery: tuple[RecoveryEvent, ...] = ()
     acceleration: AccelerationReport | None = None
+    optimizer_implementations: tuple[str, ...] = ()
 
 
 def pretrain(
@@ -230,4 +232,5 @@ class _Pretraining:
             lambda_departures=run.optimizer.departures,
             recovery=run.recovery.events,
             acceleration=acceleration,
+            optimizer_implementations=run.optimizer.implementations,
         )

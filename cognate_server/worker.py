@@ -208,6 +208,7 @@ def _model(
             "alpha": ALPHA,
             "lambda": LAMBDA,
             "departures": [dataclasses.asdict(departure) for departure in result.lambda_departures],
+            "implementations": list(result.optimizer_implementations),
         },
         recovery=[dataclasses.asdict(event) for event in result.recovery],
     )
