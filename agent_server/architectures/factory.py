@@ -14,7 +14,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from cognateforge.exceptions import ArchitectureNotFoundError
+from cognateforge.exceptions import ArchitectureNotFoundError, FieldViolation
 
 if TYPE_CHECKING:
     from agent_server.adaptation import Adaptation
@@ -123,7 +123,10 @@ class AgentArchitectureFactory:
             return self._architectures[name]
         known = ", ".join(self.architectures) or "none"
         broken = "".join(f"; its plugin failed: {p.reason}" for p in self.problems if p.name == name)
-        raise ArchitectureNotFoundError(f"no agent architecture {name!r} is installed, there is: {known}{broken}")
+        description = f"no agent architecture {name!r} is installed, there is: {known}{broken}"
+        raise ArchitectureNotFoundError(
+            description, violations=[FieldViolation(field="architecture", description=description)]
+        )
 
 
 def _load(entry_point: metadata.EntryPoint) -> AgentArchitecture:

@@ -174,7 +174,7 @@ class AgentDataProcessor:
     def _files(self, path: str) -> list[Path]:
         """Return the files that a request's path names, none of them outside the data folder."""
         if self._folder is None:
-            raise DataUnavailableError("no data folder is set on this server, so it has no files; use generated rows")
+            raise _unavailable("no data folder is set on this server, so it has no files; use generated rows")
         root = self._folder.resolve()
         try:
             found = (root / path).resolve()
@@ -190,9 +190,11 @@ class AgentDataProcessor:
                 return files
         elif found.is_file():
             return [found]
-        raise DataUnavailableError(
-            f"the data folder has no {quote(path)} with rows; add the file or use generated rows"
-        )
+        raise _unavailable(f"the data folder has no {quote(path)} with rows; add the file or use generated rows")
+
+
+def _unavailable(description: str) -> DataUnavailableError:
+    return DataUnavailableError(description, violations=[FieldViolation(field="path", description=description)])
 
 
 def _set_name(path: str) -> str:

@@ -325,7 +325,10 @@ _BY_CODE: Mapping[grpc.StatusCode, type[ForgeError]] = {
 
 
 def _pack(
-    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RequestInfo,
+    message: error_details_pb2.ErrorInfo
+    | error_details_pb2.BadRequest
+    | error_details_pb2.PreconditionFailure
+    | error_details_pb2.RequestInfo,
 ) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
@@ -349,23 +352,39 @@ def _fitting(text: str) -> str:
 
 
 def to_status(error: ForgeError, *, request_id: str = "") -> status_pb2.Status:
-    """Return the google.rpc.Status of an error, with ErrorInfo always and BadRequest where fields are named.
+    """Return the google.rpc.Status of an error: ErrorInfo always, BadRequest or PreconditionFailure for its fields.
 
     Message and violations are cut to what a status can carry.
     """
     details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason_name(), domain=DOMAIN, metadata=error.metadata))]
     if error.violations:
-        bad = error_details_pb2.BadRequest()
-        for violation in error.violations:
-            bad.field_violations.add(field=violation.field, description=_printable(violation.description[:500]))
-            if bad.ByteSize() > _VIOLATIONS_BYTES:
-                del bad.field_violations[-1]
-                break
-        details.append(_pack(bad))
+        details.append(_pack(_preconditions(error) if isinstance(error, PreconditionError) else _bad_fields(error)))
     if request_id:
         details.append(_pack(error_details_pb2.RequestInfo(request_id=request_id)))
     code = error.info().code or code_pb2.INTERNAL
     return status_pb2.Status(code=code, message=_fitting(error.message), details=details)
+
+
+def _bad_fields(error: ForgeError) -> error_details_pb2.BadRequest:
+    bad = error_details_pb2.BadRequest()
+    for violation in error.violations:
+        bad.field_violations.add(field=violation.field, description=_printable(violation.description[:500]))
+        if bad.ByteSize() > _VIOLATIONS_BYTES:
+            del bad.field_violations[-1]
+            break
+    return bad
+
+
+def _preconditions(error: PreconditionError) -> error_details_pb2.PreconditionFailure:
+    failure = error_details_pb2.PreconditionFailure()
+    for violation in error.violations:
+        failure.violations.add(
+            type=error.reason_name(), subject=violation.field, description=_printable(violation.description[:500])
+        )
+        if failure.ByteSize() > _VIOLATIONS_BYTES:
+            del failure.violations[-1]
+            break
+    return failure
 
 
 def from_rpc_error(error: grpc.RpcError) -> ForgeError:
@@ -373,15 +392,14 @@ def from_rpc_error(error: grpc.RpcError) -> ForgeError:
     code, message = error.code(), error.details() or error.code().name
     cls, violations, metadata, request_id = _class_of_code(code, message), [], {}, ""
     for detail in _details(error):
-        info, bad, request = (
-            error_details_pb2.ErrorInfo(),
-            error_details_pb2.BadRequest(),
-            error_details_pb2.RequestInfo(),
-        )
+        info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
+        bad, unmet = error_details_pb2.BadRequest(), error_details_pb2.PreconditionFailure()
         if detail.Unpack(info) and info.domain == DOMAIN:
             cls, metadata = BY_REASON.get(info.reason, cls), dict(info.metadata)
         elif detail.Unpack(bad):
             violations = [FieldViolation(field=v.field, description=v.description) for v in bad.field_violations]
+        elif detail.Unpack(unmet):
+            violations = [FieldViolation(field=v.subject, description=v.description) for v in unmet.violations]
         elif detail.Unpack(request):
             request_id = request.request_id
     return cls(message, violations=violations, metadata=metadata, request_id=request_id)

@@ -204,8 +204,9 @@ async def test_a_field_that_the_contract_does_not_have_is_refused(agents: AsyncA
 
 async def test_an_architecture_that_is_not_installed_is_refused(agents: AsyncAgentClient) -> None:
     """FAILED_PRECONDITION, with what there is."""
-    with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate"):
+    with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate") as caught:
         await agents.training.StartTraining(start(architecture="perceptron"))
+    assert ["plan.architecture"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
 
 
@@ -223,15 +224,20 @@ async def test_a_task_that_the_architecture_does_not_serve_is_refused(
     agents: AsyncAgentClient, task: dict[str, Any]
 ) -> None:
     """UNIMPLEMENTED before a row is written, never a job that fails later."""
-    with pytest.raises(NotImplementedByServerError, match=rf"plan\.{next(iter(task))}: .* it serves classification"):
+    with pytest.raises(
+        NotImplementedByServerError, match=rf"plan\.{next(iter(task))}: .* it serves classification"
+    ) as caught:
         await agents.training.StartTraining(start(classification=None, **task))
+    assert [f"plan.{next(iter(task))}"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
 
 
 async def test_without_a_data_folder_no_file_is_found(agents: AsyncAgentClient) -> None:
     """The error says what to do instead."""
-    with pytest.raises(DataUnavailableError, match=r"no data folder is set on this server.*use generated rows"):
+    told = r"no data folder is set on this server.*use generated rows"
+    with pytest.raises(DataUnavailableError, match=told) as caught:
         await agents.training.StartTraining(start(**from_file("rows.jsonl")))
+    assert ["plan.classification.file.path"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
 
 

@@ -117,10 +117,14 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
 
 async def test_a_set_that_is_not_here_is_refused_at_the_start(cognate: AsyncCognateClient) -> None:
     """GSM8K by name means GSM8K: generated problems never take its place."""
-    with pytest.raises(DataUnavailableError, match="gsm8k"):
-        await cognate.pretraining.StartPretraining(
-            start(datasets=[pb.DatasetShare(dataset=pb.DATASET_GSM8K, weight=1)])
-        )
+    shares = [
+        pb.DatasetShare(dataset=number, weight=1)
+        for number in (pb.DATASET_GSM8K, pb.DATASET_FORGE_TWOHOP, pb.DATASET_HOTPOTQA)
+    ]
+    with pytest.raises(DataUnavailableError, match="gsm8k") as caught:
+        await cognate.pretraining.StartPretraining(start(datasets=shares))
+    named = [violation.field for violation in caught.value.violations]
+    assert ["plan.datasets[0].dataset", "plan.datasets[2].dataset"] == named
     assert 0 == await jobs_stored(cognate)
 
 
@@ -212,6 +216,7 @@ async def test_an_illegal_move_names_the_legal_ones(cognate: AsyncCognateClient)
     with pytest.raises(IllegalTransitionError) as caught:
         await cognate.pretraining.ResumeJob(pb.ResumeJobRequest(request_id=str(uuid.uuid4()), name=name))
     assert "CANCELLED, PAUSED, PREPARING" == caught.value.metadata["allowed"]
+    assert ["name"] == [violation.field for violation in caught.value.violations]
 
 
 async def test_what_is_not_served_says_so(cognate: AsyncCognateClient) -> None:
