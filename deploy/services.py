@@ -75,8 +75,13 @@ class Services:
         return service
 
     def start_both(self, *, cognate: str, agent: str) -> tuple[Service, Service]:
-        """Start Cognate, then the agent service that is told where Cognate is. FORGE_DATA names a folder of data."""
+        """Start Cognate, then the agent service that is told where Cognate is. FORGE_DATA names a folder of data.
+
+        Errors: RuntimeError, also for a FORGE_DATA that is no folder.
+        """
         folder = os.environ.get("FORGE_DATA", "")
+        if folder and not Path(folder).is_dir():
+            raise RuntimeError(f"FORGE_DATA: {folder} is no folder; correct the path, or unset it for generated data")
         data = {"DATA__FOLDER": str(Path(folder).resolve())} if folder else {}
         first = self.start("cognate_server", address=cognate, settings=data)
         second = self.start("agent_server", address=agent, settings={**data, "COGNATE__ADDRESS": first.address})

@@ -105,6 +105,16 @@ def is_local_address(address: str) -> bool:
         return False
 
 
+def require_data_folder(settings: ServiceSettings) -> None:
+    """Refuse a data folder that is not there: a mistyped one would otherwise look like a server without data.
+
+    Errors: SettingsError.
+    """
+    folder = settings.data.folder
+    if folder is not None and not folder.is_dir():
+        raise SettingsError(f"data.folder: {folder} is no folder; correct the path, create it, or leave the key out")
+
+
 def load(cls: type[S], *, file: Path | None, environment: Mapping[str, str] | None = None, prefix: str) -> S:
     """Read settings from `file` and from the variables that start with `prefix`.
 

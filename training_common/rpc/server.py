@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.interceptor import ContractInterceptor
 from training_common.rpc.policy import policies, role_names
-from training_common.settings import ServiceSettings, SettingsError
+from training_common.settings import ServiceSettings, SettingsError, require_data_folder
 from training_common.store.database import Database
 
 HEALTH = "grpc.health.v1.Health"
@@ -27,7 +27,11 @@ _DRAIN_NOTICE_S = 0.5
 
 
 def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.aio.Server:
-    """Return a server with the contract's interceptor. Errors: SettingsError for a role that the contract lacks."""
+    """Return a server with the contract's interceptor.
+
+    Errors: SettingsError for a role that the contract lacks, or a data folder that is not there.
+    """
+    require_data_folder(settings)
     unknown = set(settings.security.local_roles) - set(role_names())
     if unknown:
         raise SettingsError(
