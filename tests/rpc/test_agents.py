@@ -180,6 +180,13 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
     assert 0 == await jobs_stored(agents)
 
 
+async def test_a_warm_up_that_was_left_out_is_not_blamed(agents: AsyncAgentClient) -> None:
+    """Negative steps are below no warm-up that was given."""
+    with pytest.raises(InvalidFieldError) as caught:
+        await agents.training.StartTraining(start(total_steps=-4))
+    assert ["plan.total_steps"] == [violation.field for violation in caught.value.violations]
+
+
 def grokfast_on(path: str) -> pb.StartTrainingRequest:
     """Return a request whose message at `path` carries a field that the contract reserves."""
     request = start()

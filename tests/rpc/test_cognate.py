@@ -115,6 +115,14 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
     assert 0 == await jobs_stored(cognate)
 
 
+@pytest.mark.parametrize("curriculum", [None, pb.Curriculum()])
+async def test_what_was_left_out_is_not_blamed(cognate: AsyncCognateClient, curriculum: pb.Curriculum | None) -> None:
+    """Negative steps are below no warm-up and no curriculum that were given."""
+    with pytest.raises(InvalidFieldError) as caught:
+        await cognate.pretraining.StartPretraining(start(total_steps=-4, curriculum=curriculum))
+    assert ["plan.total_steps"] == [violation.field for violation in caught.value.violations]
+
+
 async def test_a_set_that_is_not_here_is_refused_at_the_start(cognate: AsyncCognateClient) -> None:
     """GSM8K by name means GSM8K: generated problems never take its place."""
     shares = [
