@@ -18,6 +18,7 @@ from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.engines.local import LocalEngine
+from training_common.folder_lock import FolderLock
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
@@ -39,6 +40,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     factory = AgentArchitectureFactory()
     for problem in factory.problems:
         log.warning("agent architecture not loaded", plugin=problem.name, entry=problem.value, reason=problem.reason)
+    lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
@@ -66,5 +68,6 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         services=SERVICES,
         health=health,
         database=database,
+        lock=lock,
         tasks=[scheduler.run(), events.run()],
     )

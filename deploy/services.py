@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training_common.folder_lock import holder
+from training_common.rpc.address import require_free
+
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
@@ -45,9 +48,10 @@ class Services:
         """Start a service, again if it has ended, and return it once it serves.
 
         name: the package of the service, for instance "cognate_server".
-        Errors: RuntimeError, with the end of its log.
+        Errors: RuntimeError, with the end of its log; also for an address or a folder that is in use.
         """
         folder = self.folder / name.removesuffix("_server")
+        self._require_free(name, address)
         folder.mkdir(parents=True, exist_ok=True)
         log, address_file = folder / "server.log", folder / "address"
         address_file.unlink(missing_ok=True)
@@ -82,10 +86,19 @@ class Services:
         folder = os.environ.get("FORGE_DATA", "")
         if folder and not Path(folder).is_dir():
             raise RuntimeError(f"FORGE_DATA: {folder} is no folder; correct the path, or unset it for generated data")
+        # Both before the first is started, so that a second starter leaves nothing behind.
+        for name, address in (("cognate_server", cognate), ("agent_server", agent)):
+            self._require_free(name, address)
         data = {"DATA__FOLDER": str(Path(folder).resolve())} if folder else {}
         first = self.start("cognate_server", address=cognate, settings=data)
         second = self.start("agent_server", address=agent, settings={**data, "COGNATE__ADDRESS": first.address})
         return first, second
+
+    def _require_free(self, name: str, address: str) -> None:
+        require_free(address)
+        folder = self.folder / name.removesuffix("_server")
+        if pid := holder(folder):
+            raise RuntimeError(f"{folder} is in use by process {pid}: stop it, or use another folder")
 
     def stop(self) -> None:
         """Drain what runs, the last started first."""

@@ -13,6 +13,8 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from training_common.folder_lock import FolderLock
+from training_common.rpc.address import require_free
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.interceptor import ContractInterceptor
 from training_common.rpc.policy import policies, role_names
@@ -59,12 +61,14 @@ class RunningServer:
         services: Sequence[str],
         health: HealthMonitor,
         database: Database,
+        lock: FolderLock,
         tasks: Sequence[Coroutine[Any, Any, None]],
     ) -> None:
         self._server = server
         self._settings = settings
         self._health = health
         self._database = database
+        self._lock = lock
         self._standing = tasks
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
@@ -74,7 +78,12 @@ class RunningServer:
     async def start(self) -> None:
         """Listen. `address` then holds the real port. Errors: RuntimeError, when the address is taken."""
         wanted = self._settings.address
-        port = self._server.add_insecure_port(wanted)
+        try:
+            require_free(wanted)
+            port = self._server.add_insecure_port(wanted)
+        except RuntimeError:
+            await self._let_go()
+            raise
         self.address = wanted if wanted.startswith("unix:") else f"{wanted.rpartition(':')[0]}:{port}"
         await self._health.check()
         await self._server.start()
@@ -88,7 +97,13 @@ class RunningServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        for task in self._standing:
+            task.close()
         await asyncio.to_thread(self._database.close)
+        self._lock.release()
 
 
 async def serve_until_signal(running: RunningServer, *, name: str, address_file: Path | None) -> None:
