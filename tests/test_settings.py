@@ -34,9 +34,9 @@ def test_every_key_has_a_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "named"),
     [
-        ("adress = '127.0.0.1:1'", "adress: Extra inputs are not permitted"),
-        ("[workers]\nslot = 2", "workers.slot: Extra inputs are not permitted"),
-        ("[grokfast]\nalpha = 0.9", "grokfast: Extra inputs are not permitted"),
+        ("adress = '127.0.0.1:1'", "adress: unknown key"),
+        ("[workers]\nslot = 2", "workers.slot: unknown key"),
+        ("[grokfast]\nalpha = 0.9", "grokfast: unknown key"),
         ("[workers]\nslots = 'many'", "workers.slots: Input should be a valid integer"),
         ("[workers]\nslots = 65", "workers.slots: Input should be less than or equal to 64"),
         ("[workers]\nheartbeat_interval_s = nan", "workers.heartbeat_interval_s: "),
@@ -52,15 +52,16 @@ def test_a_wrong_key_of_the_file_is_named(tmp_path: Path, toml: str, named: str)
     with pytest.raises(SettingsError) as caught:
         settings(tmp_path, toml)
     assert named in str(caught.value)
+    assert "Value error" not in str(caught.value)
     assert str(tmp_path / "settings.toml") in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
-        ({"ADRESS": "127.0.0.1:1"}, "adress: Extra inputs are not permitted"),
-        ({"WORKERS__SLOT": "2"}, "workers.slot: Extra inputs are not permitted"),
-        ({"WORKERS_SLOTS": "2"}, "workers_slots: Extra inputs are not permitted"),
+        ({"ADRESS": "127.0.0.1:1"}, "adress: unknown key"),
+        ({"WORKERS__SLOT": "2"}, "workers.slot: unknown key"),
+        ({"WORKERS_SLOTS": "2"}, "workers_slots: unknown key"),
         ({"WORKERS__SLOTS": "many"}, "workers.slots: Input should be a valid integer"),
         ({"WORKERS": "3"}, "workers: Input should be a valid dictionary"),
         ({"ADDRESS": "example.com:7101"}, "address 'example.com:7101' is not loopback"),
@@ -88,7 +89,7 @@ def test_all_wrong_keys_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         settings(tmp_path, "one = 1\n[workers]\ntwo = 2", THREE="3")
     for key in ("one", "workers.two", "three"):
-        assert f"{key}: Extra inputs are not permitted" in str(caught.value)
+        assert f"{key}: unknown key" in str(caught.value)
 
 
 def test_the_environment_goes_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
@@ -213,6 +214,6 @@ def test_a_server_with_wrong_settings_says_so_and_does_not_start(tmp_path: Path)
         check=False,
     )
     assert 2 == done.returncode
-    assert "agent_server: settings from defaults and AGENT_SERVER_*: workers.slot: Extra" in done.stderr
+    assert "agent_server: settings from defaults and AGENT_SERVER_*: workers.slot: unknown key" in done.stderr
     assert "Traceback" not in done.stderr
     assert [] == list(tmp_path.iterdir())

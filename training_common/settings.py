@@ -135,11 +135,17 @@ def load(cls: type[S], *, file: Path | None, environment: Mapping[str, str] | No
     try:
         return cls.model_validate(values, strict=False)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
-            for item in error.errors(include_url=False)
-        ]
+        lines = [_told(item["type"], item["loc"], item["msg"]) for item in error.errors(include_url=False)]
         raise SettingsError(f"settings from {file or 'defaults'} and {prefix}*: " + "; ".join(lines)) from error
+
+
+def _told(kind: str, place: tuple[int | str, ...], message: str) -> str:
+    """Return what is wrong with a key, in words of settings and not of pydantic's."""
+    key = ".".join(str(part) for part in place)
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key"
+    text = message.removeprefix("Value error, ")
+    return f"{key}: {text}" if key else text
 
 
 def _place(values: dict[str, Any], path: list[str], text: str) -> bool:
