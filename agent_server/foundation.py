@@ -100,7 +100,10 @@ def check_compatible(
     if model.state == pb.MODEL_STATE_EXPERIMENTAL and not accept_experimental:
         failed = [check.name for check in model.checks if not check.passed]
         why = f" (failed: {', '.join(failed)})" if failed else ""
-        raise ModelExperimentalError(f"{model.name} is EXPERIMENTAL{why}; set accept_experimental to use it")
+        raise ModelExperimentalError(
+            f"{model.name} is EXPERIMENTAL{why}; to use it all the same, set plan.foundation.accept_experimental "
+            "(forge train --accept-experimental)"
+        )
     if required is None:
         return
     wanted = pb.Architecture(

@@ -83,6 +83,13 @@ class ForgeError(Exception):
         """Return the reason as it travels in ErrorInfo, without its prefix."""
         return Reason.Name(cls.reason).removeprefix("REASON_")
 
+    @classmethod
+    def status_name(cls) -> str:
+        """Return the gRPC status, for instance "NOT_FOUND"; "" for a class that is no server's answer."""
+        if cls.reason:
+            return str(code_pb2.Code.Name(cls.info().code))
+        return next((code.name for code, other in _BY_CODE.items() if other is cls), "")
+
     @property
     def retryable(self) -> bool:
         """Whether the same call may succeed later without a change."""
