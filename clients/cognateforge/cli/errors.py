@@ -81,7 +81,7 @@ def lines(error: ForgeError) -> list[str]:
         if violation.description not in error.message:
             told.append(f"  {place}: {violation.description}")
         elif option or violation.field not in error.message:
-            told.append(f"  {place}")
+            told.append(f"  {place}" if option else f"  field: {place}")
     if error.request_id:
         told.append(f"  call id: {error.request_id}")
     return told
