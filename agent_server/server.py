@@ -59,7 +59,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
-        TrainingServicer(jobs, factory=factory, data=settings.data, info=info), server
+        TrainingServicer(jobs, factory=factory, data=settings.data, cognate=settings.cognate, info=info), server
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
     return RunningServer(

@@ -9,7 +9,8 @@
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
-    │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError
+    │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
+    │                                  FoundationNotFoundError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -244,6 +245,12 @@ class IntegrityCheckFailedError(PreconditionError):
     """An integrity check failed, so nothing was published."""
 
     reason = Reason.REASON_INTEGRITY_CHECK_FAILED
+
+
+class FoundationNotFoundError(PreconditionError):
+    """Cognate has no such foundation model, so no agent can be made of it."""
+
+    reason = Reason.REASON_FOUNDATION_NOT_FOUND
 
 
 class NotImplementedByServerError(ForgeError):

@@ -17,6 +17,7 @@ from cognateforge.exceptions import (
     ArchitectureNotFoundError,
     ArtifactCorruptError,
     DataUnavailableError,
+    FoundationNotFoundError,
     InvalidFieldError,
     InvalidPageTokenError,
     NotImplementedByServerError,
@@ -25,7 +26,7 @@ from cognateforge.exceptions import (
     UnknownFieldError,
 )
 from cognateforge.job.v1 import job_pb2
-from tests.support.servers import running_agent
+from tests.support.servers import running_agent, running_cognate
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.jobs.states import JobState
@@ -264,6 +265,29 @@ async def test_files_are_looked_for_inside_the_data_folder_only(tmp_path: Path) 
         assert ["plan.classification.file.path"] == [violation.field for violation in caught.value.violations]
         assert 0 == await jobs_stored(agents)
         await agents.training.StartTraining(start(**from_file("here.jsonl")))
+        assert 1 == await jobs_stored(agents)
+
+
+async def test_a_foundation_that_cognate_does_not_have_is_refused_while_it_answers(tmp_path: Path) -> None:
+    """With Cognate away the job waits for it; the same request later has its first answer, whatever Cognate says."""
+    request = start(foundation=pb.FoundationBase(name="cognate-25m@99"))
+    away = {"address": f"unix:{tmp_path / 'nowhere'}", "ask_within_s": 1.0}
+    async with (
+        running_agent(tmp_path / "agent", cognate=away) as server,
+        AsyncAgentClient(server.address) as agents,
+    ):
+        first = await agents.training.StartTraining(request)
+        assert job_pb2.JOB_STATE_QUEUED == first.job.job.state
+    async with (
+        running_cognate(tmp_path / "cognate") as cognate,
+        running_agent(tmp_path / "agent", cognate={"address": cognate.address, "ask_within_s": 10.0}) as server,
+        AsyncAgentClient(server.address) as agents,
+    ):
+        assert first == await agents.training.StartTraining(request)
+        request.request_id = new_id()
+        with pytest.raises(FoundationNotFoundError, match="cognate-25m@99") as caught:
+            await agents.training.StartTraining(request)
+        assert ["plan.foundation.name"] == [violation.field for violation in caught.value.violations]
         assert 1 == await jobs_stored(agents)
 
 
