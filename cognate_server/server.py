@@ -19,6 +19,7 @@ from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.data_dir import DataDirLock
 from training_common.engines.local import LocalEngine
+from training_common.folder_lock import FolderLock
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
@@ -36,6 +37,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
     lock = DataDirLock(settings.data_dir)
     server = create_server(settings, SERVICES)
+    lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)

@@ -197,13 +197,8 @@ class AgentDataProcessor:
         raise _unavailable(f"the data folder has no {quote(path)} with rows; add the file or use generated rows")
 
 
-def _unavailable(message: str) -> DataUnavailableError:
-    return DataUnavailableError(message, violations=[FieldViolation(field=_PATH_FIELD, description=message)])
-
-
-def _leads_out(path: str) -> InvalidFieldError:
-    description = f"{quote(path)} leads out of the data folder"
-    return InvalidFieldError(description, violations=[FieldViolation(field=_PATH_FIELD, description=description)])
+def _unavailable(description: str) -> DataUnavailableError:
+    return DataUnavailableError(description, violations=[FieldViolation(field="path", description=description)])
 
 
 def _set_name(path: str) -> str:
