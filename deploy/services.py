@@ -53,8 +53,8 @@ class Services:
         folder = self.folder / name.removesuffix("_server")
         self._require_free(name, address)
         folder.mkdir(parents=True, exist_ok=True)
-        # The starter's own file: another starter may have a server running on the same folder.
-        log, address_file = folder / "server.log", folder / f"address.{os.getpid()}"
+        log, address_file = folder / "server.log", folder / "address"
+        address_file.unlink(missing_ok=True)
         values = {"ADDRESS": address, "DATA_DIR": str(folder), **settings}
         environment = {**os.environ, **{f"{name.upper()}_{key}": value for key, value in values.items()}}
         with log.open("ab") as output:
@@ -71,7 +71,7 @@ class Services:
         while not address_file.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                end = "\n".join(log.read_text().splitlines()[-3:])
+                end = "\n".join(log.read_text().splitlines()[-5:])
                 raise RuntimeError(f"{name} did not start; the end of {log}:\n{end}")
             time.sleep(0.05)
         service = Service(name, process, address_file.read_text(), log)

@@ -217,10 +217,3 @@ def test_a_server_with_wrong_settings_says_so_and_does_not_start(tmp_path: Path)
     assert "agent_server: settings from defaults and AGENT_SERVER_*: workers.slot: unknown key" in done.stderr
     assert "Traceback" not in done.stderr
     assert [] == list(tmp_path.iterdir())
-
-
-def test_a_data_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """A misspelt folder must not end in generated problems."""
-    environment = {"COGNATE_SERVER_DATA__FOLDER": str(tmp_path / "gone")}
-    with pytest.raises(SettingsError, match=r"data\.folder: .*/gone is not a folder; name one that is there"):
-        load(CognateSettings, file=None, environment=environment, prefix="COGNATE_SERVER_")

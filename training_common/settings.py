@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _SEPARATOR = "__"
 S = TypeVar("S", bound="ServiceSettings")
@@ -47,14 +47,6 @@ class DataSettings(Section):
 
     folder: Path | None = Field(default=None, description="folder with data sets")
     hub: bool = Field(default=False, description="whether sets may be loaded from the hub through `datasets`")
-
-    @field_validator("folder")
-    @classmethod
-    def _folder_is_there(cls, folder: Path | None) -> Path | None:
-        # Without this, a misspelt folder would be told by nothing but generated problems in place of real rows.
-        if folder is not None and not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; name one that is there, or leave the key out")
-        return folder
 
 
 class SecuritySettings(Section):

@@ -50,10 +50,6 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.ai
     )
 
 
-class AddressInUseError(RuntimeError):
-    """The server cannot listen where its settings say."""
-
-
 class RunningServer:
     """A server that listens, with its standing tasks, until it is drained."""
 
@@ -80,7 +76,7 @@ class RunningServer:
         reflection.enable_server_reflection([*services, HEALTH, reflection.SERVICE_NAME], server)
 
     async def start(self) -> None:
-        """Listen. `address` then holds the real port. Errors: AddressInUseError."""
+        """Listen. `address` then holds the real port. Errors: RuntimeError, when the address is taken."""
         wanted = self._settings.address
         try:
             require_free(wanted)
