@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,11 @@ import torch
 from cognate_server.data.build import DataPlan, build_stream
 from cognate_server.data.sources import SourceSettings, parse_share
 from cognate_server.data.stream import CognateTokenStream
+from cognate_server.data.tokenizer import CognateTokenizer
 from cognate_server.precision import native_precision
 from cognate_server.run import PretrainConfig, PretrainingRun
+from cognate_server.stream import Batch
+from cognate_server.validation import first_rows
 from training_common.models.cognate_v1 import CognateV1, load_state, save_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,18 +39,19 @@ class Trained:
     config: PretrainConfig
 
 
-def real_stream(*sets: str, rows: int, sequence_length: int, distractors: int = 2, seed: int = 1) -> CognateTokenStream:
-    """Return a stream of real rows. Ends the process where there are none."""
+def real_stream(
+    *sets: str, rows: int, sequence_length: int, tokenizer: CognateTokenizer | None = None
+) -> CognateTokenStream:
+    """Return a stream of real rows, under a given tokenizer or one of its own. Ends the process without rows."""
     if not REAL_ROWS.is_dir():
         sys.exit(f"this bench needs real rows and there is no {REAL_ROWS}: set FORGE_DATA to a folder that has them")
-    plan = DataPlan(
-        seed=seed,
-        batch_size=rows,
-        sequence_length=sequence_length,
-        datasets=tuple(parse_share(name) for name in sets),
-        distractors=distractors,
-    )
-    return build_stream(plan, SourceSettings(folder=REAL_ROWS))[0]
+    shares = tuple(parse_share(name) for name in sets)
+    plan = DataPlan(seed=1, batch_size=rows, sequence_length=sequence_length, datasets=shares)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.json" if tokenizer else None
+        if tokenizer and file:
+            tokenizer.save(file)
+        return build_stream(plan, SourceSettings(folder=REAL_ROWS), tokenizer_file=file)[0]
 
 
 def train(steps: int, *, rows: int = 8, sequence_length: int = 128) -> Trained:
@@ -72,6 +77,11 @@ def train(steps: int, *, rows: int = 8, sequence_length: int = 128) -> Trained:
     FOLDER.mkdir(parents=True, exist_ok=True)
     save_state(run.model, file)
     return Trained(run.model.eval(), stream, config)
+
+
+def validation_rows(trained: Trained, rows: int) -> list[Batch]:
+    """Return validation batches of so many rows, in the order in which their memory is carried over."""
+    return first_rows(trained.stream.validation_batches(), rows)
 
 
 def _digest(config: PretrainConfig, stream: CognateTokenStream) -> str:
