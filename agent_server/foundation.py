@@ -17,9 +17,18 @@ from pathlib import Path
 
 from agent_server.architectures.factory import FoundationRequirement
 from agent_server.settings import CognateEndpoint
-from cognateforge.client import CognateClient, ConsulDiscovery
+from cognateforge.client import CognateClient, ConsulDiscovery, deadline_within
 from cognateforge.client.manifest import MANIFEST_NAME
-from cognateforge.exceptions import ArtifactCorruptError, IncompatibleError, ModelExperimentalError
+from cognateforge.exceptions import (
+    ArtifactCorruptError,
+    FieldViolation,
+    ForgeError,
+    FoundationNotFoundError,
+    IncompatibleError,
+    ModelExperimentalError,
+    ModelNotFoundError,
+    PreconditionError,
+)
 from cognateforge.exchange.v1 import model_pb2 as pb
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -77,6 +86,34 @@ def fetch(
     return Foundation(path=path, name=model.name, digest=model.digest, model=model)
 
 
+def refusal(
+    endpoint: CognateEndpoint, name: str, *, accept_experimental: bool, required: FoundationRequirement | None
+) -> PreconditionError | None:
+    """Return what speaks against a plan's foundation, or None.
+
+    Also None where Cognate gives no answer in time: a job may be submitted while Cognate is down, and waits for it.
+    """
+    if not endpoint.ask_within_s:
+        return None
+    try:
+        with deadline_within(endpoint.ask_within_s), connect(endpoint) as client:
+            model = client.models.GetModel(pb.GetModelRequest(name=name)).model
+            check_compatible(client, model, required=required, accept_experimental=accept_experimental)
+    except ModelNotFoundError as error:
+        return FoundationNotFoundError(error.message, violations=_blame("name", error))
+    except ModelExperimentalError as error:
+        return ModelExperimentalError(error.message, violations=_blame("accept_experimental", error))
+    except IncompatibleError as error:
+        return IncompatibleError(error.message, violations=_blame("name", error), metadata=error.metadata)
+    except ForgeError:
+        return None
+    return None
+
+
+def _blame(field: str, error: ForgeError) -> list[FieldViolation]:
+    return [FieldViolation(field=f"plan.foundation.{field}", description=error.message)]
+
+
 def _hexadecimal(model: pb.FoundationModel) -> str:
     """Return the digest's hex digits, safe as a folder's name."""
     found = _DIGEST.fullmatch(model.digest)
@@ -100,7 +137,10 @@ def check_compatible(
     if model.state == pb.MODEL_STATE_EXPERIMENTAL and not accept_experimental:
         failed = [check.name for check in model.checks if not check.passed]
         why = f" (failed: {', '.join(failed)})" if failed else ""
-        raise ModelExperimentalError(f"{model.name} is EXPERIMENTAL{why}; set accept_experimental to use it")
+        raise ModelExperimentalError(
+            f"{model.name} is EXPERIMENTAL{why}; to use it all the same, set plan.foundation.accept_experimental "
+            "(forge train --accept-experimental)"
+        )
     if required is None:
         return
     wanted = pb.Architecture(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.data.classification import AgentDataProcessor, ClassificationSource
 from cognateforge.agent.v1 import training_pb2 as pb
-from cognateforge.exceptions import DataUnavailableError, FieldViolation, InvalidFieldError, NotImplementedByServerError
+from cognateforge.exceptions import (
+    ArchitectureNotFoundError,
+    DataUnavailableError,
+    FieldViolation,
+    ForgeError,
+    InvalidFieldError,
+    NotImplementedByServerError,
+)
 from training_common.settings import DataSettings
 
 DEFAULT_BATCH_SIZE = 32
@@ -40,22 +50,28 @@ def require_feasible(plan: pb.TrainingPlan, factory: AgentArchitectureFactory, d
 
     Errors: ArchitectureNotFoundError, NotImplementedByServerError, DataUnavailableError, InvalidFieldError.
     """
-    architecture = factory.get(plan.architecture)
+    with _below("plan."):
+        architecture = factory.get(plan.architecture)
     task = plan.WhichOneof("task") or ""
     if task not in architecture.tasks:
         served = ", ".join(architecture.tasks)
+        description = f"architecture {plan.architecture} does not serve this task yet; it serves {served}"
         raise NotImplementedByServerError(
-            f"plan.{task}: architecture {plan.architecture} does not serve this task yet; it serves {served}"
+            f"plan.{task}: {description}", violations=[FieldViolation(field=f"plan.{task}", description=description)]
         )
-    try:
+    with _below("plan.classification.file."):
         AgentDataProcessor(folder=data.folder).require_available(classification_source(plan.classification))
-    except (InvalidFieldError, DataUnavailableError) as error:
-        # The pipeline does not know where in a request its source stands.
-        violations = [
-            FieldViolation(field=f"plan.classification.file.{v.field}", description=v.description)
-            for v in error.violations
-        ]
-        raise type(error)(error.message, violations=violations) from error
+
+
+@contextlib.contextmanager
+def _below(place: str) -> Iterator[None]:
+    """Name fields by their place in the request, which factory and data pipeline do not know."""
+    try:
+        yield
+    except (ArchitectureNotFoundError, DataUnavailableError, InvalidFieldError) as error:
+        violations = [FieldViolation(field=f"{place}{v.field}", description=v.description) for v in error.violations]
+        moved: ForgeError = type(error)(error.message, violations=violations)
+        raise moved from error
 
 
 def classification_source(task: pb.ClassificationTask) -> ClassificationSource:

@@ -17,8 +17,8 @@ from cognateforge.agent.v1 import agent_pb2_grpc, training_pb2_grpc
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
-from training_common.data_dir import DataDirLock
 from training_common.engines.local import LocalEngine
+from training_common.folder_lock import FolderLock
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
@@ -36,11 +36,11 @@ SERVICES = (*TRAINING, *REGISTRY)
 
 def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
-    lock = DataDirLock(settings.data_dir)
     server = create_server(settings, SERVICES)
     factory = AgentArchitectureFactory()
     for problem in factory.problems:
         log.warning("agent architecture not loaded", plugin=problem.name, entry=problem.value, reason=problem.reason)
+    lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
@@ -59,7 +59,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
-        TrainingServicer(jobs, factory=factory, data=settings.data, info=info), server
+        TrainingServicer(jobs, factory=factory, data=settings.data, cognate=settings.cognate, info=info), server
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
     return RunningServer(

@@ -18,6 +18,9 @@ class CognateEndpoint(Section):
     consul_service: str = Field(
         default="", description="service name in Consul; when given, it takes the place of the address"
     )
+    ask_within_s: float = Field(
+        default=1.0, ge=0, le=60, description="time for Cognate to speak for a plan's foundation; 0: it is not asked"
+    )
     give_up_after_s: float = Field(default=300.0, gt=0, description="how long a worker waits for Cognate to be there")
 
 

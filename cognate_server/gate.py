@@ -6,12 +6,14 @@ Integrity must hold, or nothing is published. Quality decides between READY and 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 
 from cognate_server.construct import SPECIFIED_PARAMETERS
+from cognate_server.evaluation import ReasoningScore
 from cognate_server.trainer import PretrainResult
 from cognate_server.validation import ValidationReport
 
@@ -68,8 +70,13 @@ class GateReport:
         return tuple(check for check in self.checks if not check.passed)
 
 
-def judge(result: PretrainResult, *, expected_parameters: int = SPECIFIED_PARAMETERS) -> GateReport:
-    """Check what would be published: the weights as they lie in the model's folder, and the validation report.
+def judge(
+    result: PretrainResult,
+    reasoning: Sequence[ReasoningScore] = (),
+    *,
+    expected_parameters: int = SPECIFIED_PARAMETERS,
+) -> GateReport:
+    """Check what would be published: the weights as they lie in the model's folder, validation and reasoning.
 
     expected_parameters: Cognate-25M's; tests of small models hand in theirs.
     """
@@ -85,6 +92,7 @@ def judge(result: PretrainResult, *, expected_parameters: int = SPECIFIED_PARAME
                 result.validation.unigram_loss,
             ),
             *_quality(result.validation, result.config.max_steps),
+            *(_above(f"{one.source.replace('-', '_')}_exact_match", one.exact_match, one.floor) for one in reasoning),
         )
     )
 

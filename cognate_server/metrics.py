@@ -83,6 +83,25 @@ METRICS: Mapping[str, Metric] = {
     "pondering_gain_error_nats": Metric(
         unit="nats/token", definition="standard error of pondering_gain_nats over the validation rows"
     ),
+    "gsm8k_exact_match": Metric(
+        unit="1", definition="share of held-out GSM8K problems with the right number after ####, by GSM8K's rule"
+    ),
+    "forge_arithmetic_exact_match": Metric(
+        unit="1",
+        definition="share of held-out forge-arithmetic ones with the right number after ####, by GSM8K's rule",
+    ),
+    "hotpotqa_exact_match": Metric(
+        unit="1", definition="share of held-out HotpotQA questions answered exactly, after HotpotQA's normalization"
+    ),
+    "hotpotqa_f1": Metric(
+        unit="1", definition="F1 of the answer's words on held-out HotpotQA questions, mean, by HotpotQA's own rule"
+    ),
+    "forge_twohop_exact_match": Metric(
+        unit="1", definition="share of held-out forge-twohop questions answered exactly, after HotpotQA's normalization"
+    ),
+    "forge_twohop_f1": Metric(
+        unit="1", definition="F1 of the answer's words on held-out forge-twohop questions, mean, by HotpotQA's own rule"
+    ),
     "peak_memory_bytes": Metric(unit="bytes", definition="largest resident set of the worker process so far"),
     "seconds_left": Metric(
         unit="s", definition="optimizer steps left times the time per step since the progress event before"

@@ -17,8 +17,8 @@ from cognateforge.exchange.v1 import model_pb2_grpc, resource_pb2_grpc
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
-from training_common.data_dir import DataDirLock
 from training_common.engines.local import LocalEngine
+from training_common.folder_lock import FolderLock
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
@@ -34,8 +34,8 @@ SERVICES = (*TRAINING, *EXCHANGE)
 
 def build(settings: CognateSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
-    lock = DataDirLock(settings.data_dir)
     server = create_server(settings, SERVICES)
+    lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training_common.folder_lock import holder
+from training_common.rpc.address import require_free
+
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
@@ -45,12 +48,13 @@ class Services:
         """Start a service, again if it has ended, and return it once it serves.
 
         name: the package of the service, for instance "cognate_server".
-        Errors: RuntimeError, with the end of its log.
+        Errors: RuntimeError, with the end of its log; also for an address or a folder that is in use.
         """
         folder = self.folder / name.removesuffix("_server")
+        self._require_free(name, address)
         folder.mkdir(parents=True, exist_ok=True)
-        # The starter's own file: another starter may have a server running on the same folder.
-        log, address_file = folder / "server.log", folder / f"address.{os.getpid()}"
+        log, address_file = folder / "server.log", folder / "address"
+        address_file.unlink(missing_ok=True)
         values = {"ADDRESS": address, "DATA_DIR": str(folder), **settings}
         environment = {**os.environ, **{f"{name.upper()}_{key}": value for key, value in values.items()}}
         with log.open("ab") as output:
@@ -67,7 +71,7 @@ class Services:
         while not address_file.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                end = "\n".join(log.read_text().splitlines()[-3:])
+                end = "\n".join(log.read_text().splitlines()[-5:])
                 raise RuntimeError(f"{name} did not start; the end of {log}:\n{end}")
             time.sleep(0.05)
         service = Service(name, process, address_file.read_text(), log)
@@ -75,12 +79,26 @@ class Services:
         return service
 
     def start_both(self, *, cognate: str, agent: str) -> tuple[Service, Service]:
-        """Start Cognate, then the agent service that is told where Cognate is. FORGE_DATA names a folder of data."""
+        """Start Cognate, then the agent service that is told where Cognate is. FORGE_DATA names a folder of data.
+
+        Errors: RuntimeError, also for a FORGE_DATA that is no folder.
+        """
         folder = os.environ.get("FORGE_DATA", "")
+        if folder and not Path(folder).is_dir():
+            raise RuntimeError(f"FORGE_DATA: {folder} is no folder; correct the path, or unset it for generated data")
+        # Both before the first is started, so that a second starter leaves nothing behind.
+        for name, address in (("cognate_server", cognate), ("agent_server", agent)):
+            self._require_free(name, address)
         data = {"DATA__FOLDER": str(Path(folder).resolve())} if folder else {}
         first = self.start("cognate_server", address=cognate, settings=data)
         second = self.start("agent_server", address=agent, settings={**data, "COGNATE__ADDRESS": first.address})
         return first, second
+
+    def _require_free(self, name: str, address: str) -> None:
+        require_free(address)
+        folder = self.folder / name.removesuffix("_server")
+        if pid := holder(folder):
+            raise RuntimeError(f"{folder} is in use by process {pid}: stop it, or use another folder")
 
     def stop(self) -> None:
         """Drain what runs, the last started first."""

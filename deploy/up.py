@@ -16,7 +16,7 @@ COGNATE, AGENT = "127.0.0.1:7101", "127.0.0.1:7102"
 
 def main() -> int:
     """Start, say where, wait, drain."""
-    console = Console()
+    console = Console(soft_wrap=True)
     stop = threading.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: stop.set())
@@ -24,7 +24,7 @@ def main() -> int:
     try:
         services.start_both(cognate=COGNATE, agent=AGENT)
     except RuntimeError as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red", markup=False)
         services.stop()
         return 1
     for service in services.running:

@@ -9,6 +9,7 @@ import pytest
 
 from agent_server.settings import AgentSettings
 from cognate_server.settings import CognateSettings
+from deploy.services import Services
 from training_common.rpc.policy import role_names
 from training_common.rpc.server import create_server
 from training_common.settings import ServiceSettings, SettingsError, is_local_address, load
@@ -51,6 +52,7 @@ def test_a_wrong_key_of_the_file_is_named(tmp_path: Path, toml: str, named: str)
     with pytest.raises(SettingsError) as caught:
         settings(tmp_path, toml)
     assert named in str(caught.value)
+    assert "Value error" not in str(caught.value)
     assert str(tmp_path / "settings.toml") in str(caught.value)
 
 
@@ -179,6 +181,23 @@ def test_a_role_that_the_contract_lacks_is_named(tmp_path: Path) -> None:
     assert ServiceSettings(address="unix:x", data_dir=tmp_path).security.local_roles == role_names()
 
 
+def test_a_data_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A mistyped folder would otherwise be a server without data. A worker that runs already goes on without it."""
+    wrong = settings(tmp_path, DATA__FOLDER=str(tmp_path / "gone"))
+    with pytest.raises(SettingsError, match=r"data\.folder: .*/gone is no folder; correct the path, create it, or"):
+        create_server(wrong, [])
+    with pytest.raises(SettingsError, match=r"data\.folder: .* is no folder"):
+        create_server(settings(tmp_path, DATA__FOLDER=str(tmp_path / "settings.toml")), [])
+
+
+def test_the_starter_refuses_a_data_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make up` and `make demo` name their own variable, and start nothing."""
+    monkeypatch.setenv("FORGE_DATA", str(tmp_path / "gone"))
+    with pytest.raises(RuntimeError, match=r"FORGE_DATA: .*/gone is no folder"):
+        Services(tmp_path / "var").start_both(cognate="127.0.0.1:0", agent="127.0.0.1:0")
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_a_server_with_wrong_settings_says_so_and_does_not_start(tmp_path: Path) -> None:
     """Exit status 2 and one line for people; no folder, no database, no address file."""
     environment = {
@@ -198,10 +217,3 @@ def test_a_server_with_wrong_settings_says_so_and_does_not_start(tmp_path: Path)
     assert "agent_server: settings from defaults and AGENT_SERVER_*: workers.slot: unknown key" in done.stderr
     assert "Traceback" not in done.stderr
     assert [] == list(tmp_path.iterdir())
-
-
-def test_a_data_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """A misspelt folder must not end in generated problems."""
-    environment = {"COGNATE_SERVER_DATA__FOLDER": str(tmp_path / "gone")}
-    with pytest.raises(SettingsError, match=r"data\.folder: .*/gone is not a folder; name one that is there"):
-        load(CognateSettings, file=None, environment=environment, prefix="COGNATE_SERVER_")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from training_common import logs
-from training_common.rpc.server import AddressInUseError, RunningServer, serve_until_signal
+from training_common.rpc.server import RunningServer, serve_until_signal
 from training_common.settings import ServiceSettings, SettingsError
 
 S = TypeVar("S", bound=ServiceSettings)
@@ -42,7 +42,7 @@ def main(
         asyncio.run(serve())
     except SettingsError as error:
         sys.exit(_complain(f"{name}: {error}", status=2))
-    except AddressInUseError as error:
+    except RuntimeError as error:  # gRPC's own, when it cannot bind
         sys.exit(_complain(f"{name}: {error}", status=1))
 
 

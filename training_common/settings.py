@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _SEPARATOR = "__"
 S = TypeVar("S", bound="ServiceSettings")
@@ -47,14 +47,6 @@ class DataSettings(Section):
 
     folder: Path | None = Field(default=None, description="folder with data sets")
     hub: bool = Field(default=False, description="whether sets may be loaded from the hub through `datasets`")
-
-    @field_validator("folder")
-    @classmethod
-    def _folder_is_there(cls, folder: Path | None) -> Path | None:
-        # Without this, a misspelt folder would be told by nothing but generated problems in place of real rows.
-        if folder is not None and not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; name one that is there, or leave the key out")
-        return folder
 
 
 class SecuritySettings(Section):
@@ -113,6 +105,16 @@ def is_local_address(address: str) -> bool:
         return False
 
 
+def require_data_folder(settings: ServiceSettings) -> None:
+    """Refuse a data folder that is not there: a mistyped one would otherwise look like a server without data.
+
+    Errors: SettingsError.
+    """
+    folder = settings.data.folder
+    if folder is not None and not folder.is_dir():
+        raise SettingsError(f"data.folder: {folder} is no folder; correct the path, create it, or leave the key out")
+
+
 def load(cls: type[S], *, file: Path | None, environment: Mapping[str, str] | None = None, prefix: str) -> S:
     """Read settings from `file` and from the variables that start with `prefix`.
 
@@ -133,16 +135,17 @@ def load(cls: type[S], *, file: Path | None, environment: Mapping[str, str] | No
     try:
         return cls.model_validate(values, strict=False)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {_for_people(item['type'], item['msg'])}"
-            for item in error.errors(include_url=False)
-        ]
+        lines = [_told(item["type"], item["loc"], item["msg"]) for item in error.errors(include_url=False)]
         raise SettingsError(f"settings from {file or 'defaults'} and {prefix}*: " + "; ".join(lines)) from error
 
 
-def _for_people(kind: str, message: str) -> str:
-    """Return a validator's message without the words that only its authors know."""
-    return "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
+def _told(kind: str, place: tuple[int | str, ...], message: str) -> str:
+    """Return what is wrong with a key, in words of settings and not of pydantic's."""
+    key = ".".join(str(part) for part in place)
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key"
+    text = message.removeprefix("Value error, ")
+    return f"{key}: {text}" if key else text
 
 
 def _place(values: dict[str, Any], path: list[str], text: str) -> bool:

@@ -123,9 +123,9 @@ class AgentArchitectureFactory:
             return self._architectures[name]
         known = ", ".join(self.architectures) or "none"
         broken = "".join(f"; its plugin failed: {p.reason}" for p in self.problems if p.name == name)
-        message = f"no agent architecture {name!r} is installed, there is: {known}{broken}"
+        description = f"no agent architecture {name!r} is installed, there is: {known}{broken}"
         raise ArchitectureNotFoundError(
-            message, violations=[FieldViolation(field="plan.architecture", description=message)]
+            description, violations=[FieldViolation(field="architecture", description=description)]
         )
 
 

@@ -35,8 +35,6 @@ _SPLITS = {
     "dev": "validation", "test": "test",
 }  # fmt: skip
 _SPLIT_ORDER = ("test", "validation", "train")
-# The field that names files, within its message of the contract.
-_PATH_FIELD = "path"
 _FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 Example = tuple[str, int]
@@ -197,13 +195,13 @@ class AgentDataProcessor:
         raise _unavailable(f"the data folder has no {quote(path)} with rows; add the file or use generated rows")
 
 
-def _unavailable(message: str) -> DataUnavailableError:
-    return DataUnavailableError(message, violations=[FieldViolation(field=_PATH_FIELD, description=message)])
+def _unavailable(description: str) -> DataUnavailableError:
+    return DataUnavailableError(description, violations=[FieldViolation(field="path", description=description)])
 
 
 def _leads_out(path: str) -> InvalidFieldError:
     description = f"{quote(path)} leads out of the data folder"
-    return InvalidFieldError(description, violations=[FieldViolation(field=_PATH_FIELD, description=description)])
+    return InvalidFieldError(description, violations=[FieldViolation(field="path", description=description)])
 
 
 def _set_name(path: str) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import sqlalchemy as sa
 
+from agent_server import foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.plan import require_feasible, with_defaults
 from agent_server.rpc import convert
+from agent_server.settings import CognateEndpoint
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
-from cognateforge.exceptions import NotImplementedByServerError
+from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.store import JobRow
 from training_common.rpc.interceptor import current_caller
@@ -28,20 +31,25 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         *,
         factory: AgentArchitectureFactory,
         data: DataSettings,
+        cognate: CognateEndpoint,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
         self._factory = factory
         self._data = data
+        self._cognate = cognate
         self._info = info
 
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan = with_defaults(request.plan)
         caller = current_caller().name
+        refused = await asyncio.to_thread(self._ask_cognate, plan)
 
         def submit(connection: sa.Connection) -> JobRow:
             # Not before: a repeated start is answered as the first time, even when the data is gone by now.
             require_feasible(plan, self._factory, self._data)
+            if refused is not None:
+                raise refused
             return self._jobs.store.submit(
                 connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
             )
@@ -53,6 +61,17 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
             lambda job: pb.StartTrainingResponse(job=job),
         )
         return pb.StartTrainingResponse.FromString(answer)
+
+    def _ask_cognate(self, plan: pb.TrainingPlan) -> PreconditionError | None:
+        architecture = self._factory.architectures.get(plan.architecture)
+        if architecture is None:
+            return None
+        return foundation.refusal(
+            self._cognate,
+            plan.foundation.name,
+            accept_experimental=plan.foundation.accept_experimental,
+            required=architecture.required_architecture,
+        )
 
     async def EvaluateAgent(self, request: pb.EvaluateAgentRequest, context: Context) -> Any:
         raise NotImplementedByServerError(

@@ -9,7 +9,8 @@
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
-    │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError
+    │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
+    │                                  FoundationNotFoundError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -30,7 +31,7 @@ from typing import ClassVar, cast
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -82,6 +83,13 @@ class ForgeError(Exception):
     def reason_name(cls) -> str:
         """Return the reason as it travels in ErrorInfo, without its prefix."""
         return Reason.Name(cls.reason).removeprefix("REASON_")
+
+    @classmethod
+    def status_name(cls) -> str:
+        """Return the gRPC status, for instance "NOT_FOUND"; "" for a class that is no server's answer."""
+        if cls.reason:
+            return str(code_pb2.Code.Name(cls.info().code))
+        return next((code.name for code, other in _BY_CODE.items() if other is cls), "")
 
     @property
     def retryable(self) -> bool:
@@ -239,6 +247,12 @@ class IntegrityCheckFailedError(PreconditionError):
     reason = Reason.REASON_INTEGRITY_CHECK_FAILED
 
 
+class FoundationNotFoundError(PreconditionError):
+    """Cognate has no such foundation model, so no agent can be made of it."""
+
+    reason = Reason.REASON_FOUNDATION_NOT_FOUND
+
+
 class NotImplementedByServerError(ForgeError):
     """Part of the contract that this release does not serve yet."""
 
@@ -324,7 +338,12 @@ _BY_CODE: Mapping[grpc.StatusCode, type[ForgeError]] = {
 }
 
 
-def _pack(message: Message) -> any_pb2.Any:
+def _pack(
+    message: error_details_pb2.ErrorInfo
+    | error_details_pb2.BadRequest
+    | error_details_pb2.PreconditionFailure
+    | error_details_pb2.RequestInfo,
+) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed
@@ -347,30 +366,40 @@ def _fitting(text: str) -> str:
 
 
 def to_status(error: ForgeError, *, request_id: str = "") -> status_pb2.Status:
-    """Return the google.rpc.Status of an error: ErrorInfo always, and what names the fields where there are any.
+    """Return the google.rpc.Status of an error: ErrorInfo always, BadRequest or PreconditionFailure for its fields.
 
     That is PreconditionFailure for a PreconditionError, with the field as its subject, and BadRequest for all others.
     Message and violations are cut to what a status can carry.
     """
     details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason_name(), domain=DOMAIN, metadata=error.metadata))]
     if error.violations:
-        details.append(_pack(_named_fields(error)))
+        details.append(_pack(_preconditions(error) if isinstance(error, PreconditionError) else _bad_fields(error)))
     if request_id:
         details.append(_pack(error_details_pb2.RequestInfo(request_id=request_id)))
     code = error.info().code or code_pb2.INTERNAL
     return status_pb2.Status(code=code, message=_fitting(error.message), details=details)
 
 
-def _named_fields(error: ForgeError) -> error_details_pb2.PreconditionFailure | error_details_pb2.BadRequest:
-    failed, bad = error_details_pb2.PreconditionFailure(), error_details_pb2.BadRequest()
+def _bad_fields(error: ForgeError) -> error_details_pb2.BadRequest:
+    bad = error_details_pb2.BadRequest()
     for violation in error.violations:
-        description = _printable(violation.description[:500])
-        failed.violations.add(type=error.reason_name(), subject=violation.field, description=description)
-        bad.field_violations.add(field=violation.field, description=description)
-        if max(failed.ByteSize(), bad.ByteSize()) > _VIOLATIONS_BYTES:
-            del failed.violations[-1], bad.field_violations[-1]
+        bad.field_violations.add(field=violation.field, description=_printable(violation.description[:500]))
+        if bad.ByteSize() > _VIOLATIONS_BYTES:
+            del bad.field_violations[-1]
             break
-    return failed if isinstance(error, PreconditionError) else bad
+    return bad
+
+
+def _preconditions(error: PreconditionError) -> error_details_pb2.PreconditionFailure:
+    failure = error_details_pb2.PreconditionFailure()
+    for violation in error.violations:
+        failure.violations.add(
+            type=error.reason_name(), subject=violation.field, description=_printable(violation.description[:500])
+        )
+        if failure.ByteSize() > _VIOLATIONS_BYTES:
+            del failure.violations[-1]
+            break
+    return failure
 
 
 def from_rpc_error(error: grpc.RpcError) -> ForgeError:
@@ -378,18 +407,14 @@ def from_rpc_error(error: grpc.RpcError) -> ForgeError:
     code, message = error.code(), error.details() or error.code().name
     cls, violations, metadata, request_id = _class_of_code(code, message), [], {}, ""
     for detail in _details(error):
-        info, bad, failed, request = (
-            error_details_pb2.ErrorInfo(),
-            error_details_pb2.BadRequest(),
-            error_details_pb2.PreconditionFailure(),
-            error_details_pb2.RequestInfo(),
-        )
+        info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
+        bad, unmet = error_details_pb2.BadRequest(), error_details_pb2.PreconditionFailure()
         if detail.Unpack(info) and info.domain == DOMAIN:
             cls, metadata = BY_REASON.get(info.reason, cls), dict(info.metadata)
         elif detail.Unpack(bad):
             violations = [FieldViolation(field=v.field, description=v.description) for v in bad.field_violations]
-        elif detail.Unpack(failed):
-            violations = [FieldViolation(field=v.subject, description=v.description) for v in failed.violations]
+        elif detail.Unpack(unmet):
+            violations = [FieldViolation(field=v.subject, description=v.description) for v in unmet.violations]
         elif detail.Unpack(request):
             request_id = request.request_id
     return cls(message, violations=violations, metadata=metadata, request_id=request_id)

@@ -168,17 +168,25 @@ def require_available(shares: Sequence[DatasetShare], settings: SourceSettings) 
 
     Only looks for files and modules: whether the hub answers shows when the job starts.
 
-    Errors: DataUnavailableError.
+    Errors: DataUnavailableError, naming every such set by its place in the plan.
     """
-    for place, share in enumerate(shares):
-        field = f"plan.datasets[{place}].dataset"
-        if share.dataset.generated or _find(share.dataset, settings.folder):
-            continue
-        if not settings.hub:
-            raise _unavailable(share.dataset, settings, field)
-        if importlib.util.find_spec("datasets") is None:
-            message = "the hub is allowed, but the package `datasets` is not installed on the server"
-            raise DataUnavailableError(message, violations=[FieldViolation(field=field, description=message)])
+    violations = [
+        FieldViolation(field=f"plan.datasets[{position}].dataset", description=reason)
+        for position, share in enumerate(shares)
+        if (reason := _why_unavailable(share.dataset, settings))
+    ]
+    if violations:
+        raise DataUnavailableError("; ".join(v.description for v in violations), violations=violations)
+
+
+def _why_unavailable(dataset: DatasetId, settings: SourceSettings) -> str:
+    if dataset.generated or _find(dataset, settings.folder):
+        return ""
+    if not settings.hub:
+        return _unavailable(dataset, settings).message
+    if importlib.util.find_spec("datasets") is None:
+        return f"the hub is allowed, but the package `datasets` is not installed, so {dataset} cannot be read"
+    return ""
 
 
 def _resolve_auto(real: DatasetId, generated: DatasetId, settings: SourceSettings) -> Source:

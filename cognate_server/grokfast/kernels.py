@@ -22,7 +22,7 @@ ZERO = np.float32(0)
 
 def _pointer_of(_context: Any, address: Any) -> Any:
     """Say how an address becomes a pointer to float32."""
-    signature = types.CPointer(types.float32)(address)  # type: ignore[no-untyped-call,unused-ignore]
+    signature = types.CPointer(types.float32)(address)  # type: ignore[no-untyped-call]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))

@@ -9,19 +9,21 @@ from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from grpc_status import rpc_status
 
 from agent_server.architectures.factory import FoundationRequirement
-from agent_server.foundation import Foundation, connect, fetch, holds
+from agent_server.foundation import Foundation, connect, fetch, holds, refusal
 from agent_server.settings import CognateEndpoint
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.client import CognateClient
 from cognateforge.exceptions import (
     ArtifactCorruptError,
     ForgeError,
+    FoundationNotFoundError,
     IncompatibleError,
     ModelExperimentalError,
     ModelNotFoundError,
@@ -194,6 +196,29 @@ def test_concurrent_workers_fetch_once(client: CognateClient, registry: Registry
         found = [future.result() for future in [pool.submit(work) for _ in range(3)]]
     assert len({foundation.path for foundation in found}) == 1
     assert registry.fetches == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "field"),
+    [
+        ({"name": "cognate-25m@9"}, FoundationNotFoundError, "plan.foundation.name"),
+        ({}, ModelExperimentalError, "plan.foundation.accept_experimental"),
+        (
+            {"accept_experimental": True, "required": FoundationRequirement(name="cognate_v2")},
+            IncompatibleError,
+            "plan.foundation.name",
+        ),
+        ({"accept_experimental": True}, type(None), ""),
+    ],
+)
+def test_a_plan_is_refused_with_its_field(
+    client: CognateClient, registry: Registry, changes: dict[str, Any], kind: type, field: str
+) -> None:
+    """FAILED_PRECONDITION at the submission instead of a job that fails a moment later."""
+    registry.publish(3, pb.MODEL_STATE_EXPERIMENTAL)
+    asked: dict[str, Any] = {"name": "cognate-25m@3", "accept_experimental": False, "required": REQUIRED} | changes
+    answer = refusal(CognateEndpoint(address=client.addresses[0], ask_within_s=10.0), **asked)
+    assert (kind, [field] if field else []) == (type(answer), [v.field for v in answer.violations] if answer else [])
 
 
 def test_experimental_models_need_a_yes(client: CognateClient, registry: Registry, tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ class FakeModels(model_pb2_grpc.ModelServiceServicer):
             state=model_pb2.MODEL_STATE_EXPERIMENTAL,
             digest=self.artifact.digest,
             size_bytes=len(self.artifact.payload),
+            checks=[artifact_pb2.Check(name="loss_is_finite", passed=True), artifact_pb2.Check(name="memory_helps")],
         )
 
     def _known(self, name: str, context: grpc.ServicerContext) -> None:

@@ -11,11 +11,17 @@ from typing import Any
 
 import grpc
 import pytest
+import typer
+from google.protobuf.descriptor import Descriptor
+from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
 from cognateforge import exceptions
+from cognateforge.agent.v1 import training_pb2
+from cognateforge.cli import errors
 from cognateforge.cli.app import app
 from cognateforge.cli.exits import MEANING, Exit, exit_for
+from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.job.v1 import job_pb2
 from tests.client.fakes import AGENT_JOB, JOB, Fake, progress_events
 
@@ -100,6 +106,21 @@ def test_pretrain_watch_ends_with_the_result(forge: Forge) -> None:
     result = forge("pretrain", "--steps", "20", "--watch")
     assert (result.exit_code, result.stdout) == (0, f"{JOB} SUCCEEDED cognate-25m@7\n")
     assert re.search(r"step \d+/20 loss [\d.]+ ponder 2.5", result.stderr)
+    assert "cognate-25m@7 is EXPERIMENTAL; checks that failed: memory_helps\n" in result.stderr
+
+
+def test_a_log_of_a_watch_has_every_validation_and_no_bare_step(forge: Forge, fake: Fake) -> None:
+    """Numbers that a line has no room for make no line, even at the last step."""
+    rows = [(10, "validation_loss", 3.25), (20, "validation_loss", 3.0), (20, "validation_loss_memory_off", 3.5)]
+    fake.history.events = [
+        job_pb2.JobEvent(
+            sequence=number,
+            progress=job_pb2.Progress(step=step, total_steps=20, metrics=[job_pb2.Metric(name=name, value=value)]),
+        )
+        for number, (step, name, value) in enumerate(rows, start=1)
+    ]
+    steps = [line for line in forge("watch", JOB).stderr.splitlines() if line.startswith("step")]
+    assert ["step 10/20 validation loss 3.25", "step 20/20 validation loss 3"] == steps
 
 
 def test_a_live_bar_can_be_forced(forge: Forge) -> None:
@@ -230,6 +251,7 @@ def test_models_agents_and_aliases(forge: Forge, fake: Fake) -> None:
     assert "production is intent-router@3" in forge("alias", "intent-router@3", "production").stderr
     assert fake.script.calls[-1].request.alias == "production"
     assert forge("model", "gpt").exit_code == 3
+    assert "error: no model nothing; no agent nothing\n" in forge("fetch", "nothing", "--out", "x").stderr
 
 
 @pytest.mark.parametrize(
@@ -255,15 +277,22 @@ def test_status_shows_both_services(forge: Forge) -> None:
     cognate, agent = forge.json("status")
     assert cognate["health"] == agent["health"] == "SERVING"
     assert (cognate["version"], cognate["capabilities"], cognate["breaker"]) == ("9.9", ["generated-data"], "closed")
+    assert "  capabilities generated-data  breaker closed\n" in forge("status").stdout
 
 
 def test_a_service_that_is_away_is_exit_code_4(fake: Fake) -> None:
-    """And what can be told is told."""
+    """And what can be told is told, of each service."""
     address = fake.address
     fake.stop()
+    lines = Forge(address)("status").stderr.splitlines()
+    assert [["cognate:", "error"], ["agent:", "error"]] == [
+        [name, error.partition(":")[0]] for name, error in zip(lines[::2], lines[1::2], strict=True)
+    ]
     result = Forge(address)("status", "--json")
     assert result.exit_code == 4
     assert [json.loads(line)["health"] for line in result.stdout.splitlines()] == ["UNREACHABLE"] * 2
+    errors_told = [json.loads(line) for line in result.stderr.splitlines()]
+    assert [("cognate", "UNAVAILABLE"), ("agent", "UNAVAILABLE")] == [(e["service"], e["code"]) for e in errors_told]
     assert Forge(address)("jobs").exit_code == 4
     assert Forge(address)("job", JOB).exit_code == 4
 
@@ -292,7 +321,7 @@ def test_not_found_is_certain_only_when_both_services_could_tell(fake: Fake) -> 
 def test_errors_are_told_without_a_traceback(
     forge: Forge, fake: Fake, failure: exceptions.ForgeError | grpc.StatusCode, code: int
 ) -> None:
-    """One line, the violations, the request id."""
+    """One line, the violations, the call's id."""
     if isinstance(failure, exceptions.ForgeError):
         failure.violations = (exceptions.FieldViolation(field="plan.steps", description="must be positive"),)
     fake.script.always = failure
@@ -302,7 +331,99 @@ def test_errors_are_told_without_a_traceback(
     assert result.stderr.startswith("error: ")
     if isinstance(failure, exceptions.ForgeError):
         assert "\n  plan.steps: must be positive\n" in result.stderr
-        assert "call id: request-7" in result.stderr
+        assert "  call id: request-7\n" in result.stderr
+
+
+def test_what_a_message_says_is_not_said_twice(forge: Forge, fake: Fake) -> None:
+    """A field's line brings the option that sets it, or is left out."""
+    told = "plan.total_steps: must be at least 1; plan.tokens: must be 7"
+    fake.script.always = exceptions.InvalidFieldError(
+        told,
+        violations=[
+            exceptions.FieldViolation(field="plan.total_steps", description="must be at least 1"),
+            exceptions.FieldViolation(field="plan.tokens", description="must be 7"),
+        ],
+    )
+    lines = forge("pretrain", "--steps", "-4").stderr.splitlines()
+    assert [f"error: {told}", "  plan.total_steps (--steps)", "  call id: request-7"] == lines
+
+
+def test_every_option_of_a_field_exists() -> None:
+    """A command has the option, and the plan it fills has the field."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    options = {name for one in command.commands.values() for param in one.params for name in param.opts}
+    for field in [*errors._OPTIONS, *errors._SAME_NAME]:
+        assert errors.option_for(field) in options, field
+        if field.startswith("plan."):
+            plans = (pretraining_pb2.PretrainingPlan.DESCRIPTOR, training_pb2.TrainingPlan.DESCRIPTOR)
+            assert any(has_field(plan, field.split(".")[1:]) for plan in plans), field
+    assert "--dataset" == errors.option_for("plan.datasets[2].weight")
+
+
+def has_field(message: Descriptor, path: list[str]) -> bool:
+    field = message.fields_by_name.get(path[0])
+    if field is None or len(path) == 1:
+        return field is not None
+    return field.message_type is not None and has_field(field.message_type, path[1:])
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (
+            exceptions.ArchitectureNotFoundError(
+                "no resnet", violations=[exceptions.FieldViolation(field="plan.architecture", description="no resnet")]
+            ),
+            {
+                "code": "FAILED_PRECONDITION",
+                "reason": "ARCHITECTURE_NOT_FOUND",
+                "message": "no resnet",
+                "fields": [
+                    {"field": "plan.architecture", "option": "--architecture", "description": "no resnet"},
+                ],
+                "call_id": "request-7",
+            },
+        ),
+        (
+            grpc.StatusCode.PERMISSION_DENIED,
+            {"code": "PERMISSION_DENIED", "reason": "", "message": "no details", "fields": [], "call_id": ""},
+        ),
+    ],
+)
+def test_errors_as_json_are_one_object(
+    forge: Forge, fake: Fake, failure: exceptions.ForgeError | grpc.StatusCode, told: dict[str, Any]
+) -> None:
+    """On stderr, so that stdout has results alone."""
+    fake.script.always = failure
+    result = forge("pretrain", "--steps", "1", "--json")
+    assert ("", told) == (result.stdout, json.loads(result.stderr))
+
+
+def test_a_failed_job_as_json_is_one_object(forge: Forge, fake: Fake) -> None:
+    """Its end frame is a result, its failure an error."""
+    failure = job_pb2.Failure(reason="TRAINING_DIVERGED", message="loss is nan at step 12")
+    fake.history.end = job_pb2.End(state=job_pb2.JOB_STATE_FAILED, failure=failure)
+    told = json.loads(forge("watch", JOB, "--json").stderr)
+    assert ("TRAINING_DIVERGED", "loss is nan at step 12") == (told["reason"], told["message"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("watch", "nonsense"), "give jobs/UUID or the UUID"),
+        (("cancel", "jobs/7"), "give jobs/UUID or the UUID"),
+        (("model", "GPT"), "is no name"),
+        (("fetch", "a@b@c", "--out", "x"), "is no name"),
+    ],
+)
+def test_what_can_be_no_name_is_told_in_words(forge: Forge, fake: Fake, words: tuple[str, ...], told: str) -> None:
+    """A usage error without a pattern, and no call."""
+    result = forge(*words)
+    assert 2 == result.exit_code
+    assert told in " ".join(result.stderr.replace("│", " ").split())
+    assert "^" not in result.stderr
+    assert [] == fake.script.calls
 
 
 def test_a_deadline_is_exit_code_6(forge: Forge, fake: Fake) -> None:
@@ -331,5 +452,12 @@ def test_ctrl_c_leaves_the_job_alone(forge: Forge, monkeypatch: pytest.MonkeyPat
 
 
 def test_version(forge: Forge) -> None:
-    """The distribution's."""
+    """The distribution's, as a command and as the usual option."""
     assert forge.json("version") == [{"version": forge("version").stdout.strip()}]
+    assert forge("--version").stdout == f"forge {forge('version').stdout}"
+
+
+@pytest.mark.parametrize("words", [(), ("train",)])
+def test_help_has_its_short_name(forge: Forge, words: tuple[str, ...]) -> None:
+    """-h is --help, of the program and of a command."""
+    assert forge(*words, "-h").stdout == forge(*words, "--help").stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 
 from cognateforge import exceptions
 from cognateforge.client import CallBreaker
@@ -32,6 +33,22 @@ async def test_every_reason_crosses_the_wire_as_its_class(kind: str, reason: str
             assert (violation,) == caught.value.violations
             assert caught.value.metadata == {"job": "jobs/7"}
             assert caught.value.request_id == "request-7"
+
+
+def test_an_unmet_precondition_names_its_field_as_google_rpc_does() -> None:
+    """FAILED_PRECONDITION has PreconditionFailure with the reason as type, and no BadRequest; other errors reversed."""
+    violation = exceptions.FieldViolation(field="plan.architecture", description="not installed")
+    failure, bad = error_details_pb2.PreconditionFailure(), error_details_pb2.BadRequest()
+    unmet = exceptions.to_status(exceptions.ArchitectureNotFoundError("x", violations=[violation])).details
+    assert (True, False) == (unmet[1].Unpack(failure), unmet[1].Unpack(bad))
+    told = failure.violations[0]
+    assert ("ARCHITECTURE_NOT_FOUND", "plan.architecture", "not installed") == (
+        told.type,
+        told.subject,
+        told.description,
+    )
+    wrong = exceptions.to_status(exceptions.InvalidFieldError("x", violations=[violation])).details
+    assert (False, True) == (wrong[1].Unpack(failure), wrong[1].Unpack(bad))
 
 
 @pytest.mark.parametrize(

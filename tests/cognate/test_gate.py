@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cognate_server.construct import CognateModelConstructor
+from cognate_server.evaluation import ReasoningScore
 from cognate_server.gate import CheckKind, Verdict, judge
 from cognate_server.precision import Precision
 from cognate_server.trainer import PretrainResult
@@ -103,3 +104,16 @@ def test_weights_that_are_not_finite_are_refused(result: PretrainResult) -> None
     report = judge(result, expected_parameters=count_parameters(TINY))
     assert report.verdict is Verdict.REFUSED
     assert [(check.name, check.value) for check in report.failed] == [("weights_not_finite", 2)]
+
+
+@pytest.mark.parametrize(
+    ("exact_match", "failed"), [(0.3, []), (0.25, ["hotpotqa_exact_match"]), (0.0, ["hotpotqa_exact_match"])]
+)
+def test_reasoning_must_be_better_than_one_constant_answer(
+    result: PretrainResult, exact_match: float, failed: list[str]
+) -> None:
+    """A score at the floor says nothing, and the model is EXPERIMENTAL."""
+    reasoning = [ReasoningScore(source="hotpotqa", problems=20, exact_match=exact_match, f1=0.4, floor=0.25)]
+    report = judge(result, reasoning, expected_parameters=count_parameters(TINY))
+    assert failed == [check.name for check in report.failed]
+    assert (Verdict.EXPERIMENTAL if failed else Verdict.READY) is report.verdict

@@ -56,6 +56,17 @@ def test_every_step_equals_the_forward_pass_on_its_prefix(
         assert len(counted) > 1, "tokens that halt at different steps must be among them"
 
 
+@torch.no_grad()
+def test_rows_go_on_from_a_memory() -> None:
+    """What an earlier sequence left is read from the first token on."""
+    model, (before, prompt) = make_model().double(), prompts_of(24, 5)
+    memory = model(torch.tensor([before])).memory
+    [found] = generate(model, [prompt], max_new_tokens=12, memory=memory)
+    expected = model.logits(model(torch.tensor([[*prompt, *found.tokens]]), memory=memory).hidden_BTD)
+    assert expected[0, len(prompt) - 1 : -1].argmax(-1).tolist() == list(found.tokens)
+    assert found != generate(model, [prompt], max_new_tokens=12)[0]
+
+
 def test_a_row_ends_at_its_stop_token_and_the_others_go_on() -> None:
     """What a row says does not depend on which others are still there."""
     model, prompts = make_model(), prompts_of(*LENGTHS)

@@ -17,6 +17,7 @@ from cognateforge.exceptions import (
     ArchitectureNotFoundError,
     ArtifactCorruptError,
     DataUnavailableError,
+    FoundationNotFoundError,
     InvalidFieldError,
     InvalidPageTokenError,
     NotImplementedByServerError,
@@ -26,7 +27,7 @@ from cognateforge.exceptions import (
     UnknownFieldError,
 )
 from cognateforge.job.v1 import job_pb2
-from tests.support.servers import running_agent
+from tests.support.servers import running_agent, running_cognate
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.jobs.states import JobState
@@ -181,6 +182,13 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
     assert 0 == await jobs_stored(agents)
 
 
+async def test_a_warm_up_that_was_left_out_is_not_blamed(agents: AsyncAgentClient) -> None:
+    """Negative steps are below no warm-up that was given."""
+    with pytest.raises(InvalidFieldError) as caught:
+        await agents.training.StartTraining(start(total_steps=-4))
+    assert ["plan.total_steps"] == [violation.field for violation in caught.value.violations]
+
+
 def grokfast_on(path: str) -> pb.StartTrainingRequest:
     """Return a request whose message at `path` carries a field that the contract reserves."""
     request = start()
@@ -225,15 +233,20 @@ async def test_a_task_that_the_architecture_does_not_serve_is_refused(
     agents: AsyncAgentClient, task: dict[str, Any]
 ) -> None:
     """UNIMPLEMENTED before a row is written, never a job that fails later."""
-    with pytest.raises(NotImplementedByServerError, match=rf"plan\.{next(iter(task))}: .* it serves classification"):
+    with pytest.raises(
+        NotImplementedByServerError, match=rf"plan\.{next(iter(task))}: .* it serves classification"
+    ) as caught:
         await agents.training.StartTraining(start(classification=None, **task))
+    assert [f"plan.{next(iter(task))}"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
 
 
 async def test_without_a_data_folder_no_file_is_found(agents: AsyncAgentClient) -> None:
     """The error says what to do instead."""
-    with pytest.raises(DataUnavailableError, match=r"no data folder is set on this server.*use generated rows"):
+    told = r"no data folder is set on this server.*use generated rows"
+    with pytest.raises(DataUnavailableError, match=told) as caught:
         await agents.training.StartTraining(start(**from_file("rows.jsonl")))
+    assert ["plan.classification.file.path"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
 
 
@@ -254,6 +267,29 @@ async def test_files_are_looked_for_inside_the_data_folder_only(tmp_path: Path) 
         assert ["plan.classification.file.path"] == [violation.field for violation in caught.value.violations]
         assert 0 == await jobs_stored(agents)
         await agents.training.StartTraining(start(**from_file("here.jsonl")))
+        assert 1 == await jobs_stored(agents)
+
+
+async def test_a_foundation_that_cognate_does_not_have_is_refused_while_it_answers(tmp_path: Path) -> None:
+    """With Cognate away the job waits for it; the same request later has its first answer, whatever Cognate says."""
+    request = start(foundation=pb.FoundationBase(name="cognate-25m@99"))
+    away = {"address": f"unix:{tmp_path / 'nowhere'}", "ask_within_s": 1.0}
+    async with (
+        running_agent(tmp_path / "agent", cognate=away) as server,
+        AsyncAgentClient(server.address) as agents,
+    ):
+        first = await agents.training.StartTraining(request)
+        assert job_pb2.JOB_STATE_QUEUED == first.job.job.state
+    async with (
+        running_cognate(tmp_path / "cognate") as cognate,
+        running_agent(tmp_path / "agent", cognate={"address": cognate.address, "ask_within_s": 10.0}) as server,
+        AsyncAgentClient(server.address) as agents,
+    ):
+        assert first == await agents.training.StartTraining(request)
+        request.request_id = new_id()
+        with pytest.raises(FoundationNotFoundError, match="cognate-25m@99") as caught:
+            await agents.training.StartTraining(request)
+        assert ["plan.foundation.name"] == [violation.field for violation in caught.value.violations]
         assert 1 == await jobs_stored(agents)
 
 

@@ -118,12 +118,24 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
     assert 0 == await jobs_stored(cognate)
 
 
+@pytest.mark.parametrize("curriculum", [None, pb.Curriculum()])
+async def test_what_was_left_out_is_not_blamed(cognate: AsyncCognateClient, curriculum: pb.Curriculum | None) -> None:
+    """Negative steps are below no warm-up and no curriculum that were given."""
+    with pytest.raises(InvalidFieldError) as caught:
+        await cognate.pretraining.StartPretraining(start(total_steps=-4, curriculum=curriculum))
+    assert ["plan.total_steps"] == [violation.field for violation in caught.value.violations]
+
+
 async def test_a_set_that_is_not_here_is_refused_at_the_start(cognate: AsyncCognateClient) -> None:
     """GSM8K by name means GSM8K: generated problems never take its place."""
-    generated, real = (pb.DatasetShare(dataset=kind, weight=1) for kind in (pb.DATASET_FORGE_TWOHOP, pb.DATASET_GSM8K))
+    shares = [
+        pb.DatasetShare(dataset=number, weight=1)
+        for number in (pb.DATASET_GSM8K, pb.DATASET_FORGE_TWOHOP, pb.DATASET_HOTPOTQA)
+    ]
     with pytest.raises(DataUnavailableError, match="gsm8k") as caught:
-        await cognate.pretraining.StartPretraining(start(datasets=[generated, real]))
-    assert ["plan.datasets[1].dataset"] == [violation.field for violation in caught.value.violations]
+        await cognate.pretraining.StartPretraining(start(datasets=shares))
+    named = [violation.field for violation in caught.value.violations]
+    assert ["plan.datasets[0].dataset", "plan.datasets[2].dataset"] == named
     assert 0 == await jobs_stored(cognate)
 
 
@@ -261,6 +273,7 @@ async def test_an_illegal_move_names_the_legal_ones(cognate: AsyncCognateClient)
     with pytest.raises(IllegalTransitionError) as caught:
         await cognate.pretraining.ResumeJob(pb.ResumeJobRequest(request_id=str(uuid.uuid4()), name=name))
     assert "CANCELLED, PAUSED, PREPARING" == caught.value.metadata["allowed"]
+    assert ["name"] == [violation.field for violation in caught.value.violations]
 
 
 async def test_what_is_not_served_says_so(cognate: AsyncCognateClient) -> None:

@@ -1,36 +1,81 @@
-"""What keeps a server from starting, and what it says then."""
+"""A server that cannot start says why in one line, and leaves the one that runs alone."""
 
+import asyncio
 import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
+from cognateforge.client import AsyncCognateClient
+from cognateforge.exchange.v1 import model_pb2
+from deploy.services import Services
 from tests.support.servers import running_agent, running_cognate
-from training_common.rpc.server import AddressInUseError
+from training_common.rpc.server import RunningServer
 from training_common.settings import SettingsError
 
+Running = Callable[..., AbstractAsyncContextManager[RunningServer]]
 
-async def test_two_servers_never_share_a_data_folder(tmp_path: Path) -> None:
-    """The second names the folder and who has it; when the first has stopped, the folder is free."""
-    async with running_cognate(tmp_path):
-        with pytest.raises(SettingsError, match=rf"data_dir {tmp_path} is in use .* process id {os.getpid()};"):
-            async with running_cognate(tmp_path):
+
+async def test_a_port_that_is_in_use_is_named_in_one_line(tmp_path: Path) -> None:
+    """Exit status 1, and nothing of gRPC's log or of what was not awaited."""
+    async with running_cognate(tmp_path / "first") as server:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cognate_server", "--address-file", str(tmp_path / "address")),
+            env={
+                **os.environ,
+                "COGNATE_SERVER_ADDRESS": server.address,
+                "COGNATE_SERVER_DATA_DIR": str(tmp_path / "second"),
+            },
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, told = await process.communicate()
+    port = server.address.rpartition(":")[2]
+    said = f"port {port} of 127.0.0.1 is in use: stop the server that listens there, or set another address"
+    assert (1, f"cognate_server: {said}\n") == (process.returncode, told.decode())
+    assert not (tmp_path / "address").exists()
+
+
+async def test_a_living_unix_socket_is_not_taken_over(tmp_path: Path) -> None:
+    """gRPC would remove the socket's file, and the first server would lose its callers in silence."""
+    address = f"unix:{tmp_path / 'socket'}"
+    async with running_cognate(tmp_path / "first", address=address):
+        with pytest.raises(RuntimeError, match="socket is in use"):
+            async with running_cognate(tmp_path / "second", address=address):
                 pass
-    async with running_cognate(tmp_path) as again:
-        assert "127.0.0.1" in again.address
+        async with AsyncCognateClient(address) as client:
+            assert [] == list((await client.models.ListModels(model_pb2.ListModelsRequest())).models)
+    async with running_cognate(tmp_path / "first", address=address) as server:
+        assert address == server.address
 
 
-async def test_a_data_folder_that_cannot_be_one_is_named(tmp_path: Path) -> None:
-    """A file stands where the folder should be."""
-    (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match=r"data_dir .*/file: .*name a folder that this user may write"):
-        async with running_agent(tmp_path / "file"):
+@pytest.mark.parametrize("running", [running_cognate, running_agent])
+async def test_a_folder_has_one_server_at_a_time(running: Running, tmp_path: Path) -> None:
+    """The second is told who has it; when the first has ended, or could not listen, the folder is free again."""
+    async with running(tmp_path / "data"):
+        with pytest.raises(SettingsError, match=rf"data_dir: .*/data is in use by process {os.getpid()}; stop it"):
+            async with running(tmp_path / "data"):
+                pass
+    async with running(tmp_path / "other") as server:
+        with pytest.raises(RuntimeError, match="is in use"):
+            async with running(tmp_path / "data", address=server.address):
+                pass
+        async with running(tmp_path / "data"):
             pass
 
 
-async def test_an_address_that_is_taken_is_named(tmp_path: Path) -> None:
-    """Nothing of the server that has it is touched, and no task of the new one is left over."""
-    async with running_cognate(tmp_path / "first") as first:
-        with pytest.raises(AddressInUseError, match=rf"{first.address} cannot be bound: another process uses it"):
-            async with running_agent(tmp_path / "second", address=first.address):
-                pass
+async def test_a_second_starter_touches_nothing(tmp_path: Path) -> None:
+    """`make up` beside a running one: its address file and its log are still the first one's."""
+    async with running_cognate(tmp_path / "cognate") as server:
+        for name in ("address", "server.log"):
+            (tmp_path / "cognate" / name).write_text(f"the first one's {name}")
+        services = Services(tmp_path)
+        with pytest.raises(RuntimeError, match=r"port \d+ of 127\.0\.0\.1 is in use"):
+            services.start_both(cognate=server.address, agent="127.0.0.1:0")
+        with pytest.raises(RuntimeError, match=rf"/cognate is in use by process {os.getpid()}"):
+            services.start_both(cognate="127.0.0.1:0", agent="127.0.0.1:0")
+        for name in ("address", "server.log"):
+            assert f"the first one's {name}" == (tmp_path / "cognate" / name).read_text()
+    assert ["cognate"] == os.listdir(tmp_path)

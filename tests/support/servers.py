@@ -26,8 +26,18 @@ async def running_cognate(folder: Path, **settings: Any) -> AsyncIterator[Runnin
 
 @asynccontextmanager
 async def running_agent(folder: Path, **settings: Any) -> AsyncIterator[RunningServer]:
-    """Yield an agent service; its jobs stay QUEUED unless `workers` gives it slots."""
-    values = {"address": "127.0.0.1:0", "data_dir": folder, "workers": {"slots": 0}, "drain_grace_s": 0.5, **settings}
+    """Yield an agent service; its jobs stay QUEUED unless `workers` gives it slots.
+
+    It asks no Cognate about foundations unless `cognate` says where.
+    """
+    values = {
+        "address": "127.0.0.1:0",
+        "data_dir": folder,
+        "workers": {"slots": 0},
+        "drain_grace_s": 0.5,
+        "cognate": {"ask_within_s": 0},
+        **settings,
+    }
     server = agent_server.server.build(AgentSettings.model_validate(values), None)
     await server.start()
     try:

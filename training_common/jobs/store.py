@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 
-from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
+from cognateforge.exceptions import FieldViolation, IllegalTransitionError, JobNotFoundError, RequestIdReusedError
 from training_common.attempt import FencedOutError, Json
 from training_common.jobs.states import FINAL, HELD, MOVES, WAITING, JobState
 from training_common.store import tables as t
@@ -155,8 +155,10 @@ def move(
     """
     if to not in MOVES[job.state]:
         allowed = ", ".join(sorted(MOVES[job.state])) or "none: it has ended"
+        description = f"{job.name} is {job.state} and cannot become {to}; from here it can become {allowed}"
         raise IllegalTransitionError(
-            f"{job.name} is {job.state} and cannot become {to}; from here it can become {allowed}",
+            description,
+            violations=[FieldViolation(field="name", description=description)],
             metadata={"state": job.state, "allowed": allowed},
         )
     if to in FINAL:

@@ -49,9 +49,11 @@ def generate(
     fixed_steps: int | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    memory: MemoryState | None = None,
 ) -> list[Continuation]:
     """Continue every prompt until `stop_token` or for `max_new_tokens`.
 
+    memory: what the rows' memories hold at the start, one for each prompt; None: the initial contents.
     fixed_steps: every token takes so many core steps, as in the forward pass. None: adaptive.
     temperature: 0 takes the likeliest token; otherwise one is drawn from `generator`.
     Errors: ValueError, when a prompt is empty or an argument is out of its range.
@@ -59,7 +61,8 @@ def generate(
     _check(model, prompts, max_new_tokens, fixed_steps, temperature)
     if not prompts or max_new_tokens == 0:
         return [Continuation(tokens=(), steps=()) for _ in prompts]
-    texts = _Texts(model, prompts, max_new_tokens=max_new_tokens, fixed_steps=fixed_steps)
+    memory = memory or model.memory.start(len(prompts))
+    texts = _Texts(model, prompts, memory, max_new_tokens=max_new_tokens, fixed_steps=fixed_steps)
     found: list[tuple[list[int], list[int]]] = [([], []) for _ in prompts]
     hidden_BD, steps_B = texts.read_prompts()
     while True:
@@ -138,7 +141,13 @@ class _Texts:
     """The rows that are being continued, and all that is kept of them."""
 
     def __init__(
-        self, model: CognateV1, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, fixed_steps: int | None
+        self,
+        model: CognateV1,
+        prompts: Sequence[Sequence[int]],
+        memory: MemoryState,
+        *,
+        max_new_tokens: int,
+        fixed_steps: int | None,
     ) -> None:
         self.rows = list(range(len(prompts)))
         self._model, self._prompts, self._fixed_steps = model, prompts, fixed_steps
@@ -149,7 +158,7 @@ class _Texts:
         self._prelude = [_Table(shape, weight) for _ in model.prelude]
         self._core = [[_Table(shape, weight) for _ in model.core] for _ in range(config.max_steps)]
         self._coda = [_Table(shape, weight) for _ in model.coda]
-        self._contents_BMD = model.memory.start(B).contents_BMD
+        self._contents_BMD = memory.contents_BMD
         self._readable = model.memory.readable([self._contents_BMD])
         self._chunk_BLD = weight.new_zeros(B, config.memory_chunk, config.width)
         self._length_B = torch.zeros(B, dtype=torch.int64, device=weight.device)

@@ -13,11 +13,12 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from training_common.data_dir import DataDirLock
+from training_common.folder_lock import FolderLock
+from training_common.rpc.address import require_free
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.interceptor import ContractInterceptor
 from training_common.rpc.policy import policies, role_names
-from training_common.settings import ServiceSettings, SettingsError
+from training_common.settings import ServiceSettings, SettingsError, require_data_folder
 from training_common.store.database import Database
 
 HEALTH = "grpc.health.v1.Health"
@@ -28,7 +29,11 @@ _DRAIN_NOTICE_S = 0.5
 
 
 def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.aio.Server:
-    """Return a server with the contract's interceptor. Errors: SettingsError for a role that the contract lacks."""
+    """Return a server with the contract's interceptor.
+
+    Errors: SettingsError for a role that the contract lacks, or a data folder that is not there.
+    """
+    require_data_folder(settings)
     unknown = set(settings.security.local_roles) - set(role_names())
     if unknown:
         raise SettingsError(
@@ -45,10 +50,6 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.ai
     )
 
 
-class AddressInUseError(RuntimeError):
-    """The server cannot listen where its settings say."""
-
-
 class RunningServer:
     """A server that listens, with its standing tasks, until it is drained."""
 
@@ -60,7 +61,7 @@ class RunningServer:
         services: Sequence[str],
         health: HealthMonitor,
         database: Database,
-        lock: DataDirLock,
+        lock: FolderLock,
         tasks: Sequence[Coroutine[Any, Any, None]],
     ) -> None:
         self._server = server
@@ -75,17 +76,14 @@ class RunningServer:
         reflection.enable_server_reflection([*services, HEALTH, reflection.SERVICE_NAME], server)
 
     async def start(self) -> None:
-        """Listen. `address` then holds the real port. Errors: AddressInUseError."""
+        """Listen. `address` then holds the real port. Errors: RuntimeError, when the address is taken."""
         wanted = self._settings.address
         try:
+            require_free(wanted)
             port = self._server.add_insecure_port(wanted)
-        except RuntimeError as error:  # gRPC's own, whose text names its internals
-            for standing in self._standing:
-                standing.close()
-            raise AddressInUseError(
-                f"address {wanted} cannot be bound: another process uses it, or it is not of this machine; stop that "
-                "process or set another address"
-            ) from error
+        except RuntimeError:
+            await self._let_go()
+            raise
         self.address = wanted if wanted.startswith("unix:") else f"{wanted.rpartition(':')[0]}:{port}"
         await self._health.check()
         await self._server.start()
@@ -107,6 +105,11 @@ class RunningServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        for task in self._standing:
+            task.close()
         await asyncio.to_thread(self._database.close)
         self._lock.release()
 

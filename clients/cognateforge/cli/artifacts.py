@@ -13,6 +13,7 @@ import typer
 
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import Progress, RequestId
+from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.session import Session, command, first_found, new_request_id, print_line, say
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from cognateforge.cli.session import Row
     from cognateforge.client import FetchedArtifact
     from cognateforge.exchange.v1.model_pb2 import FoundationModel
+
 
 Limit = Annotated[int, typer.Option(min=1, help="Most rows.")]
 
@@ -68,7 +70,10 @@ def _models(app: typer.Typer) -> None:
         session.table(("name", "state", "steps", "tokens", "bytes", "digest"), rows)
 
     @command(app)
-    def model(session: Session, name: Annotated[str, typer.Argument(help="cognate-25m or cognate-25m@7.")]) -> None:
+    def model(
+        session: Session,
+        name: Annotated[str, typer.Argument(help="cognate-25m or cognate-25m@7.", callback=check_artifact_name)],
+    ) -> None:
         """Show one foundation model with its data and checks."""
         from cognateforge.exchange.v1 import model_pb2
 
@@ -78,7 +83,9 @@ def _models(app: typer.Typer) -> None:
 def _agents(app: typer.Typer) -> None:
     @command(app)
     def agents(
-        session: Session, family: Annotated[str, typer.Option(help="Only this family.")] = "", limit: Limit = 50
+        session: Session,
+        family: Annotated[str, typer.Option(help="Only this family.", callback=check_artifact_name)] = "",
+        limit: Limit = 50,
     ) -> None:
         """List published agents, newest first."""
         from cognateforge.agent.v1 import agent_pb2
@@ -96,7 +103,10 @@ def _agents(app: typer.Typer) -> None:
 
     @command(app)
     def agent(
-        session: Session, name: Annotated[str, typer.Argument(help="intent-router, with @3 or @production.")]
+        session: Session,
+        name: Annotated[
+            str, typer.Argument(help="intent-router, with @3 or @production.", callback=check_artifact_name)
+        ],
     ) -> None:
         """Show one agent with its evaluations."""
         from cognateforge.agent.v1 import agent_pb2
@@ -106,7 +116,9 @@ def _agents(app: typer.Typer) -> None:
     @command(app)
     def alias(
         session: Session,
-        name: Annotated[str, typer.Argument(help="Version, for instance intent-router@3.")],
+        name: Annotated[
+            str, typer.Argument(help="Version, for instance intent-router@3.", callback=check_artifact_name)
+        ],
         alias_name: Annotated[str, typer.Argument(help="Alias, for instance production.", metavar="ALIAS")],
         request_id: RequestId = None,
     ) -> None:
@@ -136,7 +148,7 @@ def _fetch(app: typer.Typer) -> None:
     @command(app)
     def fetch(
         session: Session,
-        name: Annotated[str, typer.Argument(help="Model or agent.")],
+        name: Annotated[str, typer.Argument(help="Model or agent.", callback=check_artifact_name)],
         out: Annotated[Path, typer.Option("--out", help="Folder that will hold its files.")],
         kind: Annotated[Kind | None, typer.Option(help="What the name stands for. Default: both are asked.")] = None,
         progress: Progress = None,

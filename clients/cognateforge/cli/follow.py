@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.plain import enum_word
 from cognateforge.cli.session import Session, print_line, say
+from cognateforge.exceptions import BY_REASON, JobFailedError
 from cognateforge.job.v1 import job_pb2
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # A log that a person reads later: a line every ten seconds is enough.
 LINE_EVERY_S = 10.0
+
+VALIDATION_LOSS = "validation_loss"
 
 # What a bar has room for, and the metrics' names.
 SHOWN: Mapping[str, str] = {
@@ -27,14 +30,24 @@ SHOWN: Mapping[str, str] = {
     "tok/s": "tokens_per_s",
     "rows/s": "samples_per_s",
     "accuracy": "train_accuracy",
-    "validation": "validation_loss",
+    "validation loss": VALIDATION_LOSS,
 }
 
 OnFrame = Callable[["WatchFrame"], None]
 
 
-def follow(session: Session, frames: Iterator[WatchFrame], job: Job, *, progress: bool | None) -> Exit:
-    """Print events and progress until the job's end, then its result. Ctrl-C leaves the job alone."""
+def follow(
+    session: Session,
+    frames: Iterator[WatchFrame],
+    job: Job,
+    *,
+    progress: bool | None,
+    verdict: Callable[[str], str],
+) -> Exit:
+    """Print events and progress until the job's end, then its result. Ctrl-C leaves the job alone.
+
+    verdict: what is to be told to people about the published artifact of that name.
+    """
     artifact = job.artifact
     try:
         with _display(session, job, progress) as show:
@@ -45,18 +58,24 @@ def follow(session: Session, frames: Iterator[WatchFrame], job: Job, *, progress
                 if frame.WhichOneof("frame") == "event" and frame.event.HasField("artifact_published"):
                     artifact = frame.event.artifact_published.name
                 if frame.HasField("end"):
-                    return _ended(session, job.name, frame.end, artifact)
+                    break
+            else:
+                raise AssertionError("a watch ends with an end frame or an error")
+        if artifact and not session.as_json and (text := verdict(artifact)):
+            say(text)
+        return _ended(session, job.name, frame.end, artifact)
     except KeyboardInterrupt:
         say(f"no longer watching; the job goes on: forge watch {job.name}")
         return Exit.INTERRUPTED
-    raise AssertionError("a watch ends with an end frame or an error")
 
 
 def _ended(session: Session, name: str, end: job_pb2.End, artifact: str) -> Exit:
     word = enum_word(job_pb2.JobState.DESCRIPTOR, end.state)
     if not session.as_json:
         print_line(f"{name} {word} {artifact}".rstrip())
-    if end.HasField("failure"):
+    if end.HasField("failure") and session.as_json:
+        session.report(BY_REASON.get(end.failure.reason, JobFailedError)(end.failure.message))
+    elif end.HasField("failure"):
         say(f"error: {end.failure.reason}: {end.failure.message}")
     return Exit.OK if end.state == job_pb2.JOB_STATE_SUCCEEDED else Exit.JOB_FAILED
 
@@ -82,15 +101,24 @@ def _lines() -> Iterator[OnFrame]:
         nonlocal last
         event = frame.event
         if event.HasField("progress"):
-            if time.monotonic() - last < LINE_EVERY_S and event.progress.step != event.progress.total_steps:
+            if not _due(event.progress, last):
                 return
             last = time.monotonic()
             values = " ".join(f"{key} {value}" for key, value in shown(event.progress).items())
-            say(f"step {event.progress.step}/{event.progress.total_steps} {values}".rstrip())
+            say(f"step {event.progress.step}/{event.progress.total_steps} {values}")
         elif text := told(frame):
             say(text)
 
     yield show
+
+
+def _due(progress: job_pb2.Progress, last: float) -> bool:
+    """Whether progress is worth a line of a log: validation always, a step now and then and at the end."""
+    names = {metric.name for metric in progress.metrics}
+    if names.isdisjoint(SHOWN.values()):
+        return False
+    final = progress.step == progress.total_steps
+    return VALIDATION_LOSS in names or final or time.monotonic() - last >= LINE_EVERY_S
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from cognateforge.cli.exits import Exit
-from cognateforge.cli.session import Session, command, first_found, new_request_id, report, say
+from cognateforge.cli.names import full_job_name
+from cognateforge.cli.session import Session, command, first_found, new_request_id, say
 
 if TYPE_CHECKING:
     from cognateforge.cli.session import Row
@@ -82,22 +83,35 @@ class JobService:
         """Return a job's metrics over its steps."""
         return list(self._stub.GetMetrics(self._request("GetMetricsRequest", name=name, metrics=metrics)).series)
 
+    def verdict(self, artifact: str) -> str:
+        """Return what a published model's checks came to, for people; "" for agents, or when nobody can tell now."""
+        from cognateforge.cli.plain import enum_word
+        from cognateforge.exceptions import ForgeError
+        from cognateforge.exchange.v1 import model_pb2
+
+        if self.service is not Service.COGNATE:
+            return ""
+        try:
+            model = self.session.cognate_client.models.GetModel(model_pb2.GetModelRequest(name=artifact)).model
+        except ForgeError:
+            return ""
+        failed = ", ".join(check.name for check in model.checks if not check.passed)
+        state = enum_word(model_pb2.ModelState.DESCRIPTOR, model.state)
+        return f"{model.name} is {state}{f'; checks that failed: {failed}' if failed else ''}"
+
     def watch(self, name: str, after_sequence: int) -> Iterator[WatchFrame]:
         """Yield a job's events and its end."""
         return cast("Iterator[WatchFrame]", self._client.watch_job(name, after_sequence))
 
 
-def full_name(name: str) -> str:
-    """Return a job's full name."""
-    return name if name.startswith("jobs/") else f"jobs/{name}"
-
-
 def owner(session: Session, service: Service | None, name: str) -> tuple[JobService, Any]:
     """Return the service that has the job, and the job."""
 
+    full_name = full_job_name(name)
+
     def ask(one: Service) -> tuple[JobService, Any]:
         jobs = JobService(one, session)
-        return jobs, jobs.get(full_name(name))
+        return jobs, jobs.get(full_name)
 
     asked = [service] if service else list(Service)
     return first_found([lambda one=one: ask(one) for one in asked])  # type: ignore[misc]
@@ -136,8 +150,9 @@ def _reading(app: typer.Typer) -> None:
             try:
                 found = list(JobService(one, session).newest(states, limit))
             except UnavailableError as error:
-                say(f"{one}:")
-                code = report(error)
+                if not session.as_json:
+                    say(f"{one}:")
+                code = session.report(error, service=one.value)
                 continue
             for item in found:
                 job: Job = item.job
@@ -156,7 +171,7 @@ def _reading(app: typer.Typer) -> None:
     def checkpoints(session: Session, name: JobName, service: ServiceOption = None) -> None:
         """List a job's checkpoints, newest first."""
         found, _ = owner(session, service, name)
-        items = found.checkpoints(full_name(name))
+        items = found.checkpoints(full_job_name(name))
         rows: list[Row] = [
             (item, {}, (item.step, item.size_bytes, "yes" if item.available else "no", item.digest)) for item in items
         ]
@@ -171,7 +186,7 @@ def _reading(app: typer.Typer) -> None:
     ) -> None:
         """Show a job's metrics: first and last value, or every point with --json."""
         found, _ = owner(session, service, name)
-        items = found.metrics(full_name(name), metric or [])
+        items = found.metrics(full_job_name(name), metric or [])
         rows: list[Row] = [
             (item, {}, (item.name, item.unit, len(item.values), *_ends(item.values), item.steps[-1]))
             for item in items
@@ -207,7 +222,8 @@ def _watching(app: typer.Typer) -> None:
         from cognateforge.cli.follow import follow
 
         found, item = owner(session, service, name)
-        return follow(session, found.watch(item.job.name, after_sequence), item.job, progress=progress)
+        frames = found.watch(item.job.name, after_sequence)
+        return follow(session, frames, item.job, progress=progress, verdict=found.verdict)
 
 
 def _steering(app: typer.Typer) -> None:

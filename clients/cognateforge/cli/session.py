@@ -70,7 +70,9 @@ COMMON: Mapping[str, tuple[Any, Any]] = {
         10.0,
     ),
     "as_json": (
-        Annotated[bool, typer.Option("--json", rich_help_panel=PANEL, help="Results as JSON, one object a line.")],
+        Annotated[
+            bool, typer.Option("--json", rich_help_panel=PANEL, help="Results as JSON, one object a line; errors too.")
+        ],
         False,
     ),
 }
@@ -154,6 +156,14 @@ class Session:
         console = Console() if sys.stdout.isatty() else Console(width=400)
         console.print(table)
 
+    def report(self, error: ForgeError, **beside: Any) -> Exit:
+        """Tell an error and what is known about it on stderr, and return its exit code."""
+        from cognateforge.cli import errors
+
+        for line in [errors.to_json(error, **beside)] if self.as_json else errors.lines(error):
+            say(line)
+        return exit_for(error)
+
     def close(self) -> None:
         """End every call."""
         self._open.close()
@@ -184,20 +194,6 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def report(error: ForgeError) -> Exit:
-    """Print an error and what is known about it, and return its exit code."""
-    say(f"error: {error.message}")
-    for violation in error.violations:
-        if violation.description not in error.message:
-            say(f"  {violation.field}: {violation.description}")
-        elif violation.field not in error.message:
-            say(f"  field: {violation.field}")
-    if error.request_id:
-        # Not the request_id of a mutation: this one finds the call in the server's log.
-        say(f"  call id: {error.request_id}")
-    return exit_for(error)
-
-
 def new_request_id(given: str | None) -> str:
     """Return the request id that was given, or a new one."""
     return given or str(uuid.uuid4())
@@ -215,10 +211,13 @@ def first_found(tries: Sequence[Callable[[], T]]) -> T:
             errors.append(error)
     # "Not found" is certain only when every service could tell.
     unsure = next((error for error in errors if not isinstance(error, NotFoundError)), None)
-    missing = next((error for error in errors if isinstance(error, NotFoundError)), None)
-    if unsure is not None and missing is not None:
-        unsure.message = f"{missing.message}; and the other service cannot tell: {unsure.message}"
-    raise unsure or errors[0]
+    missing = [error for error in errors if isinstance(error, NotFoundError)]
+    if unsure is None:
+        missing[0].message = "; ".join(dict.fromkeys(error.message for error in missing))
+        raise missing[0]
+    if missing:
+        unsure.message = f"{missing[0].message}; and the other service cannot tell: {unsure.message}"
+    raise unsure
 
 
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., Exit | None]], Callable[..., None]]:
@@ -253,7 +252,7 @@ def _run(function: Callable[..., Exit | None], session: Session, values: dict[st
     try:
         return int(function(session, **values) or Exit.OK)
     except ForgeError as error:
-        return int(report(error))
+        return int(session.report(error))
     except KeyboardInterrupt:
         say("interrupted")
         return int(Exit.INTERRUPTED)

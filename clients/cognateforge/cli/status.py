@@ -8,7 +8,7 @@ import typer
 
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import Service
-from cognateforge.cli.session import Session, command, print_line, report, say
+from cognateforge.cli.session import Session, command, print_line, say
 
 
 def register(app: typer.Typer) -> None:
@@ -24,14 +24,16 @@ def register(app: typer.Typer) -> None:
             try:
                 row = _status(session, service)
             except ForgeError as error:
-                say(f"{service}:")
-                code = report(error)
+                if not session.as_json:
+                    say(f"{service}:")
+                code = session.report(error, service=service.value)
                 worst = worst or code
                 row = {"service": service.value, "address": _address(session, service), "health": "UNREACHABLE"}
             if session.as_json:
                 session.emit(row)
             else:
-                print_line("  ".join(f"{key} {_plain(value)}" for key, value in row.items() if value != []))
+                cells = {key: ", ".join(v) if isinstance(v, list) else v for key, v in row.items()}
+                print_line("  ".join(f"{key} {value}" for key, value in cells.items() if value))
             if row["health"] != "SERVING":
                 worst = worst or Exit.UNAVAILABLE
         return worst

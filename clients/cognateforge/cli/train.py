@@ -9,6 +9,7 @@ import typer
 
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import JobService, Progress, RequestId, Service
+from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.session import Session, command, new_request_id, print_line, say
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def _submitted(session: Session, service: Service, item: Any, watch: bool, progr
         return Exit.OK
     from cognateforge.cli.follow import follow
 
-    frames = JobService(service, session).watch(item.job.name, 0)
-    return follow(session, frames, item.job, progress=progress)
+    jobs = JobService(service, session)
+    return follow(session, jobs.watch(item.job.name, 0), item.job, progress=progress, verdict=jobs.verdict)
 
 
 def _pretrain(app: typer.Typer) -> None:
@@ -156,8 +157,10 @@ def _train(app: typer.Typer) -> None:
     @command(app)
     def train(
         session: Session,
-        agent: Annotated[str, typer.Option(help="Family of the agent that is made.")],
-        foundation: Annotated[str, typer.Option(help="Foundation model, for instance cognate-25m@7.")],
+        agent: Annotated[str, typer.Option(help="Family of the agent that is made.", callback=check_artifact_name)],
+        foundation: Annotated[
+            str, typer.Option(help="Foundation model, for instance cognate-25m@7.", callback=check_artifact_name)
+        ],
         steps: Steps,
         data: Annotated[str, typer.Option(help="JSONL file under the server's data folder, or 'generated'.")],
         architecture: Annotated[str, typer.Option(help="See forge architectures.")] = "cognate",

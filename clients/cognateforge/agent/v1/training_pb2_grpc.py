@@ -102,10 +102,12 @@ class AgentForgeTrainingServiceServicer:
     """
 
     def StartTraining(self, request, context):
-        """Submits a training job. It is durable when the answer comes.
+        """Submits a training job. It is durable when the answer comes. The foundation is looked up if Cognate answers within
+        moments; if not, the job waits for Cognate and can fail for the same reasons later.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED.
+        Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
+        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,10 +36,12 @@ class AgentForgeTrainingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AgentForgeTrainingServiceAsyncStub: ...
     StartTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.StartTrainingRequest, _training_pb2.StartTrainingResponse]
-    """Submits a training job. It is durable when the answer comes.
+    """Submits a training job. It is durable when the answer comes. The foundation is looked up if Cognate answers within
+    moments; if not, the job waits for Cognate and can fail for the same reasons later.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED.
+    Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
+    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetJobRequest, _training_pb2.GetJobResponse]
     """Returns one job.
@@ -115,10 +117,12 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.StartTrainingRequest, _training_pb2.StartTrainingResponse]  # type: ignore[assignment]
-    """Submits a training job. It is durable when the answer comes.
+    """Submits a training job. It is durable when the answer comes. The foundation is looked up if Cognate answers within
+    moments; if not, the job waits for Cognate and can fail for the same reasons later.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED.
+    Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
+    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_training_pb2.GetJobRequest, _training_pb2.GetJobResponse]  # type: ignore[assignment]
     """Returns one job.
@@ -197,10 +201,12 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.StartTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.StartTrainingResponse, _abc.Awaitable[_training_pb2.StartTrainingResponse]]:
-        """Submits a training job. It is durable when the answer comes.
+        """Submits a training job. It is durable when the answer comes. The foundation is looked up if Cognate answers within
+        moments; if not, the job waits for Cognate and can fail for the same reasons later.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED.
+        Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
+        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE.
         """
 
     @_abc_1.abstractmethod

@@ -84,6 +84,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """Training diverged: loss, gradient or filter state is not finite."""
     REASON_INTEGRITY_CHECK_FAILED: _Reason.ValueType  # 28
     """An integrity check failed, so nothing was published."""
+    REASON_FOUNDATION_NOT_FOUND: _Reason.ValueType  # 29
+    """Cognate has no such foundation model, so no agent can be made of it."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -145,6 +147,8 @@ REASON_TRAINING_DIVERGED: Reason.ValueType  # 27
 """Training diverged: loss, gradient or filter state is not finite."""
 REASON_INTEGRITY_CHECK_FAILED: Reason.ValueType  # 28
 """An integrity check failed, so nothing was published."""
+REASON_FOUNDATION_NOT_FOUND: Reason.ValueType  # 29
+"""Cognate has no such foundation model, so no agent can be made of it."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

@@ -1,0 +1,105 @@
+"""How an error is told: lines for people, or one JSON object, both on stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cognateforge.exceptions import ForgeError
+
+# Options whose names are not their field's with dashes, by the field's path.
+_OPTIONS: Mapping[str, str] = {
+    "page_size": "--limit",
+    "plan.total_steps": "--steps",
+    "plan.peak_learning_rate": "--lr",
+    "plan.checkpoint_interval_steps": "--checkpoint-interval",
+    "plan.progress_interval_steps": "--progress-interval",
+    "plan.datasets": "--dataset",
+    "plan.datasets.dataset": "--dataset",
+    "plan.datasets.weight": "--dataset",
+    "plan.curriculum.steps": "--curriculum-steps",
+    "plan.foundation.name": "--foundation",
+    "plan.behavioural": "--task",
+    "plan.dialogue": "--task",
+    "plan.domain": "--task",
+    "plan.behavioural.file.path": "--data",
+    "plan.dialogue.file.path": "--data",
+    "plan.domain.file.path": "--data",
+    "plan.classification.file.path": "--data",
+    "plan.classification.generated.seed": "--data-seed",
+    "plan.classification.domains": "--domain",
+    "plan.adaptation.lora.rank": "--lora-rank",
+    "plan.adaptation.lora.alpha": "--lora-alpha",
+    "plan.adaptation.lora.dropout": "--lora-dropout",
+    "plan.optimization.peak_learning_rate": "--lr",
+    "plan.optimization.gradient_clip_norm": "--clip-norm",
+}
+# Fields whose option has the field's own name.
+_SAME_NAME = frozenset(
+    {
+        "request_id",
+        "after_sequence",
+        "plan.seed",
+        "plan.batch_size",
+        "plan.sequence_length",
+        "plan.warmup_steps",
+        "plan.curriculum",
+        "plan.curriculum.initial_competence",
+        "plan.agent",
+        "plan.architecture",
+        "plan.adaptation",
+        "plan.adaptation.unfreeze_act_ltm",
+        "plan.foundation.accept_experimental",
+        "plan.classification.include_out_of_scope",
+        "plan.classification.max_rows_per_label",
+        "plan.behavioural.successes_only",
+        "plan.optimization.warmup_steps",
+        "plan.optimization.schedule",
+        "plan.optimization.adamw.weight_decay",
+        "plan.optimization.sgd.momentum",
+    }
+)
+
+
+def option_for(field: str) -> str:
+    """Return the option that sets a field of a request, "" where none does."""
+    path = re.sub(r"\[[^]]*\]", "", field)
+    if path in _SAME_NAME:
+        return "--" + path.rpartition(".")[2].replace("_", "-")
+    return _OPTIONS.get(path, "")
+
+
+def lines(error: ForgeError) -> list[str]:
+    """Return an error as people read it; what its message says already is not said again."""
+    told = [f"error: {error.message}"]
+    for violation in error.violations:
+        option = option_for(violation.field)
+        place = f"{violation.field} ({option})" if option else violation.field
+        if violation.description not in error.message:
+            told.append(f"  {place}: {violation.description}")
+        elif option or violation.field not in error.message:
+            told.append(f"  {place}" if option else f"  field: {place}")
+    if error.request_id:
+        told.append(f"  call id: {error.request_id}")
+    return told
+
+
+def to_json(error: ForgeError, **beside: Any) -> str:
+    """Return an error as one line of JSON. `code` and `reason` are empty where no server gave them."""
+    return json.dumps(
+        {
+            **beside,
+            "code": error.status_name(),
+            "reason": error.reason_name() if error.reason else "",
+            "message": error.message,
+            "fields": [
+                {"field": v.field, "option": option_for(v.field), "description": v.description}
+                for v in error.violations
+            ],
+            "call_id": error.request_id,
+        },
+        ensure_ascii=False,
+    )
