@@ -57,10 +57,10 @@ def final_number(text: str) -> str | None:
     return match.group(1).strip().replace(",", "") if match else None
 
 
-def final_answer(text: str) -> str:
-    """Return what stands behind the first answer mark, to the end of its line; "" where there is none."""
+def final_answer(text: str) -> str | None:
+    """Return what stands behind the first answer mark, to the end of its line; None where there is no mark."""
     _, mark, rest = text.partition(ANSWER_MARK)
-    return rest.split("\n", 1)[0].strip() if mark else ""
+    return rest.split("\n", 1)[0].strip() if mark else None
 
 
 def normalize_answer(text: str) -> str:
@@ -92,8 +92,13 @@ def score(source: str, texts: Sequence[str], references: Sequence[str]) -> Reaso
     else:
         answers = [final_answer(text) for text in texts]
         wanted = [normalize_answer(reference) for reference in references]
-        right = [normalize_answer(answer) == reference for answer, reference in zip(answers, wanted, strict=True)]
-        f1 = sum(word_f1(*pair) for pair in zip(answers, references, strict=True)) / len(texts)
+        # A missing answer is wrong, as in the official script, also where the right one is "The The": nothing is left.
+        right = [
+            answer is not None and normalize_answer(answer) == reference
+            for answer, reference in zip(answers, wanted, strict=True)
+        ]
+        f1 = sum(word_f1(*pair) for pair in zip((answer or "" for answer in answers), references, strict=True))
+        f1 /= len(texts)
     return ReasoningScore(
         source=source,
         problems=len(texts),

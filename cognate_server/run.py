@@ -61,6 +61,8 @@ class PretrainConfig:
     batch_tokens: tokens of one optimizer step, a multiple of sequence_length.
     validation_rows: how many rows of the stream's validation data are used.
     validation_interval_steps: validate after every so many steps as well as at the end; None: at the end only.
+    score_interval_steps: least number of steps between scores of reasoning, which wait for a validation; None: one at
+        every validation.
     control_rates: learning rates of the plain AdamW control, over peak_lr; none: there is no control.
     model: Cognate-25M; tests use smaller ones. recovery: the detectors' numbers; tests use shorter windows.
     Errors: ValueError, naming the field.
@@ -77,6 +79,7 @@ class PretrainConfig:
     progress_interval_steps: int = 10
     validation_rows: int = 32
     validation_interval_steps: int | None = None
+    score_interval_steps: int | None = None
     control_rates: tuple[float, ...] = ()
     model: CognateV1Config = field(default_factory=CognateV1Config)
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
@@ -84,7 +87,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_tokens", "sequence_length", "warmup_steps", "checkpoint_interval_steps"):
             _require_positive(name, getattr(self, name))
-        for name in ("progress_interval_steps", "validation_rows", "validation_interval_steps"):
+        for name in ("progress_interval_steps", "validation_rows", "validation_interval_steps", "score_interval_steps"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         if not 0 <= self.seed < 2**63:

@@ -75,7 +75,7 @@ def pretrain(
     A resumed run is bitwise equal to an uninterrupted one on the same hardware with the same number of threads, and so
     are its recoveries.
 
-    score: asked at every validation before the end; None: no reasoning is measured.
+    score: asked at validations before the end, as `score_interval_steps` says; None: no reasoning is measured.
     Errors: AttemptStopped, when the job's owner asked for it: after PAUSE there is a checkpoint of the last finished
         step, after CANCEL and REVOKED nothing more was written. TrainingDivergedError, with the evidence, when
         recoveries did not help. CheckpointMismatchError, ConstructionError.
@@ -157,8 +157,16 @@ class _Pretraining:
         """Validate between steps: the loss, and the score where there is a scorer."""
         loss = row_losses(self.run.model, self.validation_batches).mean
         self._report({"validation_loss": loss, "control_validation_loss": self._validate_control(loss)})
-        score = None if self.score is None else self.score(self.run.model)
+        score = self.score(self.run.model) if self.score is not None and self._score_is_due() else None
         self._recover(self.run.recovery.observe_validation(loss, score))
+
+    def _score_is_due(self) -> bool:
+        """Whether this is the first validation at or after a multiple of the scores' interval.
+
+        A matter of the step alone, so that a resumed run asks at the same ones.
+        """
+        validates, scores = self.config.validation_interval_steps, self.config.score_interval_steps
+        return scores is None or validates is None or self.run.step // scores > (self.run.step - validates) // scores
 
     def _validate_control(self, loss: float) -> float | None:
         control = self.run.control

@@ -38,10 +38,13 @@ from training_common.models.cognate_v1 import CognateV1
 from training_common.worker import WorkerContext, run
 
 ARCHITECTURE = "cognate_v1"
-# Of each set. The answers of 16 problems take seconds; a share of them is coarse, and is told with their number.
+# Of each set. A share of 16 is coarse, and is told with their number.
 REASONING_PROBLEMS = 16
-# GSM8K's solutions have 52 words on average, 102 at the 95th percentile.
+# The whole solution fits for 84 % of held-out GSM8K, 90 % of HotpotQA and all generated problems; 64 tokens would hold
+# 6 % of GSM8K's, and no score could be above that.
 REASONING_TOKENS = 192
+# A score takes 30 s of one core while no answer ends early: 4 % of 500 steps of the smallest default batch.
+SCORE_INTERVAL_STEPS = 500
 # 32 rows forward cost as much as three training steps of the smallest default batch.
 VALIDATION_INTERVAL_STEPS = 100
 
@@ -136,6 +139,7 @@ def _config(plan: pb.PretrainingPlan, precision: Precision) -> PretrainConfig:
         checkpoint_interval_steps=plan.checkpoint_interval_steps,
         progress_interval_steps=plan.progress_interval_steps,
         validation_interval_steps=_validation_interval_steps(plan),
+        score_interval_steps=SCORE_INTERVAL_STEPS,
         control_rates=tuple(plan.acceleration_control.learning_rate_factors),
     )
 

@@ -26,6 +26,14 @@ from training_common.models.cognate_v1 import CognateV1Config
         ("6 + 1 = 7\n#### 7", "7"),
         ("#### 1,234,567", "1234567"),
         ("#### -3.50", "-3.50"),
+        ("#### 1,5.0,0.", "15.00."),
+        ("#### -", None),
+        ("#### $7", None),
+        ("####  7", None),
+        ("# #### 12 apples", "12"),
+        ("#### 7" + "0" * 500, "7" + "0" * 500),
+        ("### 7", None),
+        ("\x00#### 3\ud800", "3"),
         ("#### 7\n#### 8", "7"),
         ("####7", None),
         ("#### seven", None),
@@ -38,13 +46,25 @@ def test_the_final_number_is_found_as_gsm8k_finds_it(text: str, number: str | No
     assert number == final_number(text)
 
 
-def test_the_final_answer_is_the_rest_of_its_line() -> None:
-    """Nothing, where the mark never came."""
-    assert ("Los Angeles", "", "") == (
-        final_answer("x\n#### Los Angeles \nmore"),
-        final_answer("none"),
-        final_answer(""),
-    )
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("x\n#### Los Angeles \nmore", "Los Angeles"),
+        ("#### yes #### no", "yes #### no"),
+        ("####\nParis", ""),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_the_final_answer_is_the_rest_of_its_line(text: str, answer: str | None) -> None:
+    """No answer, where the mark never came; an empty one, where the line ends behind it."""
+    assert answer == final_answer(text)
+
+
+def test_a_missing_answer_is_wrong_even_where_the_right_one_is_normalized_away() -> None:
+    """The band The The leaves nothing after normalization, and saying nothing does not name it."""
+    assert score("hotpotqa", ["no mark"], ["The The"]).exact_match == 0.0
+    assert score("hotpotqa", ["#### The The"], ["The The"]).exact_match == 1.0
 
 
 def test_answers_are_normalized_as_hotpotqa_does() -> None:
@@ -65,6 +85,10 @@ def test_answers_are_normalized_as_hotpotqa_does() -> None:
         ("no", "no way", 0.0),
         ("", "Eiffel Tower", 0.0),
         ("the", "a", 0.0),
+        ("noanswer", "no answer", 0.0),
+        ("No!", "no", 1.0),
+        ("the b c d", "c d e", 2 / 3),
+        ("b b b c", "b b d", 4 / 7),
     ],
 )
 def test_shared_words_are_counted_as_hotpotqa_does(prediction: str, reference: str, f1: float) -> None:

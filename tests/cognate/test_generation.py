@@ -57,6 +57,19 @@ def test_every_step_equals_the_forward_pass_on_its_prefix(
 
 
 @torch.no_grad()
+def test_float32_is_as_near_as_the_order_of_sums_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the type that models are served in, where a halting decision may not tip either."""
+    model, prompts = make_model(), prompts_of(*LENGTHS)
+    seen = watch_hidden(model, monkeypatch)
+    found = generate(model, prompts, max_new_tokens=10)
+    for row, (prompt, continuation) in enumerate(zip(prompts, found, strict=True)):
+        expected = model(torch.tensor([[*prompt, *continuation.tokens]]))
+        hidden = torch.stack([step[row] for step in seen])
+        torch.testing.assert_close(hidden, expected.hidden_BTD[0, len(prompt) - 1 : -1], rtol=1e-4, atol=1e-5)
+        assert expected.steps_BT[0, len(prompt) - 1 : -1].tolist() == list(continuation.steps)
+
+
+@torch.no_grad()
 def test_rows_go_on_from_a_memory() -> None:
     """What an earlier sequence left is read from the first token on."""
     model, (before, prompt) = make_model().double(), prompts_of(24, 5)

@@ -294,6 +294,21 @@ def test_reasoning_that_is_lost_goes_back_to_the_good_checkpoint(
     assert again > lost + 0.1
 
 
+def test_scores_wait_for_their_interval(tmp_path: Path) -> None:
+    """The first validation at or after each multiple of it asks, those between do not."""
+    asked: list[int] = []
+
+    def score(model: CognateV1) -> tuple[float, int]:
+        asked.append(1)
+        return 0.0, 1
+
+    config = dataclasses.replace(RUN, total_steps=20, validation_interval_steps=3, score_interval_steps=8)
+    _, attempt = train(tmp_path, config, score=score)
+    validated = [step for step, metrics in attempt.rows if "validation_loss" in metrics]
+    assert validated == [3, 6, 9, 12, 15, 18, 20]
+    assert len(asked) == 2  # after steps 9 and 18
+
+
 def test_trouble_beyond_the_budget_fails_with_its_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite gradient every fourth step: ten batches are skipped, three roll-backs made, then it is over."""
     poison = InfiniteGradient(monkeypatch)
