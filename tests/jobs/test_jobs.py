@@ -218,6 +218,28 @@ async def test_workers_that_cannot_be_started_cost_jobs_nothing(
     assert (job.state, len(tries) + 1) == (JobState.SUCCEEDED, job.attempt)
 
 
+def test_a_launch_that_failed_is_forgotten_with_an_empty_queue(
+    service: ToyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Health would otherwise keep away the jobs whose launch alone could show that all is well again."""
+    now = 0.0
+    scheduler = Scheduler(
+        service.store, service.engine, service.settings.workers, settings_file=service.settings_file, clock=lambda: now
+    )
+
+    def broken(arguments: Sequence[str], *, log_name: str) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(service.engine, "launch", broken)
+    job = service.submit(steps=3)
+    scheduler.tick()
+    assert scheduler.last_launch_failed
+    service.steer("cancel", job)
+    now += 60
+    scheduler.tick()
+    assert not scheduler.last_launch_failed
+
+
 async def test_losses_without_progress_spend_the_retry_budget(service: ToyService) -> None:
     """A worker that dies before each new checkpoint is not started for ever."""
     job = service.submit(steps=10_000, step_s=0.05, checkpoint_every=100_000)

@@ -348,6 +348,13 @@ class HealthWatch:
         frames = {name: await anext(aiter(call)) for name, call in self._calls.items()}
         return {name: str(status.Name(frame.status)) for name, frame in frames.items()}
 
+    async def until(self, wanted: str) -> None:
+        """Wait until each service has told the status. Errors: AioRpcError, after 30 s."""
+        for call in self._calls.values():
+            status = ""
+            while status != wanted:
+                status = health_pb2.HealthCheckResponse.ServingStatus.Name((await anext(aiter(call))).status)
+
 
 async def test_health_follows_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SERVING, NOT_SERVING while the database file is gone, SERVING again; calls need no restart in between."""
@@ -365,6 +372,23 @@ async def test_health_follows_the_store(tmp_path: Path, monkeypatch: pytest.Monk
         assert dict.fromkeys(services, "SERVING") == await watch.next()
         async with AsyncCognateClient(server.address) as client:
             assert (await client.pretraining.StartPretraining(start())).job.job.name
+
+
+@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize("part", ["jobs.scheduler.Scheduler", "jobs.hub.ChangeHub", "rpc.health.HealthMonitor"])
+async def test_a_part_that_ends_takes_health_with_it(
+    part: str, raises: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs or watches would stand still behind a server that says SERVING, and the health task's own end freezes it."""
+
+    async def end(self: object) -> None:
+        if raises:
+            raise RuntimeError("a fault that nobody foresaw")
+
+    monkeypatch.setattr(f"training_common.{part}.run", end)
+    services = ("", *cognate_server.server.SERVICES)
+    async with running_cognate(tmp_path) as server, grpc.aio.insecure_channel(server.address) as channel:
+        await HealthWatch(channel, *services).until("NOT_SERVING")
 
 
 async def test_workers_that_cannot_be_started_are_told_for_training_alone(

@@ -121,6 +121,7 @@ class Scheduler:
     def _start_next(self) -> bool:
         job = self._store.begin_attempt(self._engine.name)
         if job is None:
+            self.last_launch_failed = False  # nothing waits that could show whether workers start again
             return False
         arguments = ["--job", job.name, "--attempt", str(job.attempt), "--token", str(job.fencing_token)]
         if self._settings_file is not None:

@@ -33,18 +33,17 @@ class HealthMonitor:
         self._scheduler = scheduler
         self._training = training
         self._other = other
-        self._draining = False
         self._given_up = False
 
     async def run(self) -> None:
         """Check and report, until cancelled."""
-        while not self._draining:
+        while True:
             await self.check()
             await asyncio.sleep(_INTERVAL_S)
 
     async def check(self) -> None:
         """Look once and set every service's status."""
-        store = await self._store_answers() and not self._given_up
+        store = not self._given_up and await self._store_answers()
         training = store and not self._scheduler.last_launch_failed
         for service in self._training:
             await self._set(service, training)
@@ -52,13 +51,13 @@ class HealthMonitor:
             await self._set(service, store)
         await self._set("", store and training)
 
-    def give_up(self) -> None:
+    async def give_up(self) -> None:
         """Report NOT_SERVING from now on: a part of this process has ended that only a restart brings back."""
         self._given_up = True
+        await self.check()
 
     async def drain(self) -> None:
         """Tell clients to go elsewhere, for good."""
-        self._draining = True
         await self.servicer.enter_graceful_shutdown()
 
     async def _store_answers(self) -> bool:

@@ -87,15 +87,17 @@ class RunningServer:
         self.address = wanted if wanted.startswith("unix:") else f"{wanted.rpartition(':')[0]}:{port}"
         await self._health.check()
         await self._server.start()
-        self._tasks = [asyncio.create_task(task) for task in (self._health.run(), *self._standing)]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
+        self._tasks = [asyncio.create_task(self._stand(task)) for task in (self._health.run(), *self._standing)]
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """Report a standing task that ended by itself: without it jobs or watches would stand still unseen."""
-        if not task.cancelled() and task.exception() is not None:
-            log.critical("a standing task ended", exc_info=task.exception())
-            self._health.give_up()
+    async def _stand(self, task: Coroutine[Any, Any, None]) -> None:
+        """Run a standing task. One that ends by itself takes health with it: jobs or watches would wait in vain."""
+        name = getattr(task, "__qualname__", "task")
+        try:
+            await task
+            log.critical("a standing task ended", task=name)
+        except Exception:
+            log.critical("a standing task failed", task=name, exc_info=True)
+        await self._health.give_up()
 
     async def stop(self) -> None:
         """Drain: tell health watchers, take no new call, let running ones end, then stop. Workers go on."""
