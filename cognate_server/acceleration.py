@@ -20,7 +20,7 @@ from cognate_server.losses import PONDER_WEIGHT, objective
 from cognate_server.precision import Precision
 from cognate_server.stream import Batch
 from cognate_server.validation import row_losses
-from training_common.models.cognate_v1 import CognateV1Config, MemoryState
+from training_common.models.cognate_v1 import CognateV1, CognateV1Config, MemoryState
 
 Curve = Sequence[tuple[int, float]]
 
@@ -76,14 +76,14 @@ class _Control:
         return {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "memory": None if self._memory is None else self._memory.contents_BMD,
+            "memory": None if self._memory is None else self._memory.tensors(),
             "diverged": self.diverged,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._memory = None if state["memory"] is None else MemoryState(state["memory"])
+        self._memory = None if state["memory"] is None else MemoryState(**state["memory"])
         self.diverged = state["diverged"]
 
 
@@ -107,6 +107,11 @@ class AccelerationControl:
         self._controls = [_Control(config, seed=seed, unigram_counts=unigram_counts, rate=rate) for rate in rates]
         self._grokfast: list[tuple[int, float]] = []
         self._control: list[tuple[int, float]] = []
+
+    @property
+    def models(self) -> tuple[CognateV1, ...]:
+        """The controls' models, one for each rate."""
+        return tuple(control.model for control in self._controls)
 
     def train_step(self, batch: Batch, lr: float) -> None:
         """Train every control on the batch. lr: what the plan's schedule says, before the control's own factor."""
