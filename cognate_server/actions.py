@@ -109,13 +109,12 @@ def _restart_halting(run: PretrainingRun) -> None:
 
 
 def _reset_memory(run: PretrainingRun, finding: Finding) -> Change | None:
-    """Let every row start from the memory's initial contents; parameters stay."""
+    """Let every row start with an empty memory; parameters stay."""
     if run.memory is None:
         return None
     before = {"contents_rms": contents_rms(run.memory)}
     run.memory = None
-    initial = run.model.memory.initial_MD.detach()
-    return Change(before=before, after={"contents_rms": float(initial.square().mean().sqrt())})
+    return Change(before=before, after={"contents_rms": 0.0})
 
 
 _ACTIONS: Mapping[Action, Callable[[PretrainingRun, Finding], Change | None]] = {

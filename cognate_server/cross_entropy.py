@@ -14,62 +14,117 @@ from torch import Tensor
 # A GPU has no use for such small pieces; its products want thousands of rows.
 CPU_PIECE = 128
 GPU_PIECE = 4_096
+# Pieces whose products with the hidden states are taken together: each such product goes through the whole gradient of
+# the weights, 32 MB, which cost a tenth of the head's time in bfloat16 when every piece had one of its own.
+PIECES_TOGETHER = 8
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     """Forward computes the gradients as well, since they are made of the same probabilities."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_XD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_X: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_XD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor,
+        targets_X: Tensor,
+        log_own_X: Tensor,
+        log_other_X: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         kind = hidden_XD.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
         with torch.autocast(kind, enabled=False):
-            total, *gradients = _sum_and_gradients(hidden_XD, weight_VD, bias_V, targets_X, product)
+            losses_X, *gradients = _losses_and_gradients(
+                hidden_XD, weight_VD, bias_V, targets_X, (log_own_X.float(), log_other_X.float()), product
+            )
         ctx.save_for_backward(*gradients)
-        return total
+        ctx.mark_non_differentiable(losses_X)
+        return losses_X.sum(), losses_X
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        hidden_XD, weight_VD, bias_V = ctx.saved_tensors
-        return hidden_XD * scale, weight_VD * scale, bias_V * scale, None
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor, Tensor]:
+        hidden_XD, weight_VD, bias_V, own_X = ctx.saved_tensors
+        return hidden_XD * scale, weight_VD * scale, bias_V * scale, None, -own_X * scale, (own_X - 1) * scale
 
 
-def _sum_and_gradients(
-    hidden_XD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_X: Tensor, product: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = torch.zeros((), dtype=torch.float32, device=hidden_XD.device)
+def _losses_and_gradients(
+    hidden_XD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    targets_X: Tensor,
+    mixture: tuple[Tensor, Tensor],
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return every loss, the gradients of their sum, and how much of each target's probability is the head's own."""
     of_hidden_XD = torch.empty_like(hidden_XD)
     of_weight_VD = torch.zeros_like(weight_VD)
     of_bias_V = torch.zeros_like(bias_V)
+    losses, owns = [], []
     weight_VD = weight_VD.to(product)
     piece = CPU_PIECE if hidden_XD.device.type == "cpu" else GPU_PIECE
-    for hidden_LD, targets_L, out_LD in zip(
-        *(torch.split(whole, piece) for whole in (hidden_XD.to(product), targets_X, of_hidden_XD)), strict=True
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for hidden_LD, targets_L, log_own_L, log_other_L, out_LD in zip(
+        *(torch.split(whole, piece) for whole in (hidden_XD.to(product), targets_X, *mixture, of_hidden_XD)),
+        strict=True,
     ):
         logits_LV = F.linear(hidden_LD, weight_VD).float().add_(bias_V)
         log_p_LV = F.log_softmax(logits_LV, -1)
         places_L1 = targets_L.unsqueeze(1)
-        total -= log_p_LV.gather(1, places_L1).sum()
+        log_part_L = log_own_L + log_p_LV.gather(1, places_L1).squeeze(1)
+        log_whole_L = torch.logaddexp(log_part_L, log_other_L)
+        own_L = (log_part_L - log_whole_L).exp()
+        losses.append(-log_whole_L)
+        owns.append(own_L)
+        # Of the sum of the head's own losses; each row of it counts as much as its target's probability is the head's.
         gradient_LV = log_p_LV.exp_().scatter_add_(1, places_L1, log_p_LV.new_full(places_L1.shape, -1.0))
-        of_bias_V += gradient_LV.sum(0)
-        narrow_LV = gradient_LV.to(product)
-        out_LD.copy_(narrow_LV @ weight_VD)
-        _accumulate(of_weight_VD, narrow_LV, hidden_LD)
-    return total, of_hidden_XD, of_weight_VD, of_bias_V
+        of_bias_V += own_L @ gradient_LV
+        narrow_LV, own_L1 = gradient_LV.to(product), own_L.unsqueeze(1)
+        out_LD.copy_((narrow_LV @ weight_VD) * own_L1)
+        waiting.append((narrow_LV, (hidden_LD * own_L1).to(product)))
+        if len(waiting) == PIECES_TOGETHER:
+            _accumulate(of_weight_VD, waiting)
+    _accumulate(of_weight_VD, waiting)
+    empty_X = of_bias_V.new_zeros(0, dtype=torch.float32)
+    return torch.cat([empty_X, *losses]), of_hidden_XD, of_weight_VD, of_bias_V, torch.cat([empty_X, *owns])
 
 
-def _accumulate(sum_VD: Tensor, gradient_LV: Tensor, hidden_LD: Tensor) -> None:
-    """Add a piece's product in the sum's own precision: many pieces rounded to bfloat16 would lose the small ones."""
+def _accumulate(sum_VD: Tensor, waiting: list[tuple[Tensor, Tensor]]) -> None:
+    """Add the pieces' product in the sum's own precision, since many that are rounded to bfloat16 would lose the small.
+
+    waiting: gradients of logits and hidden states; empty afterwards.
+    """
+    if not waiting:
+        return
+    gradient_LV, hidden_LD = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+    waiting.clear()
     if sum_VD.dtype == gradient_LV.dtype:
         sum_VD.addmm_(gradient_LV.t(), hidden_LD)
     else:
         sum_VD += gradient_LV.t() @ hidden_LD
 
 
-def head_cross_entropy(hidden_XD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_X: Tensor) -> Tensor:
-    """Return the sum of -log softmax(hidden weight' + bias)[target] over all X tokens, float32, differentiable once.
+def head_cross_entropy(
+    hidden_XD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    targets_X: Tensor,
+    mixture: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of -log p(target) over all X tokens, differentiable once, and its parts without a gradient: (X,).
 
-    Under autocast the products run in its type, and everything else in float32.
+    p is softmax(hidden weight' + bias), or a mixture with another distribution: p(target) = exp(log_own) * softmax
+    (...)[target] + exp(log_other). Under autocast the products run in its type, and everything else in float32, which
+    is the results' type too.
+
+    mixture: log_own_X and log_other_X, the head's part of the prediction and what the other one gives to the targets.
     """
-    total: Tensor = _HeadCrossEntropy.apply(hidden_XD, weight_VD, bias_V, targets_X)  # type: ignore[no-untyped-call]
-    return total
+    if mixture is None:
+        none_X = torch.zeros(targets_X.shape, device=hidden_XD.device)
+        mixture = none_X, none_X - torch.inf
+    total: Tensor
+    losses_X: Tensor
+    total, losses_X = _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_XD, weight_VD, bias_V, targets_X, *mixture
+    )
+    return total, losses_X

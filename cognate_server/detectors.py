@@ -40,9 +40,9 @@ class RecoveryLimits:
     slow_ratio: the EMA outweighs the gradient itself; independent gradients give 0.1, measured are 0.06 to 0.5.
     validation_margin_nats: the rows are the same each time, so their choice adds no noise.
     collapse_share: the gate's: fewer than one token in fifty differs.
-    read_entropy_share: of ln(slots). Measured: 0.67 to 0.89; below a tenth nearly all reads go to one slot.
-    contents_multiple: of the mean of the first reports (measured: 0.7, and 0.2 to 1.1 later). Writes are normalized,
-        so only values that have grown tenfold can do it.
+    read_entropy_share: of ln(slots). Below a tenth nearly all that is recalled comes from one slot.
+    contents_multiple: of the mean of the first reports. What is written is normalized, so only a map of values that has
+        grown tenfold can do it.
     score_drop, score_errors: a fall of a share of right answers by both, in shares and in standard errors. Three of
         them, because the best of many scores was a lucky one.
     stable_steps: without trouble for so long, an action has worked: several windows of every detector.
@@ -194,9 +194,9 @@ def halting_collapse(history: History, limits: RecoveryLimits) -> Evidence | Non
 
 
 def read_collapse(history: History, limits: RecoveryLimits) -> Evidence | None:
-    """Reads of nearly every head and token go to a single slot each: the memory has become one vector.
+    """What nearly every token recalls comes from a single slot: the memory has become one token.
 
-    A memory whose tokens each read one right slot would look the same; bounded scores keep it from getting that sharp.
+    A memory whose tokens each recall one right slot would look the same; bounded scores keep it less sharp than that.
     """
     shares = [one.read_entropy_share for one in _newest(history, limits.collapse_reports)]
     found = [share for share in shares if share is not None and share < limits.read_entropy_share]
@@ -206,7 +206,7 @@ def read_collapse(history: History, limits: RecoveryLimits) -> Evidence | None:
 
 
 def memory_overflow(history: History, limits: RecoveryLimits) -> Evidence | None:
-    """The memory's contents have grown to many times what the first reports showed."""
+    """What the memory's slots hold has grown to many times what the first reports showed."""
     newest = _newest(history, limits.contents_reports)
     if not newest or len(history.reference_rms) < limits.reference_reports:
         return None

@@ -137,7 +137,7 @@ def _answers(
     sequence_length: int,
     max_new_tokens: int,
 ) -> list[str]:
-    tails, contents = [], []
+    tails, held = [], []
     for document in documents:
         ids = [tokenizer.bos_id, *tokenizer.encode(document.prompt)]
         whole = (len(ids) - 1) // sequence_length * sequence_length  # the tail keeps one token at least
@@ -145,13 +145,13 @@ def _answers(
         for start in range(0, whole, sequence_length):
             memory = model(torch.tensor([ids[start : start + sequence_length]]), memory=memory).memory
         tails.append(ids[whole:])
-        contents.append((memory or model.memory.start(1)).contents_BMD)
+        held.append(memory or model.memory.start(1))
     continuations = generate(
         model,
         tails,
         max_new_tokens=max_new_tokens,
         stop_token=tokenizer.eos_id,
-        memory=MemoryState(torch.cat(contents)),
+        memory=MemoryState.together(held),
     )
     return [tokenizer.decode([token for token in one.tokens if token != tokenizer.eos_id]) for one in continuations]
 

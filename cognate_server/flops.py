@@ -34,10 +34,11 @@ def step_flops(config: CognateV1Config, *, rows: int, tokens: int, targets: int,
     attention = 2 * D * (length + 1)  # scores and mixing over (T + 1) / 2 keys on average
     block = 2 * (4 * D * D + 3 * D * config.feed_forward_width) + attention
     chunks = -(-length // config.memory_chunk) * rows
-    write = 4 * D * D + 4 * D + 3 * 2 * D * M  # key and value, two gates; address, prediction, correction
+    write = 4 * D * D + 2 * D  # key and value, gate
     keys_and_values = chunks * M * 4 * D * D
     read = 4 * D * D + 2 * D * H + 4 * D * M
-    outer = (config.prelude_blocks + config.coda_blocks) * block + write
+    recall = 2 * D * D + 2 * D * M + 2 * D  # query, scores, gate
+    outer = (config.prelude_blocks + config.coda_blocks) * block + write + recall
     core = config.core_blocks * block + read + 2 * D
     head = 2 * D * D + 2 * D * V
     return PASSES * (tokens * outer + keys_and_values + core_steps * core + targets * head)

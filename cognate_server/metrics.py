@@ -12,9 +12,12 @@ from training_common.attempt import Json
 from training_common.metrics import Metric
 
 METRICS: Mapping[str, Metric] = {
-    "loss": Metric(unit="nats/token", definition="cross-entropy of the training batch, without the ponder prior"),
+    "loss": Metric(unit="nats/token", definition="cross-entropy of the training batch, without the ponder terms"),
     "ponder_divergence": Metric(
         unit="nats", definition="KL of the batch's mean halting distribution from the truncated geometric prior"
+    ),
+    "ponder_loss_correlation": Metric(
+        unit="1", definition="correlation of the expected ponder steps of the batch's tokens with their losses"
     ),
     "learning_rate": Metric(unit="1", definition="AdamW's learning rate in this step"),
     "tokens_per_s": Metric(
@@ -50,13 +53,18 @@ METRICS: Mapping[str, Metric] = {
         unit="1", definition="core steps not taken over those of a model that always takes the most"
     ),
     "memory_slot_utilization_ratio": Metric(
-        unit="1", definition="share of memory slots that got at least half of an even share of the batch's writes"
+        unit="1", definition="share of memory slots that hold a token after the batch"
     ),
     "memory_read_entropy_nats": Metric(
-        unit="nats", definition="entropy of the read attention over slots, mean over heads and tokens of the batch"
+        unit="nats", definition="entropy of the slots' shares in what the head recalls, mean over tokens"
+    ),
+    "memory_head_share_ratio": Metric(
+        unit="1", definition="share of a prediction that the memory makes, mean over the batch's tokens"
     ),
     "memory_write_rate": Metric(unit="1", definition="write gate, mean over the batch's tokens"),
-    "memory_contents_rms": Metric(unit="1", definition="root mean square of the memory's contents after the batch"),
+    "memory_contents_rms": Metric(
+        unit="1", definition="root mean square of the traces that the memory holds after the batch"
+    ),
     "validation_loss": Metric(unit="nats/token", definition="cross-entropy on the validation rows"),
     "validation_loss_memory_off": Metric(unit="nats/token", definition="the same with the memory's reads switched off"),
     "validation_loss_one_step": Metric(unit="nats/token", definition="the same with one core step for every token"),

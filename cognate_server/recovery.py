@@ -37,7 +37,8 @@ LADDER: Mapping[Detector, tuple[Action, ...]] = {
     Detector.NOT_FINITE: (Action.SKIP_BATCH, Action.SKIP_BATCH, Action.ROLL_BACK, Action.ROLL_BACK),
     Detector.LOSS_TREND: (Action.LOWER_LAMBDA, Action.ROLL_BACK, Action.ROLL_BACK, Action.ROLL_BACK),
     Detector.SLOW_GRADIENT: (Action.LOWER_LAMBDA, Action.LOWER_LAMBDA, Action.ROLL_BACK),
-    Detector.MEMORY_OVERFLOW: (Action.RESET_MEMORY, Action.RESET_MEMORY, Action.ROLL_BACK),
+    # What slots hold is a function of the weights, and the next chunks bring it back: emptying them would not help.
+    Detector.MEMORY_OVERFLOW: (Action.ROLL_BACK, Action.ROLL_BACK),
     Detector.HALTING_COLLAPSE: (Action.ADJUST_PONDERING,) * 3,
     Detector.READ_COLLAPSE: (Action.RESET_MEMORY, Action.RESET_MEMORY, Action.ROLL_BACK),
     Detector.REASONING_LOSS: (Action.ROLL_BACK,),

@@ -204,7 +204,7 @@ class PretrainingRun:
         return outcome
 
     def backward(self, batch: Batch, *, measure: bool) -> StepOutcome:
-        """Replace the gradients by those of this batch: cross-entropy and the ponder prior.
+        """Replace the gradients by those of this batch's objective.
 
         Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
         """
@@ -224,7 +224,11 @@ class PretrainingRun:
         self.optimizer.zero_grad()
         found.total.backward()  # type: ignore[no-untyped-call]
         return StepOutcome(
-            loss=loss, divergence=float(found.divergence.detach()), targets=found.targets, output=found.output
+            loss=loss,
+            divergence=float(found.divergence.detach()),
+            allotment=float(found.allotment.detach()),
+            targets=found.targets,
+            output=found.output,
         )
 
     def save(self, attempt: Attempt, *, planned: bool) -> int:
@@ -249,7 +253,7 @@ class PretrainingRun:
         save_state(self.model, folder / "model.safetensors")
         tensors = {
             "optimizer": self.optimizer.state_dict(),
-            "memory": None if self.memory is None else self.memory.contents_BMD,
+            "memory": None if self.memory is None else self.memory.tensors(),
             "random_state": torch.get_rng_state(),
         }
         torch.save(tensors, folder / "optimizer.pt")
@@ -281,7 +285,7 @@ class PretrainingRun:
         self.optimizer.load_state_dict(tensors["optimizer"])
         if self.control is not None:
             self.control.load_state_dict(torch.load(folder / "control.pt", weights_only=True))
-        self.memory = None if tensors["memory"] is None else MemoryState(tensors["memory"])
+        self.memory = None if tensors["memory"] is None else MemoryState(**tensors["memory"])
         torch.set_rng_state(tensors["random_state"])
         self.data.load_state_dict(state["data_position"])
         self.step = state["step"]

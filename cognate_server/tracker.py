@@ -17,18 +17,20 @@ from cognate_server.grokfast import StepReport
 from cognate_server.metrics import checked
 from cognate_server.validation import ValidationReport, mean_steps, step_histogram
 from training_common.attempt import Json
-from training_common.models.cognate_v1 import CognateOutput, CognateV1Config, MemoryState
+from training_common.models.cognate_v1 import EMPTY, CognateOutput, CognateV1Config, MemoryState
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
     """What one batch gave.
 
-    loss: in nats per token. divergence: the ponder prior's part, unweighted. targets: positions that were trained on.
+    loss: in nats per token. divergence: the ponder prior's part, unweighted. allotment: the correlation of expected
+    steps and losses. targets: positions that were trained on.
     """
 
     loss: float
     divergence: float
+    allotment: float
     targets: int
     output: CognateOutput
 
@@ -74,6 +76,7 @@ class CognateProgressTracker:
         metrics: dict[str, Json] = {
             "loss": outcome.loss,
             "ponder_divergence": outcome.divergence,
+            "ponder_loss_correlation": outcome.allotment,
             "learning_rate": learning_rate,
             **self._halting(outcome.output),
             **_memory(outcome.output),
@@ -146,12 +149,15 @@ def _memory(output: CognateOutput) -> dict[str, Json]:
         "memory_write_rate": float(used.write_rate),
         "memory_slot_utilization_ratio": float(used.slot_utilization),
         "memory_read_entropy_nats": None if entropy is None else float(entropy),
+        "memory_head_share_ratio": None if used.head_share is None else float(used.head_share),
     }
 
 
 def contents_rms(memory: MemoryState) -> float:
-    """Return the root mean square of the memory's contents."""
-    return float(memory.contents_BMD.detach().square().mean().sqrt())
+    """Return the root mean square of what the filled slots hold; 0 while none is."""
+    held_BM = memory.tokens_BM != EMPTY
+    traces = memory.trace_BMD.detach()[held_BM]
+    return float(traces.square().mean().sqrt()) if len(traces) else 0.0
 
 
 def _peak_memory_bytes() -> int:

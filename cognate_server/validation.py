@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cognate_server.construct import log_frequency
-from cognate_server.losses import forward, masks
+from cognate_server.losses import forward, masks, token_losses
 from cognate_server.stream import Batch
 from training_common.models.cognate_v1 import CognateV1, MemoryState
 
@@ -71,7 +70,7 @@ def row_losses(model: CognateV1, batches: Iterable[Batch], **options: Any) -> Ro
         found = forward(model, batch, memory, **options)
         memory = found.output.memory
         losses_BT = torch.zeros(found.trained_BT.shape, dtype=torch.float64)
-        losses_X = F.cross_entropy(model.logits(found.hidden_XD), found.targets_X, reduction="none")
+        losses_X = token_losses(model, found)
         losses_BT[found.trained_BT] = losses_X.double()
         sums.append(losses_BT.sum(1))
         targets.append(found.trained_BT.sum(1))

@@ -40,7 +40,9 @@ def whole_forward(model: CognateV1, prompts: list[list[int]]) -> list[list[int]]
     """Continue greedily with the whole forward pass for every token; prompts are of one length."""
     tokens_BT = torch.tensor(prompts)
     for _ in range(NEW_TOKENS):
-        next_B = model.logits(model(tokens_BT).hidden_BTD[:, -1]).argmax(-1)
+        output = model(tokens_BT)
+        recall = output.recall.map(lambda part: part[:, -1])
+        next_B = model.log_probabilities(output.hidden_BTD[:, -1], recall).argmax(-1)
         tokens_BT = torch.cat((tokens_BT, next_B.unsqueeze(1)), dim=1)
     rows: list[list[int]] = tokens_BT[:, PROMPT_TOKENS:].tolist()
     return rows

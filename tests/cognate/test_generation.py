@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cognate.test_model import make_model
+from tests.cognate.test_model import log_probabilities, make_model
 from training_common.models.cognate_v1 import CognateV1
 from training_common.models.generation import Continuation, generate
 
@@ -51,6 +51,8 @@ def test_every_step_equals_the_forward_pass_on_its_prefix(
             torch.testing.assert_close(seen[number][row], expected.hidden_BTD[0, place], rtol=1e-9, atol=1e-9)
         steps = expected.steps_BT[0, len(prompt) - 1 : -1].tolist()
         assert steps == list(continuation.steps)
+        likeliest = model.log_probabilities(expected.hidden_BTD, expected.recall).argmax(-1)
+        assert likeliest[0, len(prompt) - 1 : -1].tolist() == list(continuation.tokens)
         counted.update(steps)
     if fixed_steps is None and len(lengths) > 1:
         assert len(counted) > 1, "tokens that halt at different steps must be among them"
@@ -75,7 +77,7 @@ def test_rows_go_on_from_a_memory() -> None:
     model, (before, prompt) = make_model().double(), prompts_of(24, 5)
     memory = model(torch.tensor([before])).memory
     [found] = generate(model, [prompt], max_new_tokens=12, memory=memory)
-    expected = model.logits(model(torch.tensor([[*prompt, *found.tokens]]), memory=memory).hidden_BTD)
+    expected = log_probabilities(model, torch.tensor([[*prompt, *found.tokens]]), memory=memory)
     assert expected[0, len(prompt) - 1 : -1].argmax(-1).tolist() == list(found.tokens)
     assert found != generate(model, [prompt], max_new_tokens=12)[0]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cognate_server.construct import (
     log_frequency,
 )
 from training_common.models.cognate_v1 import (
+    FORGETTING,
     NORM_EPSILON,
     ROPE_BASE,
     ArchitectureMismatchError,
@@ -44,6 +46,16 @@ def make_model(seed: int = 0, config: CognateV1Config = TINY) -> CognateV1:
             if name == "head.weight" or name.startswith(("memory.", "halting.")):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+def log_probabilities(model: CognateV1, tokens: Tensor, **options: Any) -> Tensor:
+    output = model(tokens, **options)
+    return model.log_probabilities(output.hidden_BTD, output.recall)
+
+
+def assert_same_memory(actual: MemoryState, expected: MemoryState) -> None:
+    for name, part in expected.tensors().items():
+        torch.testing.assert_close(actual.tensors()[name], part, atol=1e-5, rtol=1e-4)
 
 
 def make_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -90,34 +102,37 @@ def reference_block(block: Any, x_D: Tensor, position: int, keys: Table, values:
     return after
 
 
-def reference_write(memory: Any, contents_MD: Tensor, chunk: list[Tensor]) -> Tensor:
-    """The delta rule of LongTermMemory's docstring, token by token and slot by slot."""
-    change = torch.zeros_like(contents_MD)
-    shares = torch.zeros(len(contents_MD))
-    retention = torch.zeros(())
-    for x_D in map(rms, chunk):
-        key = rms(memory.write_key.weight.mv(x_D))
-        scores = torch.stack([key.dot(rms(address)) / math.sqrt(len(key)) for address in memory.addresses_MD])
-        address_M = scores.exp() / scores.exp().sum()
-        value = memory.write_value.weight.mv(x_D)
-        predicted = torch.stack([address_M[m] * contents_MD[m] for m in range(len(contents_MD))]).sum(0)
-        error = value - predicted
-        surprise = error.norm() / (value.norm() + predicted.norm())
+@dataclass
+class Slot:
+    """What the reference keeps in a slot."""
+
+    token: int
+    strength: float
+    trace_D: Tensor
+    key_D: Tensor
+
+
+def reference_write(model: CognateV1, held: list[Slot], tokens: list[int], chunk: list[Tensor]) -> list[Slot]:
+    """The write of LongTermMemory's docstring, token by token: what is held ages, and the strongest stay."""
+    memory = model.memory
+    kept = [Slot(slot.token, slot.strength - FORGETTING, slot.trace_D, slot.key_D) for slot in held]
+    total = model.head_bias_V.exp().sum().log()
+    for token, x_D in zip(tokens, map(rms, chunk), strict=True):
+        surprise = total - model.head_bias_V[token]
         gate = torch.sigmoid(memory.write_gate(x_D)[0] + memory.surprise_scale * surprise)
-        for slot in range(len(contents_MD)):
-            change[slot] += address_M[slot] * gate * error
-            shares[slot] += address_M[slot]
-        retention = retention + memory.retention(x_D)[0] / len(chunk)
-    kept = torch.sigmoid(retention)
-    retained: Tensor = memory.initial_MD + kept * (contents_MD - memory.initial_MD)
-    return retained + change / shares.clamp(min=1).unsqueeze(1)
+        kept.append(Slot(token, float(gate.log()), memory.write_value.weight.mv(x_D), memory.write_key.weight.mv(x_D)))
+    return sorted(kept, key=lambda slot: -slot.strength)[: model.config.memory_slots]
 
 
-def reference_read(memory: Any, x_D: Tensor, contents_MD: Tensor) -> Tensor:
+def reference_read(memory: Any, x_D: Tensor, held: list[Slot]) -> Tensor:
     x_D = rms(x_D)
     query = memory.read_query.weight.mv(x_D).chunk(memory.heads)
-    keys = [memory.read_key.weight.mv(row).chunk(memory.heads) for row in contents_MD + memory.addresses_MD]
-    values = [memory.read_value.weight.mv(row).chunk(memory.heads) for row in contents_MD]
+    shown = [slot.trace_D for slot in held] + list(memory.initial_MD[len(held) :])
+    keys = [
+        memory.read_key.weight.mv(row + address).chunk(memory.heads)
+        for row, address in zip(shown, memory.addresses_MD, strict=True)
+    ]
+    values = [memory.read_value.weight.mv(row).chunk(memory.heads) for row in shown]
     gates = torch.sigmoid(memory.read_gate(x_D))
     mixed = []
     for head in range(memory.heads):
@@ -129,10 +144,28 @@ def reference_read(memory: Any, x_D: Tensor, contents_MD: Tensor) -> Tensor:
     return read
 
 
+def reference_mixture(memory: Any, hidden_D: Tensor, own_V: Tensor, held: list[Slot]) -> Tensor:
+    """Log probabilities of the next token: the head's, and what the slots hold."""
+    if not held:
+        return own_V.log_softmax(-1)
+    queries = memory.read_query.weight.mv(rms(hidden_D)).chunk(memory.heads)
+    weights = []
+    for slot in held:
+        keys = slot.key_D.chunk(memory.heads)
+        pairs = zip(queries, keys, strict=True)
+        vote = sum(float(rms(query).dot(rms(key))) for query, key in pairs)
+        weights.append(math.exp(vote / math.sqrt(memory.heads * len(hidden_D)) + slot.strength))
+    part = float(torch.sigmoid(memory.head_gate(rms(hidden_D))[0]))
+    mixed_V = (1 - part) * own_V.softmax(-1)
+    for slot, weight in zip(held, weights, strict=True):
+        mixed_V[slot.token] += part * weight / sum(weights)
+    return mixed_V.log()
+
+
 def reference_forward(
     model: CognateV1, tokens: list[int], segments: list[int] | None = None
-) -> tuple[Tensor, Tensor, list[int], Tensor]:
-    """Logits, halting weights and step counts of one row."""
+) -> tuple[Tensor, Tensor, list[int], list[Slot]]:
+    """Log probabilities, halting weights, step counts and what the memory holds after one row."""
     config = model.config
     segments = segments or [0] * len(tokens)
     visible = [[o for o in range(t + 1) if segments[o] == segments[t]] for t in range(len(tokens))]
@@ -141,9 +174,10 @@ def reference_forward(
         keys: Table = {}
         values: Table = {}
         stream = [reference_block(block, x, t, keys, values, visible[t]) for t, x in enumerate(stream)]
-    contents: list[Tensor] = [model.memory.initial_MD]
+    held: list[list[Slot]] = [[]]
     for start in range(0, len(tokens), config.memory_chunk):
-        contents.append(reference_write(model.memory, contents[-1], stream[start : start + config.memory_chunk]))
+        piece = slice(start, start + config.memory_chunk)
+        held.append(reference_write(model, held[-1], tokens[piece], stream[piece]))
     tables: list[tuple[Table, Table]] = [({}, {}) for _ in model.core]
     state, spent, output = list(stream), [0.0] * len(tokens), [torch.zeros(config.width) for _ in tokens]
     halting = torch.zeros(len(tokens), config.max_steps)
@@ -154,7 +188,7 @@ def reference_forward(
             for t in active:
                 if block is None:
                     state[t] = state[t] + model.inject_D * stream[t] + model.step_vectors_ND[step]
-                    state[t] = state[t] + reference_read(model.memory, state[t], contents[t // config.memory_chunk])
+                    state[t] = state[t] + reference_read(model.memory, state[t], held[t // config.memory_chunk])
                 else:
                     keys, values = tables[index - 1]
                     state[t] = reference_block(block, state[t], t, keys, values, visible[t])
@@ -169,8 +203,13 @@ def reference_forward(
     for block in model.coda:
         keys, values = {}, {}
         output = [reference_block(block, x, t, keys, values, visible[t]) for t, x in enumerate(output)]
-    hidden = torch.stack([rms(x) * model.final_norm.scale_D for x in output])
-    return hidden @ model.head.weight.T @ model.embedding.weight.T + model.head_bias_V, halting, steps, contents[-1]
+    hidden = [rms(x) * model.final_norm.scale_D for x in output]
+    logits = [model.embedding.weight @ (model.head.weight @ x) + model.head_bias_V for x in hidden]
+    found = [
+        reference_mixture(model.memory, x, own_V, held[t // config.memory_chunk])
+        for t, (x, own_V) in enumerate(zip(hidden, logits, strict=True))
+    ]
+    return torch.stack(found), halting, steps, held[-1]
 
 
 @pytest.mark.parametrize("segments", [None, [0] * 7 + [1] * 6 + [2] * 7])
@@ -180,23 +219,30 @@ def test_forward_equals_the_plain_reference(segments: list[int] | None) -> None:
     model, tokens = make_model(), make_tokens(1, 20)
     segment_ids = None if segments is None else torch.tensor([segments])
     output = model(tokens, segment_ids_BT=segment_ids)
-    logits, halting, steps, contents = reference_forward(model, tokens[0].tolist(), segments)
+    log_p, halting, steps, held = reference_forward(model, tokens[0].tolist(), segments)
     assert output.steps_BT[0].tolist() == steps
     assert len(set(steps)) > 1, "the reference must see tokens that halt at different steps"
     torch.testing.assert_close(output.halting_BTN[0], halting, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(output.memory.contents_BMD[0], contents, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(model.logits(output.hidden_BTD)[0], logits, atol=1e-4, rtol=1e-4)
+    assert output.memory.tokens_BM[0].tolist() == [slot.token for slot in held]
+    strengths = torch.tensor([slot.strength for slot in held])
+    torch.testing.assert_close(output.memory.strength_BM[0], strengths, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        output.memory.trace_BMD[0], torch.stack([slot.trace_D for slot in held]), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        model.log_probabilities(output.hidden_BTD, output.recall)[0], log_p, atol=1e-4, rtol=1e-4
+    )
 
 
 @torch.no_grad()
 def test_no_earlier_logit_moves_when_a_later_token_changes() -> None:
     """Causal through attention, pondering and memory, at every position and across chunks."""
     model, tokens = make_model(), make_tokens(2, 24)
-    before = model.logits(model(tokens).hidden_BTD)
+    before = log_probabilities(model, tokens)
     for position in (1, 7, 8, 15, 23):
         changed = tokens.clone()
         changed[:, position] = (changed[:, position] + 1) % TINY.vocabulary_size
-        after = model.logits(model(changed).hidden_BTD)
+        after = log_probabilities(model, changed)
         torch.testing.assert_close(after[:, :position], before[:, :position], atol=1e-5, rtol=1e-5)
         assert not torch.allclose(after[:, position], before[:, position], atol=1e-3)
 
@@ -210,8 +256,8 @@ def test_the_memory_carries_a_chunk_to_later_chunks_only() -> None:
     changed[0, 3] = (changed[0, 3] + 1) % TINY.vocabulary_size
 
     def difference(**options: Any) -> float:
-        first = model(tokens, segment_ids_BT=segment_ids, **options).hidden_BTD
-        second = model(changed, segment_ids_BT=segment_ids, **options).hidden_BTD
+        first = log_probabilities(model, tokens, segment_ids_BT=segment_ids, **options)
+        second = log_probabilities(model, changed, segment_ids_BT=segment_ids, **options)
         return float((second - first)[0, 8:].abs().max())
 
     assert difference() > 1e-4
@@ -223,11 +269,11 @@ def test_carried_memory_equals_one_long_sequence() -> None:
     """Two sequences of whole chunks, with the state handed on, write what one sequence writes."""
     model, tokens = make_model(), make_tokens(2, 16)
     segment_ids = torch.tensor([[0] * 8 + [1] * 8]).expand(2, -1)
-    whole = model(tokens, segment_ids_BT=segment_ids).memory.contents_BMD
+    whole = model(tokens, segment_ids_BT=segment_ids).memory
     first = model(tokens[:, :8])
-    second = model(tokens[:, 8:], memory=MemoryState(first.memory.contents_BMD))
+    second = model(tokens[:, 8:], memory=first.memory.detach())
     # Positions restart, which rotary attention does not see.
-    torch.testing.assert_close(second.memory.contents_BMD, whole, atol=1e-5, rtol=1e-4)
+    assert_same_memory(second.memory, whole)
 
 
 @torch.no_grad()
@@ -240,21 +286,41 @@ def test_right_padding_changes_nothing() -> None:
     for row, length in enumerate(lengths):
         alone = model(tokens[row : row + 1, :length])
         torch.testing.assert_close(together.hidden_BTD[row, :length], alone.hidden_BTD[0], atol=1e-5, rtol=1e-4)
-        kept = alone.memory.contents_BMD[0]
-        torch.testing.assert_close(together.memory.contents_BMD[row], kept, atol=1e-5, rtol=1e-4)
+        assert_same_memory(together.memory.map(lambda part, row=row: part[row : row + 1]), alone.memory)
         assert together.steps_BT[row, length:].tolist() == [0] * (20 - length)
     torch.testing.assert_close(together.halting_BTN.sum(-1), valid.float())
 
 
 @torch.no_grad()
 def test_a_row_of_padding_leaves_the_memory_as_it_was() -> None:
-    """Contents after an empty row are those before it, bit for bit, retention included."""
+    """What is held after an empty row is what was held before it, bit for bit, and no weaker."""
     model = make_model()
-    state = MemoryState(torch.randn(1, TINY.memory_slots, TINY.width, generator=torch.Generator().manual_seed(5)))
+    state = model(make_tokens(1, 16, seed=5)).memory
     valid = torch.zeros(1, 16, dtype=torch.bool)
     output = model(make_tokens(1, 16), memory=state, valid_BT=valid)
-    torch.testing.assert_close(output.memory.contents_BMD, state.contents_BMD)
+    assert all(torch.equal(part, output.memory.tensors()[name]) for name, part in state.tensors().items())
     assert bool(output.hidden_BTD.isfinite().all())
+
+
+@torch.no_grad()
+def test_the_most_surprising_tokens_are_kept_and_the_older_ones_give_way() -> None:
+    """With gates that see surprise alone: a chunk's rarest stay, and equal ones of later chunks take their place."""
+    counts = torch.ones(TINY.vocabulary_size)
+    counts[:10] = 1_000
+    model = CognateModelConstructor(TINY).construct(TINY, seed=0, unigram_counts=counts)
+    rare = [list(range(20 + 10 * chunk, 26 + 10 * chunk)) for chunk in range(3)]
+    chunks = [torch.tensor([[1, *tokens, 2]]) for tokens in rare]
+    state = model.memory.start(1)
+    for tokens_BT, expected in zip(chunks, rare, strict=True):
+        state = model(tokens_BT, memory=state).memory
+        assert state.tokens_BM[0].tolist() == expected
+    state = model(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 20]]), memory=state).memory
+    assert state.tokens_BM[0].tolist() == [20, *rare[2][:5]], (
+        "common tokens are weaker than rare ones of the last chunk"
+    )
+    written = model(torch.tensor([[1, 2]]), statistics=True).memory_statistics
+    assert written.slot_utilization == pytest.approx(2 / 6)
+    assert written.read_entropy_nats == 0, "nothing was held that could be read"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -273,16 +339,21 @@ def test_fixed_steps_beyond_the_most_are_refused() -> None:
         make_model()(make_tokens(1, 4), fixed_steps=5)
 
 
-def test_gradients_equal_finite_differences() -> None:
+def test_gradients_equal_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropping halted tokens stays differentiable: autograd agrees with nudging parameters of every part."""
     model = make_model().double()
     tokens = make_tokens(2, 17)
+    surprise_V = model.surprises()  # a measure of the data, held still: no gradient goes through it
+    monkeypatch.setattr(model, "surprises", lambda: surprise_V)
 
     def objective() -> Tensor:
         output = model(tokens)
-        logits = model.logits(output.hidden_BTD[:, :-1]).flatten(0, 1)
+        targets = tokens[:, 1:]
+        logits = model.logits(output.hidden_BTD[:, :-1])
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        losses = output.recall.map(lambda part: part[:, :-1]).mixed_losses(losses, targets)
         halting = output.halting_BTN.mean((0, 1)).square().sum()
-        loss: Tensor = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()) + halting
+        loss: Tensor = losses.mean() + halting
         return loss
 
     objective().backward()  # type: ignore[no-untyped-call]
@@ -354,7 +425,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 
 def test_the_fingerprint_of_cognate_25m_is_frozen() -> None:
     """Published models name it: if this test fails, write a new version instead of editing this one."""
-    frozen = "0860a00f90f35b4b7656298f1a5781772220f3dbd0b8e9a8c164fcedc6a016ab"
+    frozen = "5ac00c7b9216302edaa9fafda335154ff61c7825e6bf5df04fad976b0eb247bf"
     assert architecture_fingerprint(SPECIFICATION) == frozen
     assert architecture_fingerprint(TINY) != frozen
 

@@ -32,18 +32,45 @@ def test_pieces_give_the_whole_cross_entropy_and_its_gradients(tokens: int, monk
     leaves = (hidden_XD, weight_VD, bias_V)
     expected = F.cross_entropy(F.linear(hidden_XD, weight_VD, bias_V), targets_X, reduction="sum")
     wanted = torch.autograd.grad(3 * expected, leaves)
-    actual = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
+    actual, losses_X = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
     torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(losses_X.sum(), expected)
+    assert not losses_X.requires_grad
     for got, want in zip(torch.autograd.grad(3 * actual, leaves), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_a_mixture_s_losses_and_gradients_are_those_of_its_formula(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the head's weights and through both parts of the mixture; a part of nothing is no part."""
+    monkeypatch.setattr(cross_entropy, "CPU_PIECE", 4)
+    hidden_XD, weight_VD, bias_V, targets_X = problem(tokens)
+    gate_X = torch.linspace(-2, 2, tokens).requires_grad_()
+    hit_X = torch.linspace(-5, 0, tokens).requires_grad_()
+    leaves = (hidden_XD, weight_VD, bias_V, gate_X, hit_X)
+
+    def other_X() -> Tensor:
+        nothing_X = torch.arange(tokens) % 3 == 2
+        return (F.logsigmoid(gate_X) + hit_X).masked_fill(nothing_X, -1e4)
+
+    log_p_X = F.linear(hidden_XD, weight_VD, bias_V).log_softmax(-1).gather(1, targets_X[:, None]).squeeze(1)
+    expected_X = -((F.logsigmoid(-gate_X) + log_p_X).exp() + other_X().exp()).log()
+    wanted = torch.autograd.grad(3 * expected_X.sum(), leaves)
+    mixture = (F.logsigmoid(-gate_X), other_X())
+    total, losses_X = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X, mixture)
+    torch.testing.assert_close(losses_X, expected_X.detach())
+    for got, want in zip(torch.autograd.grad(3 * total, leaves), wanted, strict=True):
         torch.testing.assert_close(got, want)
 
 
 def test_autocast_changes_the_products_alone() -> None:
     """The loss is within bfloat16's rounding, and loss and gradients are float32."""
     hidden_XD, weight_VD, bias_V, targets_X = problem(16)
-    expected = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
+    expected, _ = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
+        actual, _ = head_cross_entropy(hidden_XD, weight_VD, bias_V, targets_X)
     assert float(actual.detach()) != float(expected.detach())
     torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
     assert {torch.float32} == {

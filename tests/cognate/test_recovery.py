@@ -20,7 +20,7 @@ from cognate_server.stream import TokenStream
 from cognate_server.tracker import StepOutcome
 from cognate_server.trainer import PretrainResult, Scorer, TrainingDivergedError, pretrain
 from cognate_server.validation import row_losses
-from tests.cognate._support import CONFIG, TINY, CountingStream, MemoryAttempt, weights
+from tests.cognate._support import CONFIG, CountingStream, MemoryAttempt, weights
 from training_common.attempt import AttemptStopped, StopKind
 from training_common.models.cognate_v1 import CognateV1
 
@@ -95,12 +95,12 @@ class InfiniteGradient:
     def arm(self, run: PretrainingRun) -> None:
         self._armed = True
 
-    def _poisoned(self, model: CognateV1, found: Predictions) -> torch.Tensor:
-        result = mean_cross_entropy(model, found)
+    def _poisoned(self, model: CognateV1, found: Predictions) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, losses_X = mean_cross_entropy(model, found)
         if self._armed:
-            result.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
+            mean.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
             self._armed = False
-        return result
+        return mean, losses_X
 
 
 @pytest.mark.parametrize("limits", [LIMITS, RecoveryLimits()])
@@ -228,37 +228,29 @@ def test_tokens_that_never_halt_get_a_heavier_prior(tmp_path: Path, monkeypatch:
     assert bias[0] == bias[1] < -4
 
 
-def test_memory_that_overflows_is_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contents a thousand times too large go back to the initial ones, and stay small."""
+def test_memory_that_overflows_ends_in_a_roll_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values a hundred times too large: the good weights write what they wrote before."""
 
     def inflate(run: PretrainingRun) -> None:
-        assert run.memory is not None
-        run.memory = dataclasses.replace(run.memory, contents_BMD=run.memory.contents_BMD * 1_000)
+        with torch.no_grad():
+            run.model.memory.write_value.weight.mul_(100)
 
-    sabotage(monkeypatch, {30: inflate})
+    sabotage(monkeypatch, {32: inflate})
     _, attempt = train(tmp_path, dataclasses.replace(RUN, progress_interval_steps=1), CountingStream(endless=True))
-    assert told(attempt) == [(30, "memory_overflow", "reset_memory")]
-    before, after = (json.loads(attempt.events[0][name])["contents_rms"] for name in ("before", "after"))
-    assert before > 10 * LIMITS.contents_multiple * after
+    assert told(attempt) == [(32, "memory_overflow", "roll_back")]
+    assert json.loads(attempt.events[0]["after"])["weights_of_step"] == 30
     rms = {step: metrics["memory_contents_rms"] for step, metrics in attempt.rows if "loss" in metrics}
-    assert rms[30] > LIMITS.contents_multiple * rms[29]
-    assert max(rms[step] for step in range(31, 61)) < 2 * rms[29]
+    assert rms[32] > LIMITS.contents_multiple * rms[31]
+    assert max(rms[step] for step in range(33, 61)) < 2 * rms[31]
 
 
 def test_reads_that_all_go_to_one_slot_reset_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slot's key along every query and all others' against it: the entropy of reads is near 0, then it is not."""
-    wide = dataclasses.replace(TINY, heads=1)
-    config = dataclasses.replace(RUN, model=wide, progress_interval_steps=2)
+    """One slot stronger than all others together, for ever: the entropy of reads is near 0, then it is not."""
+    config = dataclasses.replace(RUN, progress_interval_steps=2)
 
     def collapse(run: PretrainingRun) -> None:
-        memory, direction_D = run.model.memory, torch.ones(wide.width)
         assert run.memory is not None
-        with torch.no_grad():
-            run.model.embedding.weight += 20 * direction_D
-            memory.read_query.weight.copy_(torch.ones(wide.width, wide.width) / wide.width)
-            memory.read_key.weight.copy_(torch.eye(wide.width))
-            run.memory.contents_BMD.copy_((-50 * direction_D).expand_as(run.memory.contents_BMD))
-            run.memory.contents_BMD[:, 0] = 50 * direction_D
+        run.memory.strength_BM[:, 0] = 1_000.0
 
     calm = dataclasses.replace(LIMITS, contents_multiple=1e9, loss_margin_nats=1e9, collapse_reports=1)
     sabotage(monkeypatch, {30: collapse})

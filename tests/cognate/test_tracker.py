@@ -26,10 +26,12 @@ def model() -> CognateV1:
 
 def outcome(built: CognateV1, tokens_BT: torch.Tensor) -> StepOutcome:
     output = built(tokens_BT)
-    logits = built.logits(output.hidden_BTD)
-    loss = F.cross_entropy(logits.flatten(0, 1), tokens_BT.flatten())
-    loss.backward()  # type: ignore[no-untyped-call]
-    return StepOutcome(loss=float(loss.detach()), divergence=0.0, targets=tokens_BT.numel(), output=output)
+    losses_BT = F.cross_entropy(built.logits(output.hidden_BTD).transpose(1, 2), tokens_BT, reduction="none")
+    loss = output.recall.mixed_losses(losses_BT, tokens_BT).mean()
+    loss.backward()
+    return StepOutcome(
+        loss=float(loss.detach()), divergence=0.0, allotment=0.0, targets=tokens_BT.numel(), output=output
+    )
 
 
 @pytest.mark.parametrize("halting_bias", [-9.0, 9.0])

@@ -1,13 +1,14 @@
 """Cognate, version 1: the frozen forward pass that both services run.
 
-    tokens -> embedding -> prelude -> core, 1 to N times under ACT, reading the LTM -> coda -> norm -> tied head
+    tokens -> embedding -> prelude -> core, 1 to N times under ACT, reading the LTM -> coda -> norm -> tied head + LTM
                               |         ^ weight-shared; halted tokens are dropped from the batch
-                              +-> LTM: one delta-rule write per chunk, seen by later chunks only
+                              +-> LTM: the most surprising tokens, one write per chunk, seen by later chunks only
 
 - ACT (adaptive computation time, Graves 2016): every token takes its own number of core steps. A token that has halted
   is gathered out of the batch; its keys and values stay where later tokens find them.
-- LTM (long-term memory): slots of contents under learned addresses. A chunk is written from the prelude's output, so
-  all writes of a sequence are known before the core runs, and a ponder step reads what earlier chunks left.
+- LTM (long-term memory): slots that keep the most surprising tokens of earlier chunks. A chunk is written from the
+  prelude's output, so all writes of a sequence are known before the core runs. Ponder steps read what earlier chunks
+  left, and the head takes part of its prediction from it.
 - Causal throughout: no output moves when a later token changes.
 - Padding: `valid_BT` marks real tokens. Right padding needs nothing else, since attention is causal; padding is never
   written to the memory, never ponders, and has a zero halting distribution and zero steps.
@@ -28,7 +29,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,12 @@ NORM_EPSILON = 1e-6
 # Parameters of the adaptive parts, by the start of their names: agents freeze them unless asked otherwise.
 ACT_PREFIXES = ("halting.", "step_vectors_ND", "inject_D")
 LTM_PREFIXES = ("memory.",)
+# A slot that holds no token, and the log strength of nothing: finite, since a softmax of minus infinities has no
+# gradient, and so low that its exponential is 0 in every type.
+EMPTY = -1
+NOTHING = -1e4
+# What is held loses half of its strength per chunk. Of 0.5, 0.9 and 1, 0.5 was best for a cache of the same tokens.
+FORGETTING = math.log(2)
 
 
 class ArchitectureMismatchError(ValueError):
@@ -80,15 +87,113 @@ class CognateV1Config:
             raise ValueError(f"halting_epsilon must be below 1, got {self.halting_epsilon}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryState:
-    """What the long-term memory holds for each row: contents_BMD."""
+    """What the long-term memory holds for each row, the strongest slot first.
 
-    contents_BMD: Tensor
+    tokens_BM: int64, the token of each slot; `EMPTY` where there is none.
+    strength_BM: log of its write gate, less what it lost since; `NOTHING` where the slot is empty.
+    trace_BMD, key_BMD: what ponder steps see of it, and what the head finds it by.
+    """
+
+    tokens_BM: Tensor
+    strength_BM: Tensor
+    trace_BMD: Tensor
+    key_BMD: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
+        """Return the same change of every part."""
+        return MemoryState(**{name: change(part) for name, part in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parts by name, for `MemoryState(**parts)`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def detach(self) -> MemoryState:
-        """Return the same contents without their history, for the next sequence."""
-        return MemoryState(self.contents_BMD.detach())
+        """Return the same without its history, for the next sequence."""
+        return self.map(Tensor.detach)
+
+    def joined(self, other: MemoryState) -> MemoryState:
+        """Return the slots of both, these first."""
+        return MemoryState.together([self, other], dim=1)
+
+    def take(self, places_BM: Tensor) -> MemoryState:
+        """Return the slots at the given places of each row."""
+
+        def taken(part: Tensor) -> Tensor:
+            wide = places_BM if part.ndim == 2 else places_BM.unsqueeze(-1).expand(-1, -1, part.shape[-1])
+            return part.gather(1, wide)
+
+        return self.map(taken)
+
+    def where(self, chosen_B: Tensor, other: MemoryState) -> MemoryState:
+        """Return these rows where chosen, and the other's elsewhere."""
+        others = other.tensors()
+        return MemoryState(
+            **{
+                name: torch.where(chosen_B.view(-1, *[1] * (part.ndim - 1)), part, others[name])
+                for name, part in self.tensors().items()
+            }
+        )
+
+    def put(self, rows: Tensor, other: MemoryState) -> MemoryState:
+        """Return these with some rows replaced by the other's, in order."""
+        others = other.tensors()
+        return MemoryState(**{name: part.index_copy(0, rows, others[name]) for name, part in self.tensors().items()})
+
+    def split(self, slots: int) -> list[MemoryState]:
+        """Return pieces of so many slots."""
+        pieces = zip(*(torch.split(part, slots, 1) for part in self.tensors().values()), strict=True)
+        return [MemoryState(**dict(zip(self.tensors(), piece, strict=True))) for piece in pieces]
+
+    @staticmethod
+    def together(states: Sequence[MemoryState], dim: int = 0) -> MemoryState:
+        """Return the rows (dim 0) or the slots (dim 1) of all of them, one after the other."""
+        names = states[0].tensors()
+        return MemoryState(**{name: torch.cat([getattr(one, name) for one in states], dim) for name in names})
+
+    @staticmethod
+    def stacked(states: Sequence[MemoryState]) -> MemoryState:
+        """Return C states of B rows as one of B * C rows: each row's states follow one another."""
+        names = states[0].tensors()
+        return MemoryState(
+            **{name: torch.stack([getattr(one, name) for one in states], 1).flatten(0, 1) for name in names}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """What the memory says the next token is, and how far it is trusted, at positions of any leading dimensions.
+
+    tokens: int64, (..., M), those that the slots hold. log_shares: (..., M), of each slot; they sum to 1 together.
+    log_own, log_recalled: (...), the head's and the memory's parts of the prediction, which sum to 1; 0 and `NOTHING`
+        where the memory is empty.
+    """
+
+    tokens: Tensor
+    log_shares: Tensor
+    log_own: Tensor
+    log_recalled: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Recall:
+        """Return the same change of every part."""
+        return Recall(**{field.name: change(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
+    def log_part_of(self, targets: Tensor) -> Tensor:
+        """Return the log probability that the memory alone adds to each target: (...)."""
+        hits = torch.where(self.tokens == targets.unsqueeze(-1), self.log_shares, NOTHING)
+        return self.log_recalled + hits.logsumexp(-1)
+
+    def mixed_losses(self, losses: Tensor, targets: Tensor) -> Tensor:
+        """Return the targets' cross-entropies under the mixture, from those under the head alone: (...)."""
+        return -torch.logaddexp(self.log_own - losses, self.log_part_of(targets))
+
+    def mixed(self, log_probabilities: Tensor) -> Tensor:
+        """Mix the head's log probabilities with what is recalled: (..., V). Not for gradients."""
+        recalled = (self.log_shares + self.log_recalled.unsqueeze(-1)).exp()
+        recalled = recalled.masked_fill(self.tokens == EMPTY, 0)
+        sums = torch.zeros_like(log_probabilities).scatter_add_(-1, self.tokens.clamp(min=0), recalled)
+        return torch.logaddexp(log_probabilities + self.log_own.unsqueeze(-1), sums.log())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +201,16 @@ class MemoryStatistics:
     """How the memory was used in one forward pass; scalars without gradient.
 
     write_rate: mean write gate of the valid tokens, 0 to 1.
-    slot_utilization: share of slots that got at least half of an even share of the writes, 0 to 1.
-    read_entropy_nats: mean entropy of the read attention over slots in the first ponder step; at most ln(slots).
-        None when the memory was not read.
+    slot_utilization: share of slots that hold a token after the pass, 0 to 1.
+    read_entropy_nats: mean entropy of the slots' shares in what the head recalls, over the tokens whose memory is not
+        empty; at most ln(slots). head_share: mean share of the prediction that the memory makes, 0 to 1. Both are None
+        when the memory was not read.
     """
 
     write_rate: Tensor
     slot_utilization: Tensor
     read_entropy_nats: Tensor | None
+    head_share: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +218,8 @@ class CognateOutput:
     """The result of a forward pass.
 
     hidden_BTD: after the final norm, before the head; `CognateV1.logits` takes it.
+    recall: what the memory adds to the head's prediction; `CognateV1.log_probabilities` takes it. None when its reads
+        are off.
     halting_BTN: the weight of each ponder step's state in the output; sums to 1 for valid tokens, 0 for padding.
     steps_BT: int64, ponder steps taken; 0 for padding.
     memory: after the last chunk, whole or not. Detach it before it is given to another sequence.
@@ -118,6 +227,7 @@ class CognateOutput:
     """
 
     hidden_BTD: Tensor
+    recall: Recall | None
     halting_BTN: Tensor
     steps_BT: Tensor
     memory: MemoryState
@@ -279,27 +389,30 @@ class _Block(nn.Module):
 
 @dataclass(frozen=True)
 class _Readable:
-    """The keys and values that each chunk of each row may read: (B * C, H, M, K)."""
+    """What the tokens of each chunk of each row may read, X = B * C: the slots, and their keys and values per head."""
 
+    slots: MemoryState
     key_XHMK: Tensor
     value_XHMK: Tensor
     C: int
 
 
 class LongTermMemory(nn.Module):
-    """Slots that are written once per chunk by the delta rule, and read in every ponder step.
+    """Slots that keep the most surprising tokens of the past, one each; read in every ponder step and by the head.
 
-    Write, for the tokens t of a chunk, with contents S at its start and S0 the learned initial contents:
-        a_t = softmax over slots of <norm(K x_t), norm(address)> / sqrt(D)
-        e_t = V x_t - a_t S                                   what the memory gets wrong
-        u_t = |e_t| / (|V x_t| + |a_t S|)                     surprise, 0 to 1
-        g_t = sigmoid(gate(x_t) + surprise_scale * u_t)       0 for padding
-        S  <- S0 + r (S - S0) + sum_t a_t g_t e_t / max(1, sum_t a_t)      r = sigmoid(mean of retention(x_t))
-    The normalizer keeps the eigenvalues of the correction between 0 and 1, so that contents cannot blow up. A chunk
-    that is all padding changes nothing.
+    Write, once per chunk, for its tokens t with the prelude's output x_t:
+        u_t = -ln p(token t) by the frequencies in the head's bias         surprise, in nats
+        g_t = sigmoid(write_gate(x_t) + surprise_scale * u_t)              strength, 0 to 1; none for padding
+    A slot holds a token, ln g, a trace (write_value x) and a key (write_key x, each head's part normalized). What was
+    held loses `FORGETTING` nats of strength per chunk; then the M strongest of old and new stay, strongest first, the
+    older one of two equals.
 
-    Read: heads of attention from x over the slots; keys from address + contents, values from contents; each head has a
-    gate, sigmoid(read_gate(x)).
+    Read in a ponder step: heads of attention from the state over the slots; keys from address of the rank + trace,
+    values from the trace, and an empty slot shows its initial trace. Each head has a gate, sigmoid(read_gate(state)).
+
+    Read by the head: a slot's share is softmax over the held ones of <query, key> + ln g. Its token gets that share of
+    head_gate's part of the prediction, and the tied head keeps the rest (a pointer mixture: Merity et al. 2017,
+    arXiv:1609.07843; Grave et al. 2017, arXiv:1612.04426). While nothing is held, the head keeps all.
     """
 
     def __init__(self, config: CognateV1Config) -> None:
@@ -312,94 +425,89 @@ class LongTermMemory(nn.Module):
         self.write_key = _Linear(D, D, bias=False)
         self.write_value = _Linear(D, D, bias=False)
         self.write_gate = _Linear(D, 1)
-        self.retention = _Linear(D, 1)
         self.surprise_scale = nn.Parameter(torch.zeros(()))
         self.read_query = _Linear(D, D, bias=False)
         self.read_key = _Linear(D, D, bias=False)
         self.read_value = _Linear(D, D, bias=False)
         self.read_output = _Linear(D, D, bias=False)
         self.read_gate = _Linear(D, config.heads)
+        self.head_gate = _Linear(D, 1)
 
     def start(self, rows: int) -> MemoryState:
-        """Return the initial contents for so many rows."""
-        return MemoryState(self.initial_MD.expand(rows, -1, -1))
-
-    def write(self, source_BTD: Tensor, state: MemoryState, valid_BT: Tensor | None) -> _Written:
-        """Write all chunks in order; return the contents before each of them, and after the last."""
-        x_BTD = normalize(source_BTD)
-        scale = 1 / math.sqrt(x_BTD.shape[-1])
-        address_BTM = F.linear(normalize(self.write_key(x_BTD)), normalize(self.addresses_MD) * scale).softmax(-1)
-        if valid_BT is None:
-            valid_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.bool)
-        valid_BT1 = valid_BT.unsqueeze(-1).to(x_BTD.dtype)
-        address_BTM = address_BTM * valid_BT1
-        per_chunk = zip(
-            *(
-                torch.split(per_token, self.chunk, dim=1)
-                for per_token in (
-                    address_BTM,
-                    self.write_value(x_BTD),
-                    self.write_gate(x_BTD),
-                    self.retention(x_BTD),
-                    valid_BT1,
-                )
-            ),
-            strict=True,
+        """Return empty slots for so many rows."""
+        like = self.initial_MD.detach()
+        M, D = like.shape
+        return MemoryState(
+            tokens_BM=torch.full((rows, M), EMPTY, device=like.device),
+            strength_BM=like.new_full((rows, M), NOTHING),
+            trace_BMD=like.new_zeros(rows, M, D),
+            key_BMD=like.new_zeros(rows, M, D),
         )
-        contents_BMD, before, gates = state.contents_BMD, [], []
-        for chunk in per_chunk:
-            before.append(contents_BMD)
-            contents_BMD, gate_BL1 = self._write_chunk(contents_BMD, *chunk)
-            gates.append(gate_BL1)
-        return _Written(before, MemoryState(contents_BMD), address_BTM, torch.cat(gates, 1), valid_BT1)
 
-    def _write_chunk(
+    def write(
         self,
-        contents_BMD: Tensor,
-        address_BLM: Tensor,
-        value_BLD: Tensor,
-        gate_BL1: Tensor,
-        retention_BL1: Tensor,
-        valid_BL1: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        predicted_BLD = address_BLM @ contents_BMD
-        error_BLD = value_BLD - predicted_BLD
-        size_BL1 = _length(value_BLD) + _length(predicted_BLD)
-        surprise_BL1 = _length(error_BLD) / size_BL1
-        gate_BL1 = torch.sigmoid(gate_BL1 + self.surprise_scale * surprise_BL1) * valid_BL1
-        tokens_B11 = valid_BL1.sum(1, keepdim=True)
-        mean_retention_B11 = (retention_BL1 * valid_BL1).sum(1, keepdim=True) / tokens_B11.clamp(min=1)
-        # A chunk of nothing but padding forgets nothing.
-        kept_B11 = torch.where(tokens_B11 > 0, torch.sigmoid(mean_retention_B11), 1.0)
-        correction_BMD = (address_BLM * gate_BL1).transpose(1, 2) @ error_BLD
-        share_BM1 = address_BLM.sum(1).clamp(min=1).unsqueeze(-1)
-        # torch.lerp(a, b, r) = a + r (b - a)
-        retained_BMD = torch.lerp(self.initial_MD, contents_BMD, kept_B11)
-        return retained_BMD + correction_BMD / share_BM1, gate_BL1
+        tokens_BT: Tensor,
+        source_BTD: Tensor,
+        surprise_V: Tensor,
+        state: MemoryState,
+        valid_BT: Tensor | None,
+    ) -> _Written:
+        """Write all chunks in order; return what was held before each of them, and after the last.
 
-    def readable(self, before: list[Tensor]) -> _Readable:
-        """Project the contents that each chunk may read, once for all ponder steps."""
-        contents_BCMD = torch.stack(before, 1)
-        B, C, M, D = contents_BCMD.shape
-        heads = (B * C, M, self.heads, D // self.heads)
-        key = normalize(self.read_key(contents_BCMD + self.addresses_MD).view(heads)).transpose(1, 2)
-        value = self.read_value(contents_BCMD).view(heads).transpose(1, 2)
-        return _Readable(key, value, C)
+        surprise_V: of every token of the vocabulary, in nats.
+        """
+        x_BTD = normalize(source_BTD)
+        gate_BT = self.write_gate(x_BTD).squeeze(-1).to(x_BTD.dtype) + self.surprise_scale * surprise_V[tokens_BT]
+        strength_BT = F.logsigmoid(gate_BT)
+        if valid_BT is not None:
+            strength_BT = strength_BT.masked_fill(~valid_BT, 2 * NOTHING)  # below an empty slot
+        new = MemoryState(
+            tokens_BM=tokens_BT,
+            strength_BM=strength_BT,
+            trace_BMD=self.write_value(x_BTD).to(x_BTD.dtype),
+            key_BMD=normalize(self._per_head(self.write_key(x_BTD).to(x_BTD.dtype))).flatten(-2),
+        )
+        before: list[MemoryState] = []
+        for chunk in new.split(self.chunk):
+            before.append(state)
+            state = self._write_chunk(state, chunk)
+        return _Written(before, state, torch.sigmoid(gate_BT.detach()), valid_BT)
+
+    def _write_chunk(self, state: MemoryState, chunk: MemoryState) -> MemoryState:
+        held_BM = state.tokens_BM != EMPTY
+        written_B1 = (chunk.strength_BM > NOTHING).any(1, keepdim=True)  # a chunk of padding makes nothing older
+        aged_BM = torch.where(held_BM & written_B1, state.strength_BM - FORGETTING, state.strength_BM)
+        both = dataclasses.replace(state, strength_BM=aged_BM).joined(chunk)
+        order_BM = both.strength_BM.detach().sort(stable=True, dim=1, descending=True).indices[:, : held_BM.shape[1]]
+        return both.take(order_BM)
+
+    def readable(self, before: list[MemoryState]) -> _Readable:
+        """Project what each chunk may read, once for all ponder steps."""
+        slots = MemoryState.stacked(before)
+        held_XM1 = (slots.tokens_BM != EMPTY).unsqueeze(-1)
+        shown_XMD = torch.where(held_XM1, slots.trace_BMD, self.initial_MD)
+        key = normalize(self._per_head(self.read_key(shown_XMD + self.addresses_MD)))
+        value = self._per_head(self.read_value(shown_XMD))
+        return _Readable(slots, key.transpose(1, 2), value.transpose(1, 2), len(before))
+
+    def _per_head(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], self.heads, -1)
 
     def read(self, x_AD: Tensor, layout: _Layout, readable: _Readable) -> Tensor:
-        """Return what every active token reads from the memory that its chunk may see."""
-        A, D = x_AD.shape
-        query_XHLK = self._queries(x_AD, layout, readable.C)
+        """Return what every active token reads in a ponder step."""
+        query_XLD = self._by_chunk(layout.scatter(self.queries(x_AD).flatten(1)), layout, readable.C)
+        query_XHLK = self._per_head(query_XLD).transpose(1, 2)
         with _wide_on_cpu(x_AD.device):
             mixed_XHLK = F.scaled_dot_product_attention(
                 query_XHLK, readable.key_XHMK.to(query_XHLK.dtype), readable.value_XHMK.to(query_XHLK.dtype)
             )
-        mixed_BTD = mixed_XHLK.transpose(1, 2).reshape(layout.B, readable.C * self.chunk, D)[:, : layout.T]
-        return self.let_through(layout.gather(mixed_BTD.reshape(layout.B * layout.T, D)).view(A, self.heads, -1), x_AD)
+        mixed_BTD = mixed_XHLK.transpose(1, 2).reshape(layout.B, readable.C * self.chunk, -1)[:, : layout.T]
+        flat_AD = layout.gather(mixed_BTD.reshape(layout.B * layout.T, -1))
+        return self.let_through(self._per_head(flat_AD), x_AD)
 
-    def queries(self, x_AD: Tensor) -> Tensor:
-        """Return what every token asks the memory for: (A, H, K)."""
-        return normalize(self.read_query(normalize(x_AD)).view(len(x_AD), self.heads, -1))
+    def queries(self, x: Tensor) -> Tensor:
+        """Return what states ask the memory for: (..., D) -> (..., H, K)."""
+        return normalize(self._per_head(self.read_query(normalize(x))))
 
     def let_through(self, mixed_AHK: Tensor, x_AD: Tensor) -> Tensor:
         """Gate each head's find and map all of them to the model's width: (A, D)."""
@@ -407,50 +515,70 @@ class LongTermMemory(nn.Module):
         read_AD: Tensor = self.read_output(gated_AHK.flatten(1))
         return read_AD
 
-    def _queries(self, x_AD: Tensor, layout: _Layout, C: int) -> Tensor:
-        D = x_AD.shape[1]
-        query_BTD = layout.scatter(self.queries(x_AD).flatten(1)).view(layout.B, layout.T, D)
+    def _by_chunk(self, flat: Tensor, layout: _Layout, C: int) -> Tensor:
+        """Order (B * T, D) by chunks, the last one filled up with zeros: (B * C, L, D)."""
+        whole_BTD = flat.view(layout.B, layout.T, -1)
         missing = C * self.chunk - layout.T
         if missing:
-            query_BTD = F.pad(query_BTD, (0, 0, 0, missing))
-        return query_BTD.reshape(layout.B * C, self.chunk, self.heads, -1).transpose(1, 2)
+            whole_BTD = F.pad(whole_BTD, (0, 0, 0, missing))
+        return whole_BTD.reshape(layout.B * C, self.chunk, -1)
+
+    def recall_all(self, hidden_XD: Tensor, layout: _Layout, readable: _Readable) -> Recall:
+        """Return what the memory predicts at every position of the batch: leading dimensions (B, T)."""
+        found = self.recall(self._by_chunk(hidden_XD, layout, readable.C), readable)
+
+        def by_row(x: Tensor) -> Tensor:
+            return x.reshape(layout.B, readable.C * self.chunk, *x.shape[2:])[:, : layout.T]
+
+        return found.map(by_row)
+
+    def recall(self, hidden_XLD: Tensor, readable: _Readable) -> Recall:
+        """Return what the slots of X chunks predict for their L positions each: leading dimensions (X, L)."""
+        L = hidden_XLD.shape[1]
+        slots = readable.slots
+        query_XLD = self.queries(hidden_XLD).flatten(-2).to(slots.key_BMD.dtype)
+        # As if the heads of an attention with keys of unit root mean square voted together.
+        scale = 1 / math.sqrt(self.heads * query_XLD.shape[-1])
+        strength_X1M = slots.strength_BM.unsqueeze(1)
+        with torch.autocast(hidden_XLD.device.type, enabled=False):
+            score_XLM = torch.baddbmm(strength_X1M.expand(-1, L, -1), query_XLD, slots.key_BMD.mT, alpha=scale)
+            gate_XL = self.head_gate(normalize(hidden_XLD).to(score_XLM.dtype)).squeeze(-1)
+        holds_X1 = (slots.tokens_BM != EMPTY).any(1, keepdim=True)
+        return Recall(
+            tokens=slots.tokens_BM.unsqueeze(1).expand(-1, L, -1),
+            log_shares=score_XLM.log_softmax(-1),
+            log_own=torch.where(holds_X1, F.logsigmoid(-gate_XL), 0.0),
+            log_recalled=torch.where(holds_X1, F.logsigmoid(gate_XL), NOTHING),
+        )
 
     @torch.no_grad()
-    def statistics(
-        self, x_AD: Tensor, layout: _Layout, written: _Written, readable: _Readable | None
-    ) -> MemoryStatistics:
-        """Measure the writes of a pass, and the reads that `x_AD` would make."""
-        tokens = written.valid_BT1.sum().clamp(min=1)
-        shares_M = (written.address_BTM * written.gate_BT1).sum((0, 1))
-        even = shares_M.mean()
-        entropy = None
-        if readable is not None:
-            query_XHLK = self._queries(x_AD, layout, readable.C)
-            score_XHLM = query_XHLK @ readable.key_XHMK.transpose(-1, -2) / math.sqrt(query_XHLK.shape[-1])
-            entropy_XHL = torch.special.entr(score_XHLM.softmax(-1)).sum(-1)
-            entropy_BCL = entropy_XHL.mean(1).view(layout.B, readable.C * self.chunk)[:, : layout.T]
-            entropy = (entropy_BCL.unsqueeze(-1) * written.valid_BT1).sum() / tokens
+    def statistics(self, written: _Written, recall: Recall | None) -> MemoryStatistics:
+        """Measure the writes of a pass, and what the head read."""
+        gate_BT = written.gate_BT
+        valid_BT = torch.ones_like(gate_BT, dtype=torch.bool) if written.valid_BT is None else written.valid_BT
+        entropy = share = None
+        if recall is not None:
+            reads_BT = valid_BT & (recall.log_recalled > NOTHING)
+            reads = reads_BT.sum().clamp(min=1)
+            entropy_BT = torch.special.entr(recall.log_shares.exp()).sum(-1)
+            entropy = (entropy_BT * reads_BT).sum() / reads
+            share = (recall.log_recalled.exp() * valid_BT).sum() / valid_BT.sum().clamp(min=1)
         return MemoryStatistics(
-            write_rate=written.gate_BT1.sum() / tokens,
-            slot_utilization=(shares_M >= 0.5 * even).float().mean(),
+            write_rate=(gate_BT * valid_BT).sum() / valid_BT.sum().clamp(min=1),
+            slot_utilization=(written.after.tokens_BM != EMPTY).to(gate_BT.dtype).mean(),
             read_entropy_nats=entropy,
+            head_share=share,
         )
 
 
 @dataclass(frozen=True)
 class _Written:
-    """The result of `LongTermMemory.write`; `before` has one (B, M, D) per chunk."""
+    """The result of `LongTermMemory.write`; `before` has one state per chunk."""
 
-    before: list[Tensor]
+    before: list[MemoryState]
     after: MemoryState
-    address_BTM: Tensor
-    gate_BT1: Tensor
-    valid_BT1: Tensor
-
-
-def _length(x: Tensor) -> Tensor:
-    """Euclidean length of the last dimension, kept; never 0, so that its gradient exists."""
-    return (x.square().sum(-1, keepdim=True) + NORM_EPSILON).sqrt()
+    gate_BT: Tensor
+    valid_BT: Tensor | None
 
 
 class CognateV1(nn.Module):
@@ -485,11 +613,11 @@ class CognateV1(nn.Module):
     ) -> CognateOutput:
         """Run the model; `logits` turns the hidden states into next-token logits.
 
-        memory: contents to start from; None starts with the initial ones.
+        memory: slots to start from; None starts with empty ones.
         valid_BT: bool, False for padding; None when there is none.
         segment_ids_BT: integers; attention stays among equal ids. None: each row is one document.
         fixed_steps: switch ACT off; every token takes so many steps and the last one's state is the output.
-        read_memory: False ablates the memory's reads (it is still written).
+        read_memory: False ablates the memory's reads, by ponder steps and head (it is still written).
         Errors: ValueError, when fixed_steps is not within 1 and max_steps.
         """
         if fixed_steps is not None and not 1 <= fixed_steps <= self.config.max_steps:
@@ -499,22 +627,35 @@ class CognateV1(nn.Module):
         x_AD = normalize(self.embedding(tokens_BT)).view(B * T, -1)
         for block in self.prelude:
             x_AD, _ = block(x_AD, layout)
-        written = self.memory.write(x_AD.view(B, T, -1), memory or self.memory.start(B), valid_BT)
+        written = self.memory.write(
+            tokens_BT, x_AD.view(B, T, -1), self.surprises(), memory or self.memory.start(B), valid_BT
+        )
         readable = self.memory.readable(written.before) if read_memory else None
-        measured = self.memory.statistics(x_AD, layout, written, readable) if statistics else None
         x_AD, halting_BTN, steps_BT = self._ponder(x_AD, layout, readable, valid_BT, fixed_steps)
         for block in self.coda:
             x_AD, _ = block(x_AD, layout)
+        hidden_AD = self.final_norm(x_AD)
+        recall = None if readable is None else self.memory.recall_all(hidden_AD, layout, readable)
         return CognateOutput(
-            hidden_BTD=self.final_norm(x_AD).view(B, T, -1),
+            hidden_BTD=hidden_AD.view(B, T, -1),
+            recall=recall,
             halting_BTN=halting_BTN,
             steps_BT=steps_BT,
             memory=written.after,
-            memory_statistics=measured,
+            memory_statistics=self.memory.statistics(written, recall) if statistics else None,
         )
 
+    def surprises(self) -> Tensor:
+        """Return every token's surprise by the frequencies that the head's bias stands for, in nats: (V,)."""
+        return -self.head_bias_V.detach().log_softmax(-1)
+
+    def log_probabilities(self, hidden: Tensor, recall: Recall | None) -> Tensor:
+        """Return the next token's log probabilities, head and memory together: (..., D) -> (..., V). No gradients."""
+        own = self.logits(hidden).log_softmax(-1)
+        return own if recall is None else recall.mixed(own)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return next-token logits: (..., D) -> (..., V)."""
+        """Return next-token logits of the head alone, without what is recalled: (..., D) -> (..., V)."""
         return F.linear(self.head(hidden), self.embedding.weight, self.head_bias_V)
 
     def _ponder(

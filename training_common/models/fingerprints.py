@@ -8,4 +8,4 @@ from __future__ import annotations
 from typing import Final
 
 # cognate_v1 at the sizes of Cognate-25M: architecture_fingerprint(CognateV1Config()).
-COGNATE_V1_25M: Final = "sha256:0860a00f90f35b4b7656298f1a5781772220f3dbd0b8e9a8c164fcedc6a016ab"
+COGNATE_V1_25M: Final = "sha256:5ac00c7b9216302edaa9fafda335154ff61c7825e6bf5df04fad976b0eb247bf"

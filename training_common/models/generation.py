@@ -5,8 +5,8 @@ alone. Three things are kept for each row, and follow from how `cognate_v1` work
 
 - keys and values of every block's every application: the core's blocks have one table for each ponder step. A token
   that halted at an earlier step is in the later tables as it left them, because later tokens attend to it there.
-- the memory's contents after the last whole chunk, which is all that tokens of the present chunk may read.
-- the prelude's output for the present chunk, until it is whole and can be written.
+- the memory's slots after the last whole chunk, which is all that tokens of the present chunk may read.
+- the present chunk's tokens and the prelude's output for them, until it is whole and can be written.
 
 Rows may have prompts of different lengths; a row that has ended leaves the batch.
 """
@@ -16,6 +16,7 @@ Rows may have prompts of different lengths; a row that has ended leaves the batc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training_common.models import cognate_v1 as v1
-from training_common.models.cognate_v1 import CognateV1, MemoryState
+from training_common.models.cognate_v1 import CognateV1, MemoryState, Recall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def generate(
 ) -> list[Continuation]:
     """Continue every prompt until `stop_token` or for `max_new_tokens`.
 
-    memory: what the rows' memories hold at the start, one for each prompt; None: the initial contents.
+    memory: what the rows' memories hold at the start, one for each prompt; None: nothing.
     fixed_steps: every token takes so many core steps, as in the forward pass. None: adaptive.
     temperature: 0 takes the likeliest token; otherwise one is drawn from `generator`.
     Errors: ValueError, when a prompt is empty or an argument is out of its range.
@@ -64,10 +65,10 @@ def generate(
     memory = memory or model.memory.start(len(prompts))
     texts = _Texts(model, prompts, memory, max_new_tokens=max_new_tokens, fixed_steps=fixed_steps)
     found: list[tuple[list[int], list[int]]] = [([], []) for _ in prompts]
-    hidden_BD, steps_B = texts.read_prompts()
+    ends = texts.read_prompts()
     while True:
-        next_B = _choose(model.logits(hidden_BD), temperature, generator)
-        for row, token, steps in zip(texts.rows, next_B.tolist(), steps_B.tolist(), strict=True):
+        next_B = _choose(model.log_probabilities(ends.hidden_BD, ends.recall_B), temperature, generator)
+        for row, token, steps in zip(texts.rows, next_B.tolist(), ends.steps_B.tolist(), strict=True):
             found[row][0].append(token)
             found[row][1].append(steps)
         ends_B = [len(found[row][0]) == max_new_tokens or found[row][0][-1] == stop_token for row in texts.rows]
@@ -77,7 +78,7 @@ def generate(
             going = torch.tensor([not ends for ends in ends_B], device=next_B.device).nonzero().squeeze(1)
             texts.keep_rows(going)
             next_B = next_B[going]
-        hidden_BD, steps_B = texts.read(next_B.unsqueeze(1))
+        ends = texts.read(next_B.unsqueeze(1))
 
 
 def _check(
@@ -98,10 +99,10 @@ def _check(
         raise ValueError(f"temperature must be 0 or above, got {temperature}")
 
 
-def _choose(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def _choose(log_p_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
-        return logits_BV.argmax(-1)
-    return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+        return log_p_BV.argmax(-1)
+    return torch.multinomial((log_p_BV / temperature).softmax(-1), 1, generator=generator).squeeze(1)
 
 
 class _Table:
@@ -137,6 +138,29 @@ class _Places:
         return _Places(self.row_A[kept_A], self.position_A[kept_A], self.new_A[kept_A])
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """What the newest token of every row gives: its state, what it recalls and its core steps."""
+
+    hidden_BD: Tensor
+    recall_B: Recall
+    steps_B: Tensor
+
+    def where(self, chosen_B: Tensor, other: _Ends) -> _Ends:
+        """Return these where chosen, and the other's elsewhere."""
+
+        def choose(own: Tensor, others: Tensor) -> Tensor:
+            return torch.where(chosen_B.view(-1, *[1] * (own.ndim - 1)), own, others)
+
+        recall = Recall(
+            **{
+                field.name: choose(getattr(self.recall_B, field.name), getattr(other.recall_B, field.name))
+                for field in dataclasses.fields(Recall)
+            }
+        )
+        return _Ends(choose(self.hidden_BD, other.hidden_BD), recall, choose(self.steps_B, other.steps_B))
+
+
 class _Texts:
     """The rows that are being continued, and all that is kept of them."""
 
@@ -158,9 +182,11 @@ class _Texts:
         self._prelude = [_Table(shape, weight) for _ in model.prelude]
         self._core = [[_Table(shape, weight) for _ in model.core] for _ in range(config.max_steps)]
         self._coda = [_Table(shape, weight) for _ in model.coda]
-        self._contents_BMD = memory.contents_BMD
-        self._readable = model.memory.readable([self._contents_BMD])
+        self._memory = memory
+        self._surprise_V = model.surprises()
+        self._readable = model.memory.readable([memory])
         self._chunk_BLD = weight.new_zeros(B, config.memory_chunk, config.width)
+        self._chunk_BL = torch.zeros(B, config.memory_chunk, dtype=torch.int64, device=weight.device)
         self._length_B = torch.zeros(B, dtype=torch.int64, device=weight.device)
         angle = v1.rotary_angles(S, shape[-1], weight.device)
         self._cosine_SK, self._sine_SK = angle.cos(), angle.sin()
@@ -170,36 +196,35 @@ class _Texts:
         self.rows = [self.rows[index] for index in going.tolist()]
         for table in (*self._prelude, *(table for step in self._core for table in step), *self._coda):
             table.keep_rows(going)
-        self._contents_BMD, self._chunk_BLD = self._contents_BMD[going], self._chunk_BLD[going]
-        self._readable = self._model.memory.readable([self._contents_BMD])
+        self._memory = self._memory.map(lambda part: part[going])
+        self._chunk_BLD, self._chunk_BL = self._chunk_BLD[going], self._chunk_BL[going]
+        self._readable = self._model.memory.readable([self._memory])
         self._length_B = self._length_B[going]
 
-    def read_prompts(self) -> tuple[Tensor, Tensor]:
-        """Read the prompts, chunk by chunk; return each one's last hidden state and core steps."""
+    def read_prompts(self) -> _Ends:
+        """Read the prompts, chunk by chunk, to the end of each."""
         chunk, device = self._model.config.memory_chunk, self._length_B.device
         longest = max(len(prompt) for prompt in self._prompts)
         tokens_BT = torch.zeros(len(self._prompts), longest, dtype=torch.int64, device=device)
         for row, prompt in enumerate(self._prompts):
             tokens_BT[row, : len(prompt)] = torch.tensor(prompt, device=device)
         lengths_B = torch.tensor([len(prompt) for prompt in self._prompts], device=device)
-        hidden_BD = self._chunk_BLD.new_zeros(len(self._prompts), self._model.config.width)
-        steps_B = torch.zeros_like(lengths_B)
+        ends: list[_Ends] = []
         for start in range(0, longest, chunk):
             tokens_BL = tokens_BT[:, start : start + chunk]
             valid_BL = torch.arange(start, start + tokens_BL.shape[1], device=device) < lengths_B.unsqueeze(1)
-            hidden_BLD, steps_BL = self._advance(tokens_BL, valid_BL)
-            last_B = lengths_B - 1 - start
-            here = ((0 <= last_B) & (last_B < tokens_BL.shape[1])).nonzero().squeeze(1)
-            hidden_BD[here], steps_B[here] = hidden_BLD[here, last_B[here]], steps_BL[here, last_B[here]]
-        return hidden_BD, steps_B
+            last_B = (lengths_B - 1 - start).clamp(max=tokens_BL.shape[1] - 1)
+            now = self._advance(tokens_BL, valid_BL, last_B.clamp(min=0))
+            ends = [now.where(last_B >= 0, before) for before in ends] or [now]
+        return ends[0]
 
-    def read(self, tokens_B1: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one more token of every row; return its hidden state and core steps."""
-        hidden_B1D, steps_B1 = self._advance(tokens_B1, torch.ones_like(tokens_B1, dtype=torch.bool))
-        return hidden_B1D[:, 0], steps_B1[:, 0]
+    def read(self, tokens_B1: Tensor) -> _Ends:
+        """Read one more token of every row."""
+        valid_B1 = torch.ones_like(tokens_B1, dtype=torch.bool)
+        return self._advance(tokens_B1, valid_B1, torch.zeros_like(self._length_B))
 
-    def _advance(self, tokens_BL: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Read the valid ones of L tokens of every row, which lie in one chunk."""
+    def _advance(self, tokens_BL: Tensor, valid_BL: Tensor, last_B: Tensor) -> _Ends:
+        """Read the valid ones of L tokens of every row, which lie in one chunk; return what the last of each gives."""
         model = self._model
         B, L = tokens_BL.shape
         positions_BL = self._length_B.unsqueeze(1) + torch.arange(L, device=tokens_BL.device)
@@ -215,12 +240,16 @@ class _Texts:
         output_AD, steps_A = self._ponder(x_AD, places, (B, L))
         for block, table in zip(model.coda, self._coda, strict=True):
             output_AD = self._block(block, output_AD, places, table, (B, L))
-        self._write(x_AD, places, valid_BL.sum(1))
         hidden_XD = output_AD.new_zeros(B * L, output_AD.shape[1])
         hidden_XD[places.new_A] = model.final_norm(output_AD)
         steps_X = torch.zeros(B * L, dtype=torch.int64, device=tokens_BL.device)
         steps_X[places.new_A] = steps_A
-        return hidden_XD.view(B, L, -1), steps_X.view(B, L)
+        ends_B = torch.arange(B, device=tokens_BL.device) * L + last_B
+        hidden_BD = hidden_XD[ends_B]
+        # Before the write: a token reads what earlier chunks left, and may be the last of its own.
+        recall = model.memory.recall(hidden_BD.unsqueeze(1), self._readable).map(lambda part: part[:, 0])
+        self._write(tokens_BL, x_AD, places, valid_BL.sum(1))
+        return _Ends(hidden_BD, recall, steps_X[ends_B])
 
     def _block(self, block: Any, x_AD: Tensor, places: _Places, table: _Table, shape: tuple[int, int]) -> Tensor:
         attention = block.attention
@@ -312,13 +341,17 @@ class _Texts:
         )
         return memory.let_through(mixed.transpose(1, 2).flatten(0, 1)[places.new_A], x_AD)
 
-    def _write(self, prelude_AD: Tensor, places: _Places, added_B: Tensor) -> None:
-        """Keep the prelude's output, and write the rows' chunks that it makes whole."""
+    def _write(self, tokens_BL: Tensor, prelude_AD: Tensor, places: _Places, added_B: Tensor) -> None:
+        """Keep the tokens and the prelude's output, and write the rows' chunks that they make whole."""
         chunk = self._model.config.memory_chunk
         self._chunk_BLD[places.row_A, places.position_A % chunk] = prelude_AD
+        self._chunk_BL[places.row_A, places.position_A % chunk] = tokens_BL.reshape(-1)[places.new_A]
         self._length_B = self._length_B + added_B
         whole = ((self._length_B % chunk == 0) & (added_B > 0)).nonzero().squeeze(1)
         if len(whole):
-            written = self._model.memory.write(self._chunk_BLD[whole], MemoryState(self._contents_BMD[whole]), None)
-            self._contents_BMD = self._contents_BMD.index_copy(0, whole, written.after.contents_BMD)
-            self._readable = self._model.memory.readable([self._contents_BMD])
+            held = self._memory.map(lambda part: part[whole])
+            written = self._model.memory.write(
+                self._chunk_BL[whole], self._chunk_BLD[whole], self._surprise_V, held, None
+            )
+            self._memory = self._memory.put(whole, written.after)
+            self._readable = self._model.memory.readable([self._memory])
