@@ -6,6 +6,7 @@ Integrity must hold, or nothing is published. Quality decides between READY and 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from cognate_server.validation import ValidationReport
 HALTING_MARGIN_STEPS = 0.02
 # A gain counts from so many standard errors on: by chance alone one in forty would pass.
 SURE_ERRORS = 2.0
+# The same for a count of right answers, which is too small for an error to be normal.
+CHANCE = 1 / 40
 
 
 class Verdict(enum.StrEnum):
@@ -92,9 +95,26 @@ def judge(
                 result.validation.unigram_loss,
             ),
             *_quality(result.validation, result.config.max_steps),
-            *(_above(f"{one.source.replace('-', '_')}_exact_match", one.exact_match, one.floor) for one in reasoning),
+            *(
+                _above(f"{one.source.replace('-', '_')}_exact_match", one.exact_match, best_by_chance(one))
+                for one in reasoning
+            ),
         )
     )
+
+
+def best_by_chance(score: ReasoningScore) -> float:
+    """Return the share of right answers that who knows no more than the floor exceeds less than once in forty times.
+
+    By the binomial distribution, as if every problem were answered right with the floor's probability.
+    """
+    problems, floor = score.problems, score.floor
+    at_least = 0.0
+    for right in range(problems, -1, -1):
+        at_least += math.comb(problems, right) * floor**right * (1 - floor) ** (problems - right)
+        if at_least >= CHANCE:
+            return right / problems
+    return 0.0
 
 
 def _quality(report: ValidationReport, max_steps: int) -> tuple[Check, ...]:

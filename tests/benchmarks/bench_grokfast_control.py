@@ -23,7 +23,7 @@ from cognate_server.run import PretrainConfig, PretrainingRun
 from cognate_server.validation import RowLosses, first_rows, row_losses
 from tests.benchmarks.trained import real_stream
 
-ROWS, SEQUENCE_LENGTH = 8, 128
+ROWS, SEQUENCE_LENGTH = 4, 128
 VALIDATION_ROWS = 64
 VALIDATIONS = 10
 RATES = (0.75e-3, 1.5e-3, 3e-3)

@@ -10,7 +10,7 @@ import torch
 
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.evaluation import ReasoningScore
-from cognate_server.gate import CheckKind, Verdict, judge
+from cognate_server.gate import CheckKind, Verdict, best_by_chance, judge
 from cognate_server.precision import Precision
 from cognate_server.trainer import PretrainResult
 from cognate_server.validation import ValidationReport
@@ -107,13 +107,22 @@ def test_weights_that_are_not_finite_are_refused(result: PretrainResult) -> None
 
 
 @pytest.mark.parametrize(
-    ("exact_match", "failed"), [(0.3, []), (0.25, ["hotpotqa_exact_match"]), (0.0, ["hotpotqa_exact_match"])]
+    ("exact_match", "failed"), [(0.5, []), (0.45, ["hotpotqa_exact_match"]), (0.0, ["hotpotqa_exact_match"])]
 )
-def test_reasoning_must_be_better_than_one_constant_answer(
+def test_reasoning_must_be_better_than_one_constant_answer_and_its_luck(
     result: PretrainResult, exact_match: float, failed: list[str]
 ) -> None:
-    """A score at the floor says nothing, and the model is EXPERIMENTAL."""
+    """Of 20 problems with a floor of 5 right ones, 9 are luck more than once in forty times, and 10 are not."""
     reasoning = [ReasoningScore(source="hotpotqa", problems=20, exact_match=exact_match, f1=0.4, floor=0.25)]
     report = judge(result, reasoning, expected_parameters=count_parameters(TINY))
     assert failed == [check.name for check in report.failed]
     assert (Verdict.EXPERIMENTAL if failed else Verdict.READY) is report.verdict
+
+
+@pytest.mark.parametrize(
+    ("problems", "floor", "right"), [(16, 1 / 16, 3), (1_000, 0.5, 531), (16, 1.0, 16), (1, 0.5, 1)]
+)
+def test_luck_is_that_of_the_binomial_distribution(problems: int, floor: float, right: int) -> None:
+    """Of few problems it is large; where always one answer is right, nothing is better."""
+    score = ReasoningScore(source="gsm8k", problems=problems, exact_match=0.0, f1=None, floor=floor)
+    assert best_by_chance(score) == right / problems
