@@ -202,7 +202,7 @@ def _median(outcomes: list[Outcome]) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Iterations to 95 % validation accuracy, Adam over GrokFast.")
     parser.add_argument("--seeds", type=int, default=5, help="of GrokFast")
-    parser.add_argument("--control-seeds", type=int, default=3, help="of the scale-matched control")
+    parser.add_argument("--control-seeds", type=int, default=5, help="of the scale-matched control")
     parser.add_argument("--other-seeds", type=int, default=1, help="of the other controls")
     parser.add_argument("--cap", type=int, default=3_000, help="iterations at which a run is given up")
     parser.add_argument("--threads", type=int, default=2)
