@@ -23,7 +23,7 @@ from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import UnavailableError
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
-from training_common.attempt import AttemptStopped
+from training_common.attempt import Attempt, AttemptStopped
 from training_common.jobs.states import JobState
 from training_common.worker import WorkerContext, run
 
@@ -36,7 +36,8 @@ def work(context: WorkerContext[AgentSettings]) -> None:
     settings, attempt = context.settings, context.attempt
     torch.set_num_threads(settings.workers.threads or os.cpu_count() or 1)
     plan = pb.TrainingPlan.FromString(attempt.store.job.plan)
-    data = AgentDataProcessor(folder=settings.data.folder).process(classification_source(plan.classification))
+    processor = AgentDataProcessor(folder=settings.data.folder)
+    data = processor.process(classification_source(plan.classification), each_row=lambda: _heed(attempt))
     attempt.event(
         "data_ready",
         {
@@ -62,6 +63,12 @@ def work(context: WorkerContext[AgentSettings]) -> None:
     (result.folder / "data.json").write_text(manifest, encoding="utf-8")
     registry = ArtifactRegistry(context.database, BlobStore(settings.data_dir / "artifacts"))
     AgentArtifactManager(registry).publish(result, plan=plan, foundation=base, data=data.manifest, attempt=attempt)
+
+
+def _heed(attempt: Attempt) -> None:
+    stop = attempt.stop_requested()
+    if stop is not None:
+        raise AttemptStopped(stop)
 
 
 def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foundation.Foundation:
@@ -91,9 +98,7 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
                     message = f"Cognate is away, waiting up to {endpoint.give_up_after_s:g} s: {error.message}"
                     attempt.event("waiting_for_cognate", {"message": message})
                     told = True
-            stop = attempt.stop_requested()
-            if stop is not None:
-                raise AttemptStopped(stop)
+            _heed(attempt)
             time.sleep(_RETRY_S)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,9 @@ MAX_TEXT_CHARS = 8_192
 MAX_LABEL_CHARS = 128
 # A head of more classes would outweigh its base model.
 MAX_LABELS = 4_096
+# Rows are held in memory to find repeats. The real set has 23,700 rows of at most 136 characters.
+MAX_ROWS = 500_000
+MAX_CHARS = 1 << 27
 OUT_OF_SCOPE = "oos"
 # Shares of a file that names no split.
 _VALIDATION_SHARE, _TEST_SHARE = 0.1, 0.1
@@ -142,8 +145,10 @@ class AgentDataProcessor:
         if source.path is not None:
             self._files(source.path)
 
-    def process(self, source: ClassificationSource) -> ClassificationData:
-        """Read, check, filter, split and label.
+    def process(
+        self, source: ClassificationSource, *, each_row: Callable[[], None] = lambda: None
+    ) -> ClassificationData:
+        """Read, check, filter, split and label. `each_row` is called at every row, and may raise to end it.
 
         Errors: DataUnavailableError, when the file is missing or its usable rows do not make a task; InvalidFieldError.
         """
@@ -151,7 +156,8 @@ class AgentDataProcessor:
         paths = [] if source.path is None else self._files(source.path)
         name = intents.NAME if source.path is None else _set_name(source.path)
         rows = _generated(source.generator_seed) if source.path is None else _read(paths)
-        kept = _without_repeats(_filtered(_checked(rows, report, digest), source, report), report)
+        checked = _checked(rows, report, digest, each_row)
+        kept = _without_repeats(_bounded(_filtered(checked, source, report)), report)
         splits = _labelled(kept, source, report)
         labels = tuple(sorted({row.label for row in splits["train"]}))
         _require_task(name, splits, labels, report)
@@ -225,8 +231,11 @@ def _generated(seed: int) -> Iterator[Row]:
         yield Row(intents.NAME, line, content)
 
 
-def _checked(rows: Iterator[Row], report: ProcessingReport, digest: hashlib._Hash) -> Iterator[_Labelled]:
+def _checked(
+    rows: Iterator[Row], report: ProcessingReport, digest: hashlib._Hash, each_row: Callable[[], None]
+) -> Iterator[_Labelled]:
     for row in rows:
+        each_row()
         report.read()
         try:
             checked = _check(row)
@@ -279,6 +288,19 @@ def _filtered(rows: Iterator[_Labelled], source: ClassificationSource, report: P
             report.leave_out("other_domain")
         else:
             yield row
+
+
+def _bounded(rows: Iterator[_Labelled]) -> Iterator[_Labelled]:
+    """Yield the rows as long as a worker can hold them. Errors: DataUnavailableError."""
+    chars = 0
+    for number, row in enumerate(rows, start=1):
+        chars += len(row.text)
+        if number > MAX_ROWS or chars > MAX_CHARS:
+            raise _unavailable(
+                f"the set has more than {MAX_ROWS} usable rows or {MAX_CHARS} characters of text (at {row.row.file}, "
+                f"row {row.row.line}): choose fewer labels or domains, or use a smaller set"
+            )
+        yield row
 
 
 def _without_repeats(rows: Iterator[_Labelled], report: ProcessingReport) -> dict[str, list[_Labelled]]:

@@ -19,6 +19,7 @@ from agent_server.data.intents import generate_intents
 from agent_server.trainer import LabelledData
 from cognateforge.exceptions import DataUnavailableError, InvalidFieldError
 from tests.data_fixtures import figures, real_data
+from training_common.attempt import AttemptStopped, StopKind
 
 CLINC = "agent/clinc150/data_full.jsonl"
 
@@ -137,6 +138,31 @@ def test_no_path_leads_out_of_the_folder(tmp_path: Path, path: str) -> None:
     (folder / "inner" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(InvalidFieldError, match="out of the data folder"):
         AgentDataProcessor(folder=folder).process(ClassificationSource(path=path))
+
+
+@pytest.mark.parametrize("bound", ["MAX_ROWS", "MAX_CHARS"])
+def test_a_set_that_memory_cannot_hold_is_refused(bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before memory runs out, with the row at which it is known and what to do; rows left out do not count."""
+    most = {"MAX_ROWS": 4, "MAX_CHARS": sum(len(row["text"]) for row in BASE)}[bound]
+    monkeypatch.setattr(f"agent_server.data.classification.{bound}", most)
+    assert 2 == len(_process(tmp_path, [*BASE, _row("alien", "oos")]).train)
+    with pytest.raises(DataUnavailableError, match=r"at rows\.jsonl, row 5\): choose fewer labels"):
+        _process(tmp_path, [*BASE, _row("one too many", "a")])
+
+
+def test_reading_can_be_ended_at_every_row(tmp_path: Path) -> None:
+    """A job that is cancelled need not read its data to the end: unusable rows are rows too."""
+    (tmp_path / "rows.jsonl").write_bytes(b"broken\n" * 100)
+    seen = []
+
+    def each_row() -> None:
+        seen.append(None)
+        if len(seen) == 3:
+            raise AttemptStopped(StopKind.CANCEL)
+
+    with pytest.raises(AttemptStopped):
+        AgentDataProcessor(folder=tmp_path).process(ClassificationSource(path="rows.jsonl"), each_row=each_row)
+    assert 3 == len(seen)
 
 
 @pytest.mark.parametrize("folder", [None, "empty"])
