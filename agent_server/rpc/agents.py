@@ -40,7 +40,11 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
             lambda: self._registry.page(limit=size + 1, before_id=before, family=request.family)
         )
         token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
-        return pb.ListAgentsResponse(agents=await self._messages(rows[:size]), next_page_token=token)
+        agents = await self._messages(rows[:size])
+        for agent in agents:
+            # The longest field by far: with it a page could be larger than a client takes.
+            agent.ClearField("labels")
+        return pb.ListAgentsResponse(agents=agents, next_page_token=token)
 
     async def FetchAgent(self, request: pb.FetchAgentRequest, context: Context) -> AsyncIterator[pb.FetchAgentResponse]:
         row = await self._find(request.name)

@@ -153,7 +153,7 @@ def test_a_set_that_memory_cannot_hold_is_refused(bound: str, tmp_path: Path, mo
 def test_reading_can_be_ended_at_every_row(tmp_path: Path) -> None:
     """A job that is cancelled need not read its data to the end: unusable rows are rows too."""
     (tmp_path / "rows.jsonl").write_bytes(b"broken\n" * 100)
-    seen = []
+    seen: list[None] = []
 
     def each_row() -> None:
         seen.append(None)

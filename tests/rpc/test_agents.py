@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +376,9 @@ def open_registry(folder: Path) -> ArtifactRegistry:
     return ArtifactRegistry(Database(f"sqlite:///{folder / 'store.db'}"), BlobStore(folder / "artifacts"))
 
 
-def publish(folder: Path, *, family: str = "intent-router") -> ArtifactRow:
+def publish(
+    folder: Path, *, family: str = "intent-router", labels: Sequence[str] = ("greeting", "farewell")
+) -> ArtifactRow:
     """Publish an agent straight into a service's store: these tests are about serving, not about training."""
     registry = open_registry(folder)
     files = []
@@ -386,7 +389,7 @@ def publish(folder: Path, *, family: str = "intent-router") -> ArtifactRow:
     body = {
         "architecture": "cognate",
         "task": "classification",
-        "labels": ["greeting", "farewell"],
+        "labels": list(labels),
         "parent": {"name": "cognate-25m@1", "digest": FOUNDATION},
         "parameters": {"trainable": 7, "total": 11},
         "evaluations": [{"metric": "accuracy_after", "dataset": "forge-intents/test", "value": 0.5, "rows": 4}],
@@ -447,6 +450,16 @@ async def test_an_unknown_agent_is_told_by_name(agents: AsyncAgentClient, store:
         with pytest.raises(AgentNotFoundError, match=name):
             request = agent_pb2.FetchAgentRequest(name=name)
             [frame async for frame in agents.agents.FetchAgent(request, timeout=10)]
+
+
+async def test_agents_with_many_labels_are_listed_without_them(agents: AsyncAgentClient, store: Path) -> None:
+    """A page of the longest label lists is one message that a client takes; each agent has its labels."""
+    labels = [f"{number:04d}{'x' * 120}" for number in range(4096)]
+    for _ in range(8):
+        publish(store, labels=labels)
+    listed = (await agents.agents.ListAgents(agent_pb2.ListAgentsRequest())).agents
+    assert [[]] * 8 == [list(agent.labels) for agent in listed]
+    assert labels == list((await get(agents, "intent-router@8")).labels)
 
 
 async def test_agents_are_paged_newest_first_and_tokens_are_bound(agents: AsyncAgentClient, store: Path) -> None:

@@ -32,6 +32,7 @@ from cognateforge.job.v1 import job_pb2
 from tests.support.servers import running_cognate
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.jobs.store import JobStore
 from training_common.rpc.paging import make_token
 from training_common.rpc.server import RunningServer
 from training_common.store.database import Database
@@ -256,6 +257,28 @@ async def test_a_position_beyond_the_last_event_is_refused(cognate: AsyncCognate
     name = (await cognate.pretraining.StartPretraining(start())).job.job.name
     with pytest.raises(SequenceOutOfRangeError, match="last event 1"):
         [frame async for frame in cognate.watch_job(name, after_sequence=5)]
+
+
+async def test_metrics_are_read_in_pieces(
+    cognate: AsyncCognateClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No value is lost or doubled where one piece ends and the next begins."""
+    monkeypatch.setattr("training_common.rpc.jobs._METRICS_BATCH", 2)
+    name = (await cognate.pretraining.StartPretraining(start())).job.job.name
+    database = Database(f"sqlite:///{tmp_path / 'cognate' / 'store.db'}")
+    store = JobStore(database)
+    begun = store.begin_attempt("test")
+    assert begun is not None
+    attempt = store.attempt(name, begun.attempt, begun.fencing_token)
+    for step in range(1, 6):
+        attempt.append("progress", {"step": step, "total_steps": 9, "metrics": {"loss": step / 2}}, step=step)
+    database.close()
+    [series] = (await cognate.pretraining.GetMetrics(pb.GetMetricsRequest(name=name))).series
+    assert ("loss", [1, 2, 3, 4, 5], [0.5, 1.0, 1.5, 2.0, 2.5]) == (
+        series.name,
+        list(series.steps),
+        list(series.values),
+    )
 
 
 async def test_unknown_names_are_told(cognate: AsyncCognateClient) -> None:

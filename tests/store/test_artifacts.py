@@ -254,3 +254,18 @@ def test_canonical_manifests_hold_no_number_that_json_lacks(registry: ArtifactRe
             connection, family=FAMILY, state="READY", job="jobs/x", files=[file], body={"loss": float("nan")}
         )
     assert 1 == publish(registry, tmp_path / "weights").version
+
+
+def test_a_manifest_that_no_message_holds_is_refused(registry: ArtifactRegistry, tmp_path: Path) -> None:
+    """Published, it could never be fetched: the error tells the sizes and the remedy, and no version is taken."""
+    source = tmp_path / "weights"
+    source.write_bytes(b"x")
+    file = registry.blobs.put(source, "weights.bin")
+    body = {"labels": ["x" * 128] * 8192}
+    with (
+        pytest.raises(IntegrityCheckFailedError, match="at most 1048576 can be fetched: use fewer"),
+        registry.database.write() as connection,
+    ):
+        registry.publish(connection, family=FAMILY, state="READY", job="jobs/x", files=[file], body=body)
+    assert registry.find(FAMILY, None) is None
+    assert f"{FAMILY}@1" == publish(registry, source).name

@@ -13,12 +13,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cognateforge.exceptions import IntegrityCheckFailedError
 from training_common.artifacts.blobs import BlobStore, ManifestExistsError, StoredFile
 from training_common.digests import canonical_json, sha256_bytes
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
 
 SCHEMA = "cognateforge.manifest/1"
+# The contract's bound on the manifest in a fetch's header.
+MAX_MANIFEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class ArtifactRegistry:
 
         `body` is the manifest's own part. Row, outbox entry and whatever else the caller writes are one transaction. A
         crash between manifest and commit leaves a manifest that no row names: its number is passed over from then on.
+        Errors: IntegrityCheckFailedError, for a manifest that is larger than the contract's messages hold.
         """
         newest = connection.execute(sa.select(sa.func.max(t.artifacts.c.version)).filter_by(family=family)).scalar()
         version = (newest or 0) + 1
@@ -90,6 +94,11 @@ class ArtifactRegistry:
         while True:
             name = f"{family}@{version}"
             manifest = canonical_json({**body, "schema": SCHEMA, "name": name, "state": state, "files": listed})
+            if len(manifest) > MAX_MANIFEST_BYTES:
+                raise IntegrityCheckFailedError(
+                    f"the manifest of {name} has {len(manifest)} bytes, at most {MAX_MANIFEST_BYTES} can be fetched: "
+                    "use fewer or shorter labels and files"
+                )
             try:
                 self.blobs.put_manifest(family, version, manifest)
                 break

@@ -272,12 +272,13 @@ class JobStore:
         with self.database.read() as connection:
             return [EventRow(**row) for row in connection.execute(query).mappings()]
 
-    def events_of_kind(self, job_id: int, kind: str) -> list[EventRow]:
-        """Return a job's events of one kind, in order."""
+    def events_of_kind(self, job_id: int, kind: str, sequence: int, limit: int) -> list[EventRow]:
+        """Return up to `limit` events of one kind of a job after `sequence`, in order."""
         query = (
             sa.select(t.events)
-            .where(t.events.c.job_id == job_id, t.events.c.kind == kind)
+            .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.sequence > sequence)
             .order_by(t.events.c.sequence)
+            .limit(limit)
         )
         with self.database.read() as connection:
             return [EventRow(**row) for row in connection.execute(query).mappings()]

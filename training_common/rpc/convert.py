@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,8 +12,6 @@ from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.registry import ArtifactRow
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import CheckpointRow, EventRow, JobRow
-
-_MAX_POINTS = 10_000
 
 
 def timestamp(time_us: int | None) -> Timestamp | None:
@@ -121,28 +119,6 @@ def end_frame(row: JobRow) -> job_pb2.WatchFrame | None:
         return None
     end = job_pb2.End(state=state(row.state), last_sequence=row.last_sequence, failure=failure(row))
     return job_pb2.WatchFrame(end=end)
-
-
-def series(rows: Sequence[EventRow], wanted: Iterable[str], units: Mapping[str, str]) -> list[job_pb2.MetricSeries]:
-    """Return the scalar metrics of progress events over their steps, sorted by name, histograms left out.
-
-    After a lost worker the steps since its checkpoint are trained again: of two values at a step the newer one counts.
-    """
-    names = frozenset(wanted)
-    points: dict[str, dict[int, float]] = {}
-    for row in rows:
-        for name, value in row.payload["metrics"].items():
-            if not isinstance(value, list) and (not names or name in names):
-                points.setdefault(name, {})[row.payload["step"]] = value
-    return [_thinned(name, sorted(values.items()), units) for name, values in sorted(points.items())]
-
-
-def _thinned(name: str, points: list[tuple[int, float]], units: Mapping[str, str]) -> job_pb2.MetricSeries:
-    if len(points) > _MAX_POINTS:
-        last = len(points) - 1
-        points = [points[round(index * last / (_MAX_POINTS - 1))] for index in range(_MAX_POINTS)]
-    steps, values = zip(*points, strict=True)
-    return job_pb2.MetricSeries(name=name, unit=units.get(name, ""), steps=steps, values=values)
 
 
 def files(row: ArtifactRow) -> list[artifact_pb2.File]:

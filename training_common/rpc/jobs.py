@@ -21,9 +21,11 @@ from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobRow, JobStore, once
 from training_common.rpc import convert, paging
 from training_common.rpc.interceptor import current_caller
+from training_common.rpc.series import SeriesBuilder
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
 _BATCH = 200
+_METRICS_BATCH = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -125,8 +127,17 @@ class JobService(Generic[M]):
     async def metrics(self, request: Any) -> list[job_pb2.MetricSeries]:
         """Return a job's metrics over its steps."""
         job = await self.store.database.run(self.store.get, request.name)
-        rows = await self.store.database.run(self.store.events_of_kind, job.id, "progress")
-        return convert.series(rows, request.metrics, self._units)
+        builder = SeriesBuilder(request.metrics)
+
+        def read() -> list[job_pb2.MetricSeries]:
+            sequence = 0
+            while rows := self.store.events_of_kind(job.id, "progress", sequence, _METRICS_BATCH):
+                for row in rows:
+                    builder.add(row.payload)
+                sequence = rows[-1].sequence
+            return builder.series(self._units)
+
+        return await self.store.database.run(read)
 
 
 def payload_of(request: Any) -> bytes:

@@ -102,7 +102,7 @@ class Agent(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Labels, for a classifier. At most 4,096."""
+        """Labels, for a classifier. At most 4,096. Left out by ListAgents."""
 
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_artifact_pb2.File]:

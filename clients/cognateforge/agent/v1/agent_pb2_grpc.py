@@ -72,7 +72,7 @@ class AgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAgents(self, request, context):
-        """Lists agents, newest first.
+        """Lists agents, newest first, without their labels: GetAgent has them.
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: INVALID_PAGE_TOKEN.

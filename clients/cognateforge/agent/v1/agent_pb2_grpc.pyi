@@ -40,7 +40,7 @@ class AgentServiceStub:
     Reasons: AGENT_NOT_FOUND.
     """
     ListAgents: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]
-    """Lists agents, newest first.
+    """Lists agents, newest first, without their labels: GetAgent has them.
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: INVALID_PAGE_TOKEN.
@@ -70,7 +70,7 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Reasons: AGENT_NOT_FOUND.
     """
     ListAgents: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]  # type: ignore[assignment]
-    """Lists agents, newest first.
+    """Lists agents, newest first, without their labels: GetAgent has them.
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: INVALID_PAGE_TOKEN.
@@ -109,7 +109,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.ListAgentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ListAgentsResponse, _abc.Awaitable[_agent_pb2.ListAgentsResponse]]:
-        """Lists agents, newest first.
+        """Lists agents, newest first, without their labels: GetAgent has them.
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: INVALID_PAGE_TOKEN.
