@@ -74,4 +74,4 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
                     work=move,
                 )
 
-        return pb.SetAliasResponse.FromString(await self._registry.database.run(transact))
+        return pb.SetAliasResponse.FromString(await self._registry.database.run_write(transact))

@@ -80,7 +80,7 @@ class Scheduler:
         while True:
             self._wake.clear()
             try:
-                await self._store.database.run(self.tick)
+                await self._store.database.run_write(self.tick)
             except Exception as error:
                 # The store is away or busy: workers go on by themselves, and the next tick tries again.
                 log.warning("scheduler tick failed", error=f"{type(error).__name__}: {error}")

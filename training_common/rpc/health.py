@@ -63,7 +63,7 @@ class HealthMonitor:
     async def _store_answers(self) -> bool:
         try:
             async with asyncio.timeout(_PING_TIMEOUT_S):
-                await self._database.run(self._database.ping)
+                await self._database.check()
         except Exception as error:
             log.warning("store does not answer", error=type(error).__name__)
             return False

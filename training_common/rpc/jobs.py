@@ -69,7 +69,7 @@ class JobService(Generic[M]):
                     work=lambda: answer(self.to_message(work(connection))).SerializeToString(),
                 )
 
-        stored = await self.store.database.run(transact)
+        stored = await self.store.database.run_write(transact)
         self._scheduler.wake()
         return stored
 

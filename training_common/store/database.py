@@ -20,7 +20,9 @@ from alembic.config import Config
 
 # Writers queue on SQLite's one lock: training writes are short, so a minute means that something is stuck.
 _BUSY_TIMEOUT_S = 60
-_THREADS = 8
+# A writer that waits for the lock holds its thread, also when its client has gone: readers have threads of their own,
+# and so has the ping that health rests on.
+_READERS, _WRITERS = 8, 4
 T = TypeVar("T")
 
 
@@ -37,10 +39,12 @@ class Database:
         self._sqlite = url.startswith("sqlite")
         if self._sqlite:
             Path(sa.make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
-        self.engine = sa.create_engine(url, pool_size=_THREADS, **self._options())
+        self.engine = sa.create_engine(url, pool_size=_READERS + _WRITERS, **self._options())
         # SQLite goes on with an open file that was removed or replaced: only a new connection tells.
         self._probe = sa.create_engine(url, poolclass=sa.NullPool) if self._sqlite else self.engine
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="store-write")
+        self._pinger = ThreadPoolExecutor(1, thread_name_prefix="store-ping")
         if self._sqlite:
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
             sa.event.listen(self.engine, "begin", _begin_sqlite)
@@ -63,8 +67,16 @@ class Database:
             yield connection
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
-        """Do blocking store work in a thread, so that the event loop goes on."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        """Read in a thread, so that the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *args)
+
+    async def run_write(self, work: Callable[..., T], *args: Any) -> T:
+        """Write in a thread, where waiting for the write lock keeps no reader from its work."""
+        return await asyncio.get_running_loop().run_in_executor(self._writers, work, *args)
+
+    async def check(self) -> None:
+        """Do `ping` in a thread that nothing else uses."""
+        await asyncio.get_running_loop().run_in_executor(self._pinger, self.ping)
 
     async def run_brief(self, work: Callable[..., T], *args: Any) -> T:
         """Do store work that only reads a row or two by their keys.
@@ -90,7 +102,8 @@ class Database:
 
     def close(self) -> None:
         """Close threads and connections."""
-        self._threads.shutdown(wait=True)
+        for threads in (self._readers, self._writers, self._pinger):
+            threads.shutdown(wait=True)
         self.engine.dispose()
 
 
