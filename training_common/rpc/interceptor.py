@@ -9,10 +9,12 @@ A call is checked when its request has arrived; every RPC of the contract takes 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,6 +36,7 @@ from cognateforge.exceptions import (
     InternalError,
     InvalidFieldError,
     NoPolicyError,
+    ResourceExhaustedError,
     RoleMissingError,
     UnavailableError,
     UnknownFieldError,
@@ -79,8 +82,12 @@ class _Call:
 class ContractInterceptor(grpc.aio.ServerInterceptor):
     """Holds every call to the contract and keeps what happens inside the server inside."""
 
-    def __init__(self, table: Mapping[str, MethodPolicy], *, local_roles: Sequence[str]) -> None:
+    def __init__(
+        self, table: Mapping[str, MethodPolicy], *, local_roles: Sequence[str], max_streams: int = 1000
+    ) -> None:
         self._table = table
+        self._max_streams = max_streams
+        self._streams = 0
         self._local = Caller(name="local", roles=frozenset(local_roles))
 
     async def intercept_service(
@@ -94,7 +101,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         service = method[1:].partition("/")[0]
         if service in STANDARD_SERVICES:
-            return handler
+            return self._bound_standard(handler, method)
         given = dict(handler_call_details.invocation_metadata or ()).get(REQUEST_ID_KEY, "")
         request_id = str(given) if _REQUEST_ID.fullmatch(str(given)) else str(uuid.uuid4())
         call = _Call(
@@ -116,6 +123,47 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
+    @contextmanager
+    def _stream_slot(self, method: str) -> Iterator[None]:
+        """Count a stream as long as it is open. Errors: ResourceExhaustedError, when there are too many."""
+        if self._streams >= self._max_streams:
+            raise ResourceExhaustedError(
+                f"{self._max_streams} streams are open, and the other calls are kept for short ones: end a stream, or "
+                f"call {method} later"
+            )
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
+
+    def _bound_standard(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        """Count the streams of health and reflection, which pass none of the other steps."""
+        if not handler.response_streaming:
+            return handler  # type: ignore[no-any-return]
+        behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        # Written with context.write, which serves behaviours of both kinds.
+        async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            try:
+                with self._stream_slot(method):
+                    if inspect.iscoroutinefunction(behavior):
+                        await behavior(request, context)
+                        return
+                    async for frame in behavior(request, context):
+                        await context.write(frame)
+            except ResourceExhaustedError as error:
+                await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+        wrap = (
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        return wrap(
+            serve,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
     def _unary(self, behavior: Any, call: _Call, known: bool) -> Any:
         async def serve(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
@@ -130,8 +178,10 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
     def _stream(self, behavior: Any, call: _Call, known: bool) -> Any:
         async def serve(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                async for frame in behavior(self._admit(request, context, call, known), context):
-                    yield frame
+                admitted = self._admit(request, context, call, known)
+                with self._stream_slot(call.method):
+                    async for frame in behavior(admitted, context):
+                        yield frame
             except Exception as error:
                 await _refuse(error, context, call)
                 return

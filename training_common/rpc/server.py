@@ -40,7 +40,13 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.ai
             f"security.local_roles: {', '.join(sorted(unknown))} is no role; choose from {', '.join(role_names())}"
         )
     return grpc.aio.server(
-        interceptors=[ContractInterceptor(policies(services), local_roles=settings.security.local_roles)],
+        interceptors=[
+            ContractInterceptor(
+                policies(services),
+                local_roles=settings.security.local_roles,
+                max_streams=max_streams(settings.limits.max_concurrent_rpcs),
+            )
+        ],
         maximum_concurrent_rpcs=settings.limits.max_concurrent_rpcs,
         options=[
             # Two servers on one port would share its calls in silence.
@@ -48,6 +54,11 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.ai
             ("grpc.max_receive_message_length", settings.limits.max_request_bytes),
         ],
     )
+
+
+def max_streams(max_concurrent_rpcs: int) -> int:
+    """Return how many streams may be open, so that a tenth of the calls stays for short ones, health among them."""
+    return max(1, max_concurrent_rpcs - max(1, max_concurrent_rpcs // 10))
 
 
 class RunningServer:
