@@ -584,7 +584,10 @@ async def test_a_fetched_agent_is_the_published_one_or_an_error(
     blob.unlink()
     with pytest.raises(ArtifactCorruptError, match=r"adapter\.safetensors: its stored bytes .* are missing"):
         await agents.fetch_agent("intent-router", tmp_path / "lost")
-    for name in ("flipped", "short", "lost"):
+    blob.mkdir()
+    with pytest.raises(ArtifactCorruptError, match=r"adapter\.safetensors: its stored bytes .* Is a directory"):
+        await agents.fetch_agent("intent-router", tmp_path / "folder")
+    for name in ("flipped", "short", "lost", "folder"):
         assert [] == list((tmp_path / name).rglob("adapter.safetensors"))
 
 

@@ -75,7 +75,7 @@ class BlobStore:
 
         Pieces hold at most CHUNK_BYTES. A local file is read with pread, which is several times faster than the
         object store's own stream.
-        Errors: ArtifactCorruptError, when a file is missing or shorter than the manifest says.
+        Errors: ArtifactCorruptError, when a file is missing, cannot be read, or is shorter than the manifest says.
         """
         start = 0
         for file in files:
@@ -87,11 +87,15 @@ class BlobStore:
     def _read(self, file: StoredFile, start: int, position: int) -> Iterator[tuple[int, bytes]]:
         try:
             descriptor = os.open(self._root / _key(file.digest), os.O_RDONLY)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ArtifactCorruptError(f"{file.path}: its stored bytes ({file.digest}) are missing") from None
         try:
             while position < file.size_bytes:
-                piece = os.pread(descriptor, min(CHUNK_BYTES, file.size_bytes - position), position)
+                try:
+                    piece = os.pread(descriptor, min(CHUNK_BYTES, file.size_bytes - position), position)
+                except OSError as error:  # a folder stands there, or the disk has a bad block
+                    problem = f"its stored bytes ({file.digest}) cannot be read: {error.strerror}"
+                    raise ArtifactCorruptError(f"{file.path}: {problem}") from error
                 if not piece:
                     raise ArtifactCorruptError(f"{file.path}: stored bytes end at {position} of {file.size_bytes}")
                 yield start + position, piece

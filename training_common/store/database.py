@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
+
+from training_common.settings import SettingsError
 
 # Writers queue on SQLite's one lock: training writes are short, so a minute means that something is stuck.
 _BUSY_TIMEOUT_S = 60
@@ -32,14 +35,28 @@ def now_us() -> int:
 
 
 class Database:
-    """Connections to one service's database."""
+    """Connections to one service's database.
+
+    Errors: SettingsError, for a URL that names no database.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._sqlite = url.startswith("sqlite")
-        if self._sqlite:
-            Path(sa.make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
-        self.engine = sa.create_engine(url, pool_size=_READERS + _WRITERS, **self._options())
+        try:
+            parsed = sa.make_url(url)
+            self._shown = parsed.render_as_string(hide_password=True)
+            if self._sqlite:
+                Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
+            self.engine = sa.create_engine(url, pool_size=_READERS + _WRITERS, **self._options())
+        except (sa.exc.ArgumentError, ImportError, TypeError) as error:
+            # The text is not repeated: it may hold a password.
+            raise SettingsError(
+                f"store_url is no database that this installation can use ({type(error).__name__}); write "
+                "sqlite:///PATH, or postgresql+DRIVER://... with its driver installed"
+            ) from error
+        except OSError as error:
+            raise SettingsError(f"store_url: {error.filename}: {error.strerror}") from error
         # SQLite goes on with an open file that was removed or replaced: only a new connection tells.
         self._probe = sa.create_engine(url, poolclass=sa.NullPool) if self._sqlite else self.engine
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
@@ -87,13 +104,28 @@ class Database:
         return work(*args) if self._sqlite else await self.run(work, *args)
 
     def upgrade(self, migrations: Path) -> None:
-        """Bring the schema to the newest revision of the service's migrations."""
+        """Bring the schema to the newest revision of the service's migrations. Servers that start at once take turns.
+
+        Errors: SettingsError, when the store cannot be opened or is no store of this service.
+        """
         config = Config()
         config.set_main_option("script_location", str(migrations))
-        with self.engine.connect() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-            connection.commit()
+        try:
+            # The write lock comes first: who waits for it finds the schema that the one before has made.
+            with self.engine.connect().execution_options(forge_write=True) as connection:
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+                connection.commit()
+        except sa.exc.DBAPIError as error:
+            raise SettingsError(
+                f"store {self._shown} cannot be used: {error.orig}; check store_url and data_dir, or restore the file "
+                "from a backup"
+            ) from error
+        except CommandError as error:
+            raise SettingsError(
+                f"store {self._shown} has a schema that this release does not know: {error}; start the release that "
+                "wrote it, or a newer one"
+            ) from error
 
     def ping(self) -> None:
         """Raise when the database does not answer, or is not the one that `upgrade` prepared."""
