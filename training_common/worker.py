@@ -34,6 +34,8 @@ from training_common.settings import ServiceSettings
 from training_common.store.database import Database
 
 log = structlog.get_logger(__name__)
+# A store that was away for an hour is not coming back by itself: the worker ends then, and its checkpoint stays.
+_STORE_PATIENCE_S = 3600.0
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -155,7 +157,7 @@ def main(
     logs.configure()
     structlog.contextvars.bind_contextvars(job=options.job, attempt=options.attempt)
     settings = load_settings(options.settings)
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, patience_s=_STORE_PATIENCE_S)
     try:
         store = JobStore(database).attempt(options.job, options.attempt, options.token)
         store.register(own_handle())

@@ -3,7 +3,9 @@
 import errno
 import os
 import signal
+import sqlite3
 import time
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +15,10 @@ import pytest
 import sqlalchemy as sa
 
 from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
+from tests.support import toy_worker
 from tests.support.toy_service import ToyService
-from tests.support.toy_worker import expected_result
+from tests.support.toy_worker import ToySettings, expected_result
+from training_common import worker
 from training_common.attempt import FencedOutError
 from training_common.checkpoints import CheckpointFolder
 from training_common.jobs.scheduler import Scheduler
@@ -261,6 +265,35 @@ async def test_losses_with_progress_do_not_fail_a_job(service: ToyService) -> No
     job = await service.until(job, ended)
     assert job.state == JobState.SUCCEEDED
     assert [expected_result(60)] == result(service, job)
+
+
+def test_a_store_that_is_locked_for_long_fails_no_job(service: ToyService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup may hold the database for minutes: the worker waits, longer and longer, and then goes on."""
+    monkeypatch.setattr("training_common.store.database._BUSY_TIMEOUT_S", 0.01)
+    job = service.submit(steps=3)
+    begun = service.store.begin_attempt("test")
+    assert begun is not None
+    backup = sqlite3.connect(service.settings.data_dir / "store.db", isolation_level=None, check_same_thread=False)
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3 and backup.in_transaction:
+            backup.execute("ROLLBACK")
+
+    clock = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic, time_ns=time.time_ns)
+    monkeypatch.setattr("training_common.store.database.time", clock)
+
+    def work(context: worker.WorkerContext[ToySettings]) -> None:
+        backup.execute("BEGIN IMMEDIATE")
+        toy_worker.work(context)
+
+    argv = ["--settings", str(service.settings_file), "--job", job.name, "--attempt", "1", "--token", "1"]
+    worker.main(argv, load_settings=toy_worker.load_settings, work=work)
+    job = service.store.get(job.name)
+    assert (JobState.SUCCEEDED, 1) == (job.state, job.attempt)
+    assert len(waited) >= 3
+    backup.close()
 
 
 def freeze(service: ToyService, handle: str) -> None:

@@ -7,6 +7,8 @@ SQLite takes the write lock at its start, because a lock that is upgraded later 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
@@ -26,6 +29,9 @@ _BUSY_TIMEOUT_S = 60
 # A writer that waits for the lock holds its thread, also when its client has gone: readers have threads of their own,
 # and so has the ping that health rests on.
 _READERS, _WRITERS = 8, 4
+# Waits between tries of a patient writer: 0.5, 1, 2 s and so on.
+_WAIT_S, _WAIT_MAX_S = 0.5, 30.0
+log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
@@ -37,11 +43,13 @@ def now_us() -> int:
 class Database:
     """Connections to one service's database.
 
+    patience_s: how long `write` goes on asking a store that cannot be written, beyond its own busy timeout.
     Errors: SettingsError, for a URL that names no database.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, patience_s: float = 0.0) -> None:
         self.url = url
+        self._patience_s = patience_s
         self._sqlite = url.startswith("sqlite")
         try:
             parsed = sa.make_url(url)
@@ -79,9 +87,29 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Open a transaction that is committed at the end, or rolled back by an exception."""
-        with self.engine.connect().execution_options(forge_write=True) as connection, connection.begin():
-            yield connection
+        """Open a transaction that is committed at the end, or rolled back by an exception.
+
+        Errors: sqlalchemy.exc.OperationalError, when the store is away, or busy for longer than is waited.
+        """
+        with contextlib.ExitStack() as stack:
+            yield self._begin_patiently(stack)
+
+    def _begin_patiently(self, stack: contextlib.ExitStack) -> sa.Connection:
+        """Open a write transaction on `stack`. Nothing has been written when that fails, so it can be tried again."""
+        give_up, wait_s = time.monotonic() + self._patience_s, _WAIT_S
+        while True:
+            try:
+                connection = stack.enter_context(self.engine.connect().execution_options(forge_write=True))
+                stack.enter_context(connection.begin())
+                return connection
+            except sa.exc.OperationalError as error:
+                stack.close()
+                if time.monotonic() + wait_s > give_up:
+                    raise
+                log.warning("store cannot be written, trying again", detail=str(error.orig), wait_s=wait_s)
+            # Not all workers at the same moment.
+            time.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+            wait_s = min(2 * wait_s, _WAIT_MAX_S)
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
         """Read in a thread, so that the event loop goes on."""
