@@ -6,6 +6,7 @@ import asyncio
 import errno
 import hashlib
 import json
+import os
 import random
 import threading
 from collections import deque
@@ -249,6 +250,26 @@ def test_two_fetches_of_one_artifact_transfer_it_once(fake: Fake, tmp_path: Path
         thread.join(20)
     assert [0, 0, 0, len(fake.model.payload)] == sorted(one.bytes_received for one in got)
     assert_landed(got[0], fake.model)
+
+
+def test_a_partial_folder_that_goes_away_before_it_is_opened_is_made_anew(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another fetch may end between the two, which renames or removes the folder."""
+    folders = []
+    open_ = os.open
+
+    def opened(path: Path, flags: int) -> int:
+        folders.append(path)
+        if len(folders) == 1:
+            os.rmdir(path)
+        return open_(path, flags)
+
+    monkeypatch.setattr("cognateforge.client.fetch.os.open", opened)
+    landing = Landing(Wanted(name=fake.model.name, digest=fake.model.digest), tmp_path / "model")
+    assert landing.open() is None
+    landing.close()
+    assert folders == [landing.partial] * 2
 
 
 async def test_a_cancelled_fetch_lets_go_of_its_folder(fake: Fake, tmp_path: Path) -> None:

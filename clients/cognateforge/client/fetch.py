@@ -225,7 +225,10 @@ class Landing:
     def _take(self) -> None:
         while self._lock is None:
             self.partial.mkdir(exist_ok=True)
-            lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue  # whoever held it has renamed or removed it since
             try:
                 self._wait_for(lock)
             except BaseException:
