@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from agent_server import tables as t
-from cognateforge.exceptions import AgentNotFoundError, ResourceExhaustedError
+from cognateforge.exceptions import AgentNotFoundError, TooManyAliasesError
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.store.database import now_us
 
@@ -43,7 +43,7 @@ def aliases_of(registry: ArtifactRegistry, rows: list[ArtifactRow]) -> dict[str,
 def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller: str, request_id: str) -> list[str]:
     """Point an alias at a version and keep the move, in the caller's transaction; return the version's aliases.
 
-    Errors: ResourceExhaustedError, when the version has as many as the contract allows.
+    Errors: TooManyAliasesError, when the version has as many as the contract allows.
     """
     key = {"family": row.family, "alias": alias}
     before = connection.execute(sa.select(t.aliases.c.version).filter_by(**key)).scalar()
@@ -64,5 +64,5 @@ def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller
     query = sa.select(t.aliases.c.alias).filter_by(family=row.family, version=row.version).order_by(t.aliases.c.alias)
     aliases = list(connection.execute(query).scalars())
     if len(aliases) > MAX_ALIASES:
-        raise ResourceExhaustedError(f"{row.name} has {MAX_ALIASES} aliases already: move one of them elsewhere first")
+        raise TooManyAliasesError(f"{row.name} has {MAX_ALIASES} aliases already: move one of them elsewhere first")
     return aliases

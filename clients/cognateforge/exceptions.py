@@ -10,7 +10,7 @@
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
-    │                                  FoundationNotFoundError
+    │                                  FoundationNotFoundError, TooManyAliasesError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -251,6 +251,12 @@ class FoundationNotFoundError(PreconditionError):
     """Cognate has no such foundation model, so no agent can be made of it."""
 
     reason = Reason.REASON_FOUNDATION_NOT_FOUND
+
+
+class TooManyAliasesError(PreconditionError):
+    """The version has as many aliases as an answer can list; one of them can be moved elsewhere."""
+
+    reason = Reason.REASON_TOO_MANY_ALIASES
 
 
 class NotImplementedByServerError(ForgeError):

@@ -24,7 +24,7 @@ from cognateforge.exceptions import (
     NotImplementedByServerError,
     OffsetOutOfRangeError,
     RequestIdReusedError,
-    ResourceExhaustedError,
+    TooManyAliasesError,
     UnknownFieldError,
 )
 from cognateforge.job.v1 import job_pb2
@@ -669,6 +669,6 @@ async def test_one_alias_too_many_is_refused(agents: AsyncAgentClient, store: Pa
     publish(store)
     for number in range(64):
         await alias(agents, f"a{number}", "intent-router@1")
-    with pytest.raises(ResourceExhaustedError, match="64 aliases already"):
+    with pytest.raises(TooManyAliasesError, match="64 aliases already"):
         await alias(agents, "a64", "intent-router@1")
     assert 64 == len((await get(agents, "intent-router@1")).aliases) == len(moves(store))

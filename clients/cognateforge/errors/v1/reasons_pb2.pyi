@@ -86,6 +86,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """An integrity check failed, so nothing was published."""
     REASON_FOUNDATION_NOT_FOUND: _Reason.ValueType  # 29
     """Cognate has no such foundation model, so no agent can be made of it."""
+    REASON_TOO_MANY_ALIASES: _Reason.ValueType  # 30
+    """The version has as many aliases as an answer can list. Waiting does not help: move one of them elsewhere."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -149,6 +151,8 @@ REASON_INTEGRITY_CHECK_FAILED: Reason.ValueType  # 28
 """An integrity check failed, so nothing was published."""
 REASON_FOUNDATION_NOT_FOUND: Reason.ValueType  # 29
 """Cognate has no such foundation model, so no agent can be made of it."""
+REASON_TOO_MANY_ALIASES: Reason.ValueType  # 30
+"""The version has as many aliases as an answer can list. Waiting does not help: move one of them elsewhere."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final
