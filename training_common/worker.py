@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import math
 import sys
 import threading
@@ -36,6 +37,22 @@ from training_common.store.database import Database
 log = structlog.get_logger(__name__)
 # A store that was away for an hour is not coming back by itself: the worker ends then, and its checkpoint stays.
 _STORE_PATIENCE_S = 3600.0
+# Full, out of something, or gone for the moment: what another attempt, later or elsewhere, need not meet again.
+_PLATFORM_ERRNOS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EROFS,
+        errno.ESTALE,
+        errno.ENODEV,
+        errno.ENOMEM,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.EAGAIN,
+        errno.ETIMEDOUT,
+    }
+)
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -186,16 +203,17 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
             store.move(JobState.PAUSED, message="paused")
     except FencedOutError:
         raise
-    except (OSError, sa.exc.OperationalError) as error:
-        # The machine's fault and not the job's: the process ends, and the scheduler gives the job another worker.
-        log.exception("attempt ended by the platform")
-        with contextlib.suppress(sa.exc.OperationalError):
-            context.attempt.event("platform", {"message": _platform_fault(error)})
-        raise SystemExit(EX_TEMPFAIL) from error
     except ForgeError as error:
         log.error("job failed", reason=error.reason_name(), detail=error.message)
         _fail(store, error.reason_name(), error.message)
     except Exception as error:
+        fault = _platform_fault(error)
+        if fault:
+            # The process ends, and the scheduler gives the job another worker.
+            log.exception("attempt ended by the platform")
+            with contextlib.suppress(sa.exc.OperationalError):
+                context.attempt.event("platform", {"message": f"{fault}; another attempt will go on"})
+            raise SystemExit(EX_TEMPFAIL) from error
         # The detail stays in the worker's log: error text of libraries may hold paths and data.
         log.exception("job failed by an unexpected error")
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -204,10 +222,16 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
     log.info("attempt ended", seconds=round(time.monotonic() - started, 1))
 
 
-def _platform_fault(error: OSError | sa.exc.OperationalError) -> str:
-    if isinstance(error, OSError):
-        return f"the worker's machine failed it: {error.strerror or type(error).__name__}; another attempt will go on"
-    return "the store did not answer in time; another attempt will go on"
+def _platform_fault(error: Exception) -> str:
+    """Return what of this machine ended the attempt through no fault of its job, or nothing.
+
+    A file that is missing or may not be read is no such fault: it would be missing for the next attempt too.
+    """
+    if isinstance(error, sa.exc.OperationalError):
+        return "the store did not answer in time"
+    if isinstance(error, OSError) and error.errno in _PLATFORM_ERRNOS:
+        return f"the worker's machine failed it: {error.strerror}"
+    return ""
 
 
 def _fail(store: AttemptStore, reason: str, message: str) -> None:

@@ -173,6 +173,13 @@ async def test_a_full_disk_is_the_machines_fault_and_another_attempt_goes_on(ser
     assert ["the worker's machine failed it: No space left on device; another attempt will go on"] == told
 
 
+async def test_a_missing_file_is_not_the_machines_fault(service: ToyService) -> None:
+    """Another attempt would miss it too, so the job fails at once."""
+    job = await service.until(service.submit(steps=5, missing_at=2), ended)
+    assert (job.state, job.attempt, job.failure_reason) == (JobState.FAILED, 1, "INTERNAL")
+    assert "secret" not in job.failure_message
+
+
 def test_a_writer_that_fails_on_a_full_disk_is_told_apart(service: ToyService, monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries raise errors of their own then; with space left, the error is the writer's."""
     job = service.submit(steps=1)

@@ -49,6 +49,8 @@ def work(context: WorkerContext[ToySettings]) -> None:
             raise AttemptStopped(stop)
         if step == plan.get("raise_at"):
             raise RuntimeError("secret detail of a library")
+        if step == plan.get("missing_at"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/secret/file")
         if step == plan.get("refuse_at"):
             raise DataUnavailableError("the toy data is gone")
         time.sleep(plan.get("step_s", 0.0))
