@@ -35,7 +35,7 @@ class RecoveryLimits:
     measure_interval_steps: ten steps are a fifth of the EMA's memory of 50, and cost below one per cent.
     loss_window_steps, loss_margin_nats, loss_sustained_steps: single losses vary by 0.4 nats (measured), means of 20 by
         0.09; a mean above the best one by 8 times that, 20 steps long, is no noise. A stale EMA raised it by 1.9.
-    warmup_steps: GrokFast's ramp of 100 steps and one memory of the EMA: until then the EMA is still a copy of one
+    warmup_steps: three memories of GrokFast's EMA: until then the EMA is still in part a copy of one
         gradient, its ratio is near 1 (measured: 0.9 in the first 20 steps), and halting has barely learnt.
     slow_ratio: the EMA outweighs the gradient itself; independent gradients give 0.1, measured are 0.06 to 0.5.
     validation_margin_nats: the rows are the same each time, so their choice adds no noise.

@@ -9,7 +9,7 @@ from training_common.settings import DataSettings
 
 DEFAULT_BATCH_SIZE = 4
 DEFAULT_SEQUENCE_LENGTH = 128
-DEFAULT_PEAK_LEARNING_RATE = 1.5e-3
+DEFAULT_PEAK_LEARNING_RATE = 7.5e-4
 DEFAULT_CHECKPOINT_INTERVAL_STEPS = 100
 # From the same rate to that of GrokFast's largest step: 1 + lambda.
 DEFAULT_CONTROL_FACTORS = (1.0, 2.0, 3.0)

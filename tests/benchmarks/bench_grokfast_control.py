@@ -26,7 +26,7 @@ from tests.benchmarks.trained import real_stream
 ROWS, SEQUENCE_LENGTH = 4, 128
 VALIDATION_ROWS = 64
 VALIDATIONS = 10
-RATES = (0.75e-3, 1.5e-3, 3e-3)
+RATES = (0.4e-3, 0.75e-3, 1.5e-3)
 
 
 @dataclass(frozen=True)

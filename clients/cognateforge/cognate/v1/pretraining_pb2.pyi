@@ -161,7 +161,7 @@ class PretrainingPlan(_message.Message):
     sequence_length: _builtins.int
     """Tokens in a sequence. 0 means 128; a multiple of 64, because memory is written once per 64 tokens; at most 4,096."""
     peak_learning_rate: _builtins.float
-    """Highest learning rate. 0 means 0.0015; at most 0.01."""
+    """Highest learning rate. 0 means 0.00075; at most 0.01."""
     warmup_steps: _builtins.int
     """Steps of linear warm-up. 0 means a tenth of total_steps. GrokFast's lambda rises to 2.0 in as many, but at least 100.
     A run of fewer than 100 steps therefore ends with a lower one.
