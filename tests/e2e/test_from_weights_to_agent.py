@@ -83,8 +83,9 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
     """kill -9 of server and worker cost neither an event nor the job; the agent names the digest that was published."""
     monkeypatch.delenv("FORGE_DATA", raising=False)
     with both_services(tmp_path) as (services, cognate, agents):
+        # Long enough that the worker is still in training when the server has started anew.
         plan = cognate_v1.PretrainingPlan(
-            total_steps=16, seed=3, batch_size=2, sequence_length=64, checkpoint_interval_steps=4
+            total_steps=48, seed=3, batch_size=2, sequence_length=64, checkpoint_interval_steps=8
         )
         plan.curriculum.SetInParent()
         request = cognate_v1.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=plan)
@@ -116,7 +117,7 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
         model = cognate.models.GetModel(model_pb2.GetModelRequest(name=name)).model
         assert model.architecture.parameter_count == 24_998_668
         data = json.loads((cognate.fetch_model(name, tmp_path / "model").path / "data.json").read_text())
-        assert data["curriculum"] == {"steps": 8, "initial_competence": 0.1}
+        assert data["curriculum"] == {"steps": 24, "initial_competence": 0.1}
         reports = [source["report"] for source in data["sources"]]
         assert [(found["rows_read"], found["rows_kept"], found["findings"]) for found in reports] == [
             (2000, 2000, [])
