@@ -14,9 +14,9 @@ from torch import Tensor
 # A GPU has no use for such small pieces; its products want thousands of rows.
 CPU_PIECE = 128
 GPU_PIECE = 4_096
-# Pieces whose products with the hidden states are taken together: each such product goes through the whole gradient of
-# the weights, 32 MB, which cost a tenth of the head's time in bfloat16 when every piece had one of its own.
-PIECES_TOGETHER = 8
+# Rows whose gradients are multiplied with the hidden states together: each such product goes through the whole gradient
+# of the weights, 32 MB, which cost a tenth of the head's time in bfloat16 when every piece had one of its own.
+ROWS_TOGETHER = 1_024
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -82,7 +82,7 @@ def _losses_and_gradients(
         narrow_LV, own_L1 = gradient_LV.to(product), own_L.unsqueeze(1)
         out_LD.copy_((narrow_LV @ weight_VD) * own_L1)
         waiting.append((narrow_LV, (hidden_LD * own_L1).to(product)))
-        if len(waiting) == PIECES_TOGETHER:
+        if sum(len(gradient) for gradient, _ in waiting) >= ROWS_TOGETHER:
             _accumulate(of_weight_VD, waiting)
     _accumulate(of_weight_VD, waiting)
     empty_X = of_bias_V.new_zeros(0, dtype=torch.float32)

@@ -23,7 +23,7 @@ import torch
 from cognate_server.acceleration import AccelerationControl
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.detectors import RecoveryLimits
-from cognate_server.grokfast import GrokFastAdamW, parameter_groups
+from cognate_server.grokfast import EMA_RAMP_STEPS, GrokFastAdamW, parameter_groups
 from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, objective, truncated_geometric
 from cognate_server.precision import Precision
 from cognate_server.recovery import CognateRecoveryManager
@@ -40,12 +40,6 @@ MAX_PEAK_LR = 1e-2
 # Each rate costs a whole training. GrokFast's steps are at most 1 + lambda = 3 times plain ones: 8 is well beyond.
 MAX_CONTROL_RATES = 4
 MAX_CONTROL_RATE = 8.0
-# GrokFast's EMA starts as a copy of the first gradient and forgets it with a time constant of 1 / (1 - alpha) = 50
-# steps. Amplified in full before that, one stale gradient outweighs the present one: at a ramp of 4 steps the loss on
-# real rows rose from 6.6 to 8.5 nats within 15 steps. A plan that is longer has its ramp over all of it: over 300 steps
-# of Cognate-25M lambda was worth 0.08 nats more when it rose to the end than when it stood at 2 from step 100 on, where
-# learning rates are still high (docs/log.md).
-MIN_LAMBDA_RAMP_STEPS = 100
 
 
 class TrainingDivergedError(RuntimeError):
@@ -136,6 +130,16 @@ def learning_rate(config: PretrainConfig, finished_steps: int) -> float:
     return config.peak_lr * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def lambda_ramp_steps(config: PretrainConfig) -> int:
+    """Return over how many steps GrokFast's lambda rises to 2.0: the whole plan, and no less than the EMA needs.
+
+    Over 300 steps of Cognate-25M the loss ended 0.08 nats lower when lambda rose to the end than when it was 2.0 from
+    step 100 on, where learning rates are still high. With a ramp of 4 steps one stale gradient outweighed the present
+    ones, and the loss on real rows rose from 6.6 to 8.5 nats within 15 steps (docs/log.md).
+    """
+    return max(config.total_steps, EMA_RAMP_STEPS)
+
+
 class PretrainingRun:
     """All that changes while a run goes on: how a step changes it, and how it is saved and restored."""
 
@@ -149,7 +153,7 @@ class PretrainingRun:
         self.optimizer = GrokFastAdamW(
             parameter_groups(self.model),
             lr=config.peak_lr,
-            warmup_steps=max(config.total_steps, MIN_LAMBDA_RAMP_STEPS),
+            ramp_steps=lambda_ramp_steps(config),
         )
         self.prior_N = truncated_geometric(config.model.max_steps, PONDER_MEAN)
         self.control = self._build_control()

@@ -7,6 +7,7 @@ update: the arithmetic of one step, and the choice of an implementation: native,
 from cognate_server.grokfast.optimizer import (
     ALPHA,
     BETAS,
+    EMA_RAMP_STEPS,
     EPSILON,
     LAMBDA,
     LAMBDA_FLOOR,
@@ -22,6 +23,7 @@ from cognate_server.grokfast.optimizer import (
 __all__ = [
     "ALPHA",
     "BETAS",
+    "EMA_RAMP_STEPS",
     "EPSILON",
     "LAMBDA",
     "LAMBDA_FLOOR",

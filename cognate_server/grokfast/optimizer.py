@@ -21,6 +21,8 @@ ALPHA = 0.98
 LAMBDA = 2.0
 # The recovery manager may lower lambda to this and no further: below it the filter is as good as off.
 LAMBDA_FLOOR = 0.5
+# Two memories of the EMA, 1 / (1 - alpha) steps each: after so many, what it began with weighs an eighth.
+EMA_RAMP_STEPS = 100
 MAX_GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -67,7 +69,7 @@ class GrokFastAdamW(torch.optim.Optimizer):
 
     g <- clip(g)        h <- alpha * h + (1 - alpha) * g        g <- g + lambda * h        AdamW(g)
 
-    alpha is 0.98. lambda ramps from 0 to 2.0 over `warmup_steps` while the EMA h runs from the first step, and stays
+    alpha is 0.98. lambda ramps from 0 to 2.0 over `ramp_steps` while the EMA h runs from the first step, and stays
     there. A parameter's h starts as a copy of its first gradient; h and AdamW's averages are float32 whatever the
     parameter's type, and live in the optimizer's state, so a resumed run equals the uninterrupted one. `p.grad` is
     read, after accumulation and all-reduce, and never written. Learning rates are the param groups' `lr`.
@@ -84,17 +86,17 @@ class GrokFastAdamW(torch.optim.Optimizer):
     # GradScaler then leaves the gradients scaled and sets grad_scale and found_inf, as for torch's fused optimizers.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Iterable[dict[str, Any]] | Iterable[Tensor], *, lr: float, warmup_steps: int) -> None:
+    def __init__(self, params: Iterable[dict[str, Any]] | Iterable[Tensor], *, lr: float, ramp_steps: int) -> None:
         if not lr > 0:
             raise ValueError(f"lr must be positive, got {lr}")
-        if warmup_steps < 1:
-            raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps}")
+        if ramp_steps < 1:
+            raise ValueError(f"ramp_steps must be at least 1, got {ramp_steps}")
         defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": WEIGHT_DECAY,
-            "warmup_steps": warmup_steps,
+            "ramp_steps": ramp_steps,
             "finished_steps": 0,
-            "ramp_start": 0,
+            "ema_start": 0,
             "lambda_limit": LAMBDA,
             "lambda_departures": [],
             "implementations": [],
@@ -124,8 +126,11 @@ class GrokFastAdamW(torch.optim.Optimizer):
     def grokfast_lambda(self) -> float:
         """The lambda that the next step will use."""
         group = self.param_groups[0]
-        ramp = (group["finished_steps"] - group["ramp_start"]) / group["warmup_steps"]
-        return float(min(group["lambda_limit"], LAMBDA * min(1.0, ramp)))
+        finished, ramp_steps = group["finished_steps"], group["ramp_steps"]
+        planned = finished / ramp_steps
+        # An EMA that was started anew holds it down for as long as a new one needs.
+        trusted = (finished - group["ema_start"]) / min(ramp_steps, EMA_RAMP_STEPS)
+        return float(min(group["lambda_limit"], LAMBDA * min(1.0, planned, trusted)))
 
     @property
     def departures(self) -> tuple[LambdaDeparture, ...]:
@@ -155,13 +160,14 @@ class GrokFastAdamW(torch.optim.Optimizer):
     def reset_slow_gradient(self) -> LambdaDeparture:
         """Forget the EMA: each parameter's next gradient starts it anew; for the recovery manager alone.
 
-        Lambda ramps from 0 again, since amplified in full that one gradient would outweigh those that follow.
+        Lambda ramps from 0 again, within EMA_RAMP_STEPS to where the first ramp stands by then, since amplified in full
+        that one gradient would outweigh those that follow.
         """
         for parameter, state in self.state.items():
             if "slow_gradient" in state:
                 self._spare[parameter] = state.pop("slow_gradient")
         finished = self.param_groups[0]["finished_steps"]
-        return self._depart("slow gradient reset", self.grokfast_lambda, 0.0, ramp_start=finished)
+        return self._depart("slow gradient reset", self.grokfast_lambda, 0.0, ema_start=finished)
 
     def _depart(self, reason: str, before: float, after: float, **changes: float) -> LambdaDeparture:
         departure = {

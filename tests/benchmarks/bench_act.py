@@ -7,7 +7,6 @@ Usage: python tests/benchmarks/bench_act.py [training steps] [runs]
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch import Tensor
 from cognate_server.losses import forward
 from cognate_server.stream import Batch
 from cognate_server.validation import row_losses
-from tests.benchmarks.common import interleave
+from tests.benchmarks.common import interleave, report
 from tests.benchmarks.trained import Trained, train, validation_rows
 from training_common.models.cognate_v1 import CognateV1, MemoryState
 from training_common.models.generation import generate
@@ -65,28 +64,23 @@ def main(steps: int, runs: int) -> None:
     adaptive = row_losses(model, batches)
     whole = row_losses(model, batches, fixed_steps=most)
     pairs = interleave(make_generate(trained, batches, None), make_generate(trained, batches, most), runs=runs)
-    middle = sorted(ours / theirs for ours, theirs in pairs)[len(pairs) // 2]
     for number in range(1, most + 1):
         chosen = one_step_losses[taken == number]
         if len(chosen):
             print(f"tokens with {number} steps: {len(chosen)}, loss at one step {float(chosen.mean()):.3f}")
-    result = {
-        "name": "act",
-        "value": sorted(ours for ours, _ in pairs)[len(pairs) // 2],
-        "unit": "s",
-        "yardstick": sorted(theirs for _, theirs in pairs)[len(pairs) // 2],
-        "ratio": middle,
-        "runs": len(pairs),
-        "correlation_of_steps_and_loss_at_one_step": float(torch.corrcoef(torch.stack((taken, one_step_losses)))[0, 1]),
-        "mean_steps": float(taken.mean()),
-        "loss": adaptive.mean,
-        "loss_one_step": row_losses(model, batches, fixed_steps=1).mean,
-        "loss_most_steps": whole.mean,
-        "error_of_loss_difference": adaptive.error_of_gain(whole),
-        "tokens": len(taken),
-        "training_steps": steps,
-    }
-    print(json.dumps(result))
+    report(
+        "act",
+        pairs,
+        unit="s",
+        correlation_of_steps_and_loss_at_one_step=float(torch.corrcoef(torch.stack((taken, one_step_losses)))[0, 1]),
+        mean_steps=float(taken.mean()),
+        loss=adaptive.mean,
+        loss_one_step=row_losses(model, batches, fixed_steps=1).mean,
+        loss_most_steps=whole.mean,
+        error_of_loss_difference=adaptive.error_of_gain(whole),
+        tokens=len(taken),
+        training_steps=steps,
+    )
 
 
 if __name__ == "__main__":

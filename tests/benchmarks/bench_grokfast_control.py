@@ -9,8 +9,6 @@ Usage: python tests/benchmarks/bench_grokfast_control.py [--steps N] [--rates RA
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from cognate_server.acceleration import Curve
 from cognate_server.precision import native_precision
 from cognate_server.run import PretrainConfig, PretrainingRun
 from cognate_server.validation import RowLosses, first_rows, row_losses
+from tests.benchmarks.common import print_result
 from tests.benchmarks.trained import real_stream
 
 ROWS, SEQUENCE_LENGTH = 4, 128
@@ -107,21 +106,19 @@ def main(arguments: argparse.Namespace) -> None:
     ours, theirs = (
         min((arm for arm in arms if arm.name == name), key=lambda one: one.loss) for name in ("GrokFast", "AdamW")
     )
-    result = {
-        "name": "grokfast_control",
-        "value": ours.loss,
-        "unit": "nats/token",
-        "yardstick": theirs.loss,
-        "ratio": ours.loss / theirs.loss,
-        "runs": len(arms),
-        "rate": ours.rate,
-        "rate_of_control": theirs.rate,
-        "gain_nats": theirs.loss - ours.loss,
-        "error_of_gain": ours.rows.error_of_gain(theirs.rows),
-        "training_steps": arguments.steps,
-        "curves": [{k: v for k, v in dataclasses.asdict(arm).items() if k != "rows"} for arm in arms],
-    }
-    print(json.dumps(result))
+    print_result(
+        "grokfast_control",
+        ours.loss,
+        theirs.loss,
+        unit="nats/token",
+        runs=len(arms),
+        rate=ours.rate,
+        rate_of_control=theirs.rate,
+        gain_nats=theirs.loss - ours.loss,
+        error_of_gain=ours.rows.error_of_gain(theirs.rows),
+        training_steps=arguments.steps,
+        curves=[{"name": arm.name, "rate": arm.rate, "curve": arm.curve} for arm in arms],
+    )
 
 
 if __name__ == "__main__":

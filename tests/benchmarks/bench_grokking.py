@@ -14,7 +14,6 @@ Usage: python tests/benchmarks/bench_grokking.py [--seeds N] [--control-seeds N]
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from cognate_server.grokfast import ALPHA, LAMBDA
 from cognate_server.grokfast.foreach import amplify
+from tests.benchmarks.common import print_result
 
 # T tokens of an equation without its result, N equations, D model width
 
@@ -183,16 +183,16 @@ def main(arguments: argparse.Namespace) -> None:
     for recipe, outcomes in table.items():
         print(f"| {recipe.name} | {' / '.join(map(str, outcomes))} | {_median(outcomes):,.0f} |")
     ours, control = table[GROKFAST], table[SCALE_MATCHED]
-    result = {
-        "name": "grokking",
-        "value": _median(ours),
-        "unit": "iterations",
-        "yardstick": _median(control),
-        "ratio": _median(control) / _median(ours),
-        "seed_0": ours[0].iterations,
-        "yardstick_is_lower_bound": not all(outcome.reached for outcome in control),
-    }
-    print(json.dumps(result))
+    print_result(
+        "grokking",
+        _median(ours),
+        _median(control),
+        unit="iterations",
+        ratio=_median(control) / _median(ours),
+        runs=len(ours),
+        seed_0=ours[0].iterations,
+        yardstick_is_lower_bound=not all(outcome.reached for outcome in control),
+    )
 
 
 def _median(outcomes: list[Outcome]) -> float:

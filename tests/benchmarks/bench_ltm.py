@@ -9,12 +9,12 @@ Usage: python tests/benchmarks/bench_ltm.py [training steps]
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 
 import torch
 
 from cognate_server.validation import first_rows, row_losses
+from tests.benchmarks.common import print_result
 from tests.benchmarks.trained import real_stream, train
 
 THREADS = 2
@@ -33,21 +33,18 @@ def main(steps: int) -> None:
     whole = row_losses(trained.model, batches)
     off = row_losses(trained.model, batches, read_memory=False)
     fresh = row_losses(trained.model, afresh)
-    result = {
-        "name": "ltm",
-        "value": whole.mean,
-        "unit": "nats/token",
-        "yardstick": off.mean,
-        "ratio": whole.mean / off.mean,
-        "runs": 1,
-        "gain_nats": off.mean - whole.mean,
-        "error_of_gain": whole.error_of_gain(off),
-        "carried_gain_nats": fresh.mean - whole.mean,
-        "error_of_carried_gain": whole.error_of_gain(fresh),
-        "rows": len(whole.sums_R),
-        "training_steps": steps,
-    }
-    print(json.dumps(result))
+    print_result(
+        "ltm",
+        whole.mean,
+        off.mean,
+        unit="nats/token",
+        gain_nats=off.mean - whole.mean,
+        error_of_gain=whole.error_of_gain(off),
+        carried_gain_nats=fresh.mean - whole.mean,
+        error_of_carried_gain=whole.error_of_gain(fresh),
+        rows=len(whole.sums_R),
+        training_steps=steps,
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class TimedGrokFast(TimedOptimizer):
 
     def __init__(self, gradients: list[Tensor]) -> None:
         super().__init__(gradients)
-        self.optimizer = GrokFastAdamW(parameter_groups(self.model), lr=1e-3, warmup_steps=1)
+        self.optimizer = GrokFastAdamW(parameter_groups(self.model), lr=1e-3, ramp_steps=1)
         self.update_s = 0.0
         update = self.optimizer._update
         update.apply = self._timed(update.apply)  # type: ignore[method-assign]

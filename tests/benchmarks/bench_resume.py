@@ -8,7 +8,6 @@ Usage: python tests/benchmarks/bench_resume.py [steps] [seed of the cut]
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ import torch
 
 from cognate_server.precision import native_precision
 from cognate_server.trainer import PretrainConfig, PretrainResult, pretrain
+from tests.benchmarks.common import print_result
 from tests.benchmarks.trained import real_stream
 from tests.cognate._support import MemoryAttempt, weights
 from training_common.attempt import AttemptStopped, StopKind
@@ -48,6 +48,7 @@ def main(steps: int, seed: int) -> int:
         total_steps=steps,
         batch_tokens=ROWS * SEQUENCE_LENGTH,
         sequence_length=SEQUENCE_LENGTH,
+        warmup_steps=max(1, steps // 10),
         precision=native_precision(),
     )
     pause_at = int(torch.randint(1, steps, (1,), generator=torch.Generator().manual_seed(seed)))
@@ -64,20 +65,17 @@ def main(steps: int, seed: int) -> int:
             name: weights(one) == weights(first) and one.validation == first.validation
             for name, one in (("again", again), ("resumed", resumed))
         }
-    result = {
-        "name": "resume",
-        "value": before_s + after_s,
-        "unit": "s",
-        "yardstick": first_s,
-        "ratio": (before_s + after_s) / first_s,
-        "runs": 1,
-        "equal_again": same["again"],
-        "equal_resumed": same["resumed"],
-        "cut_at_step": pause_at,
-        "steps": steps,
-        "precision": config.precision.value,
-    }
-    print(json.dumps(result))
+    print_result(
+        "resume",
+        before_s + after_s,
+        first_s,
+        unit="s",
+        equal_again=same["again"],
+        equal_resumed=same["resumed"],
+        cut_at_step=pause_at,
+        steps=steps,
+        precision=config.precision.value,
+    )
     return 0 if all(same.values()) else 1
 
 

@@ -1,8 +1,9 @@
-"""Executed model FLOP/s of a pretraining step over those of a plain GPT of 25M parameters with the same batch.
+"""Executed model FLOP/s of a pretraining step over those of a plain compiled GPT of 25M parameters with the same batch.
 
 A step is all of it: batch, forward, loss, backward, optimizer. Executed FLOPs are those of the matrix products and
 attention that ran, counted by torch's FlopCounterMode with the same weights and batch right before the timed step; a
-token that has halted counts nothing from then on. Recomputed or skipped work earns nothing.
+token that has halted counts nothing from then on. Recomputed or skipped work earns nothing. Both run in the precision
+that a job gets here, and under the allocator's settings that `make bench` shares with workers.
 Usage: python tests/benchmarks/bench_train_step.py [runs]
 """
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cognate_server.precision import Precision, native_precision
 from cognate_server.stream import Batch
 from cognate_server.trainer import PretrainConfig, PretrainingRun
 from tests.benchmarks.common import interleave, report
@@ -25,7 +27,7 @@ from training_common.attempt import Json
 THREADS = 2
 VOCABULARY = 15_616
 WIDTH = 512
-CONFIG = PretrainConfig(seed=0, total_steps=1_000, warmup_steps=1_000)
+CONFIG = PretrainConfig(seed=0, total_steps=1_000, warmup_steps=1_000, precision=native_precision())
 
 
 class OneBatch:
@@ -114,20 +116,23 @@ def make_ours(batch: Batch) -> Callable[[], float]:
 
 
 def make_yardstick(batch: Batch) -> Callable[[], float]:
-    """Return the same for the plain GPT: fused AdamW, clipped gradients."""
+    """Return the same for the plain GPT: fused AdamW, clipped gradients, compiled by torch."""
     model = PlainGPT()
+    compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def backward() -> None:
+    def backward(forward: Callable[[Tensor], Tensor]) -> None:
         optimizer.zero_grad()
-        logits = model(batch.tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=CONFIG.precision is Precision.BFLOAT16):
+            logits = forward(batch.tokens[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.tokens[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
 
+    flops = count_flops(lambda: backward(model))  # the counter does not see into what is compiled
+
     def flops_per_s() -> float:
-        flops = count_flops(backward)
         start_s = time.perf_counter()
-        backward()
+        backward(compiled)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return flops / (time.perf_counter() - start_s)

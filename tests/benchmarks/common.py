@@ -14,21 +14,29 @@ def interleave(ours: Callable[[], float], yardstick: Callable[[], float], *, run
     return [(ours(), yardstick()) for _ in range(runs)]
 
 
-def report(name: str, pairs: list[tuple[float, float]], *, unit: str, **beside: float) -> None:
-    """Print one JSON object: medians of ours (`value`) and of the yardstick, and the median of their ratios.
+def report(name: str, pairs: list[tuple[float, float]], *, unit: str, **beside: object) -> None:
+    """Print the result of pairs: medians of ours (`value`) and of the yardstick, and the median of their ratios.
 
     beside: further fields.
     """
-    result = {
-        "name": name,
-        "value": statistics.median(ours for ours, _ in pairs),
-        "unit": unit,
-        "yardstick": statistics.median(theirs for _, theirs in pairs),
-        "ratio": median_ratio(pairs),
-        "runs": len(pairs),
+    print_result(
+        name,
+        statistics.median(ours for ours, _ in pairs),
+        statistics.median(theirs for _, theirs in pairs),
+        unit=unit,
+        ratio=median_ratio(pairs),
+        runs=len(pairs),
         **beside,
-    }
-    print(json.dumps(result))
+    )
+
+
+def print_result(
+    name: str, value: float, yardstick: float, *, unit: str, ratio: float | None = None, runs: int = 1, **beside: object
+) -> None:
+    """Print one JSON object, a bench's last line. ratio: value over yardstick, unless it is another one."""
+    result = {"name": name, "value": value, "unit": unit, "yardstick": yardstick}
+    ratio = value / yardstick if ratio is None else ratio
+    print(json.dumps({**result, "ratio": ratio, "runs": runs, **beside}))
 
 
 def median_ratio(pairs: list[tuple[float, float]]) -> float:

@@ -37,7 +37,7 @@ def make_model() -> nn.Sequential:
 
 def make_optimizer(model: nn.Module) -> GrokFastAdamW:
     """Without a ramp to speak of, so that the filter counts."""
-    return GrokFastAdamW(model.parameters(), lr=1e-2, warmup_steps=2)
+    return GrokFastAdamW(model.parameters(), lr=1e-2, ramp_steps=2)
 
 
 def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:

@@ -39,7 +39,7 @@ IMPLEMENTATIONS = [
     pytest.param(lambda: ForeachUpdate(compiled=True), id="compiled", marks=[needs_compiler, pytest.mark.slow]),
 ]
 LR = 1e-2
-WARMUP_STEPS = 4
+RAMP_STEPS = 4
 SHAPES = ((7, 5), (5,), (3, 2, 2))
 
 
@@ -79,7 +79,7 @@ def reference(parameters: Sequence[Tensor], gradients: list[list[Tensor]]) -> li
     for step, raw in enumerate(gradients):
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in raw))
         clipped = [g.double() * min(1.0, MAX_GRADIENT_NORM / (norm + 1e-6)) for g in raw]
-        lamb = LAMBDA * min(1.0, step / WARMUP_STEPS)
+        lamb = LAMBDA * min(1.0, step / RAMP_STEPS)
         if grads is None:
             grads = {i: g.clone() for i, g in enumerate(clipped)}
         for i, value in enumerate(values):
@@ -99,7 +99,7 @@ def test_updates_equal_the_published_algorithm(implementation: Callable[[], Upda
     use(implementation())
     parameters, gradients = make_parameters(), make_gradients(12)
     expected = reference(parameters, gradients)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     train(optimizer, parameters, gradients)
     assert optimizer.implementations == (implementation().name,)
     for parameter, value in zip(parameters, expected, strict=True):
@@ -113,7 +113,7 @@ def test_all_implementations_give_the_same_bits_on_a_cpu(implementation: Callabl
     for update in (ForeachUpdate(), implementation()):
         use(update)
         parameters = make_parameters()
-        train(GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS), parameters, make_gradients(12))
+        train(GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS), parameters, make_gradients(12))
         ends.append(parameters)
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
@@ -131,7 +131,7 @@ def test_the_number_of_threads_changes_no_bit(threads: int, monkeypatch: pytest.
         for number in (1, threads):
             torch.set_num_threads(number)
             parameter = nn.Parameter(torch.linspace(-1, 1, 5_000))
-            optimizer = GrokFastAdamW([parameter], lr=LR, warmup_steps=WARMUP_STEPS)
+            optimizer = GrokFastAdamW([parameter], lr=LR, ramp_steps=RAMP_STEPS)
             for step in range(5):
                 parameter.grad = torch.sin(parameter.detach() * (step + 1))
                 optimizer.measure_next_step()
@@ -145,9 +145,9 @@ def test_the_number_of_threads_changes_no_bit(threads: int, monkeypatch: pytest.
 
 
 def test_lambda_ramps_while_the_ema_already_runs() -> None:
-    """0 at the first step, 2.0 after the warm-up; the EMA starts as a copy of the first, clipped gradient."""
+    """0 at the first step, 2.0 after the ramp; the EMA starts as a copy of the first, clipped gradient."""
     parameters, gradients = make_parameters(), make_gradients(8)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     seen = []
     for step in gradients:
         train(optimizer, parameters, [step])
@@ -164,13 +164,13 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Saved after 5 of 12 steps and loaded with weights_only, it ends where the uninterrupted one ends."""
     gradients = make_gradients(12)
     whole = make_parameters()
-    train(GrokFastAdamW(whole, lr=LR, warmup_steps=WARMUP_STEPS), whole, gradients)
+    train(GrokFastAdamW(whole, lr=LR, ramp_steps=RAMP_STEPS), whole, gradients)
 
     parameters = make_parameters()
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     train(optimizer, parameters, gradients[:5])
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    resumed = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    resumed = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     train(resumed, parameters, gradients[5:])
     assert all(torch.equal(a, b) for a, b in zip(parameters, whole, strict=True))
@@ -179,10 +179,10 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_the_ema_stays_float32_through_a_checkpoint() -> None:
     """torch would cast it to the parameter's type on load; its bits are kept instead."""
     parameters = [nn.Parameter(p.detach().to(torch.bfloat16)) for p in make_parameters()]
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     train(optimizer, parameters, [[g.to(torch.bfloat16) for g in step] for step in make_gradients(3)])
     before = [optimizer.state[p]["slow_gradient"].clone() for p in parameters]
-    resumed = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    resumed = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     resumed.load_state_dict(optimizer.state_dict())
     after = [resumed.state[p]["slow_gradient"] for p in parameters]
     assert [h.dtype for h in after] == [torch.float32] * 3
@@ -193,7 +193,7 @@ def test_the_ema_stays_float32_through_a_checkpoint() -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     """One bad number would poison the EMA for good, so the step is refused before anything is written."""
     parameters, gradients = make_parameters(), make_gradients(3)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     train(optimizer, parameters, gradients[:2])
     before = [p.detach().clone() for p in parameters]
     slow_before = [optimizer.state[p]["slow_gradient"].clone() for p in parameters]
@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 def test_a_parameter_unfrozen_later_starts_its_own_ema() -> None:
     """Its first gradient, not another's step count, starts h."""
     parameters, gradients = make_parameters(), make_gradients(4)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     for step in gradients:
         for parameter, gradient in zip(parameters[:2], step[:2], strict=True):
             parameter.grad = gradient.clone()
@@ -224,7 +224,7 @@ def test_a_parameter_unfrozen_later_starts_its_own_ema() -> None:
 def test_telemetry_equals_its_definition() -> None:
     """Cosine and norm ratio of the EMA before the step and the clipped gradient; absent where there is no EMA."""
     parameters, gradients = make_parameters(), make_gradients(6)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     optimizer.measure_next_step()
     train(optimizer, parameters, gradients[:1])
     assert optimizer.report is not None
@@ -246,7 +246,7 @@ def test_telemetry_of_independent_gradients_is_what_theory_says() -> None:
     """|EMA| / |g| is about sqrt((1 - alpha) / (1 + alpha)) = 0.1005, and the cosine about 0."""
     generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter(torch.zeros(20_000))
-    optimizer = GrokFastAdamW([parameter], lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW([parameter], lr=LR, ramp_steps=RAMP_STEPS)
     for step in range(400):
         parameter.grad = torch.randn(20_000, generator=generator) * 1e-3
         if step == 399:
@@ -260,7 +260,7 @@ def test_telemetry_of_independent_gradients_is_what_theory_says() -> None:
 def test_lambda_can_only_be_lowered_within_bounds_and_every_time_is_kept() -> None:
     """Each lowering is a departure that a checkpoint carries; raising and going below the floor are refused."""
     parameters, gradients = make_parameters(), make_gradients(6)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     train(optimizer, parameters, gradients)
     departure = optimizer.lower_lambda(1.0)
     assert departure == LambdaDeparture(step=6, before=LAMBDA, after=1.0, reason="lowered")
@@ -268,7 +268,7 @@ def test_lambda_can_only_be_lowered_within_bounds_and_every_time_is_kept() -> No
     for refused in (1.5, 1.0, LAMBDA_FLOOR / 2, math.nan):
         with pytest.raises(ValueError, match="may only be lowered"):
             optimizer.lower_lambda(refused)
-    resumed = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    resumed = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     resumed.load_state_dict(optimizer.state_dict())
     assert (resumed.departures, resumed.grokfast_lambda) == ((departure,), 1.0)
 
@@ -276,7 +276,7 @@ def test_lambda_can_only_be_lowered_within_bounds_and_every_time_is_kept() -> No
 def test_lambda_returns_to_the_mandated_value_as_a_departure() -> None:
     """In stages or at once, never above 2.0, and never without a record."""
     parameters, gradients = make_parameters(), make_gradients(6)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     train(optimizer, parameters, gradients)
     optimizer.lower_lambda(0.5)
     first, second = optimizer.restore_lambda(1.25), optimizer.restore_lambda()
@@ -291,13 +291,13 @@ def test_lambda_returns_to_the_mandated_value_as_a_departure() -> None:
 def test_a_reset_slow_gradient_starts_anew_and_ramps_again() -> None:
     """h becomes a copy of the next gradient, lambda goes up from 0, and AdamW's averages stay; a checkpoint agrees."""
     parameters, gradients = make_parameters(), make_gradients(10)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     train(optimizer, parameters, gradients[:6])
     means = [optimizer.state[p]["exp_avg"].clone() for p in parameters]
     departure = optimizer.reset_slow_gradient()
     assert departure == LambdaDeparture(step=6, before=LAMBDA, after=0.0, reason="slow gradient reset")
     assert all(torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in zip(parameters, means, strict=True))
-    resumed = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    resumed = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     resumed.load_state_dict(optimizer.state_dict())
     small = [[g * 1e-3 for g in step] for step in gradients[6:]]
     resumed.measure_next_step()
@@ -312,10 +312,24 @@ def test_a_reset_slow_gradient_starts_anew_and_ramps_again() -> None:
     assert lambdas == [0.0, 0.5, 1.0, 1.5]
 
 
+def test_after_a_reset_lambda_is_soon_where_a_long_ramp_stands() -> None:
+    """A new EMA is trusted after a hundred steps, however long the plan is; before, the plan's own ramp holds."""
+    optimizer = GrokFastAdamW(make_parameters(), lr=LR, ramp_steps=1_000)
+
+    def lambda_after(steps: int) -> float:
+        for group in optimizer.param_groups:
+            group["finished_steps"] = steps
+        return optimizer.grokfast_lambda
+
+    assert [lambda_after(steps) for steps in (0, 100, 500)] == [0.0, 0.2, 1.0]
+    optimizer.reset_slow_gradient()
+    assert [lambda_after(steps) for steps in (500, 550, 600, 1_000)] == pytest.approx([0.0, 1.0, 1.2, 2.0])
+
+
 def test_gradients_are_read_and_never_written() -> None:
     """Whoever holds a gradient, as DDP's buckets do, still holds the raw one after the step."""
     parameters, gradients = make_parameters(), make_gradients(1)
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     for parameter, gradient in zip(parameters, gradients[0], strict=True):
         parameter.grad = gradient.clone()
     held = [p.grad for p in parameters]
@@ -333,8 +347,8 @@ def test_bfloat16_parameters_have_float32_state_and_are_rounded_once(
     parameters = [nn.Parameter(p.detach().bfloat16()) for p in make_parameters()]
     wide = [nn.Parameter(p.detach().float()) for p in parameters]
     gradients = [[g.bfloat16() for g in step] for step in make_gradients(1)]
-    narrow_optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
-    wide_optimizer = GrokFastAdamW(wide, lr=LR, warmup_steps=WARMUP_STEPS)
+    narrow_optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
+    wide_optimizer = GrokFastAdamW(wide, lr=LR, ramp_steps=RAMP_STEPS)
     train(narrow_optimizer, parameters, gradients)
     train(wide_optimizer, wide, [[g.float() for g in step] for step in gradients])
     for narrow, whole in zip(parameters, wide, strict=True):
@@ -347,9 +361,9 @@ def test_bfloat16_parameters_have_float32_state_and_are_rounded_once(
 def test_a_gradient_scaler_changes_nothing_but_the_scale(unscale_first: bool) -> None:
     """Scaled by a power of two and unscaled by whomever, 6 steps give the bits of the unscaled ones."""
     plain, scaled, gradients = make_parameters(), make_parameters(), make_gradients(6)
-    train(GrokFastAdamW(plain, lr=LR, warmup_steps=WARMUP_STEPS), plain, gradients)
+    train(GrokFastAdamW(plain, lr=LR, ramp_steps=RAMP_STEPS), plain, gradients)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    optimizer = GrokFastAdamW(scaled, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(scaled, lr=LR, ramp_steps=RAMP_STEPS)
     for step in gradients:
         optimizer.zero_grad()
         loss = sum((p * g).sum() for p, g in zip(scaled, step, strict=True))
@@ -365,7 +379,7 @@ def test_a_gradient_scaler_that_found_infinity_changes_nothing() -> None:
     """The step is left out as with torch's own optimizers, and the scale goes down."""
     parameters = make_parameters()
     before = [p.detach().clone() for p in parameters]
-    optimizer = GrokFastAdamW(parameters, lr=LR, warmup_steps=WARMUP_STEPS)
+    optimizer = GrokFastAdamW(parameters, lr=LR, ramp_steps=RAMP_STEPS)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(parameters[0].sum() * math.inf).backward()  # type: ignore[no-untyped-call]
     scaler.step(optimizer)
@@ -380,8 +394,8 @@ def test_parameters_of_any_layout_are_updated_in_place() -> None:
     gradients = [[torch.arange(12.0).view(3, 4) / 20, torch.tensor(0.1)] for _ in range(3)]
     plain = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.tensor(1.0))]
     turned = [nn.Parameter(torch.ones(4, 3).T), nn.Parameter(torch.tensor(1.0))]
-    train(GrokFastAdamW(plain, lr=LR, warmup_steps=WARMUP_STEPS), plain, gradients)
-    train(GrokFastAdamW(turned, lr=LR, warmup_steps=WARMUP_STEPS), turned, gradients)
+    train(GrokFastAdamW(plain, lr=LR, ramp_steps=RAMP_STEPS), plain, gradients)
+    train(GrokFastAdamW(turned, lr=LR, ramp_steps=RAMP_STEPS), turned, gradients)
     assert not turned[0].is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(plain, turned, strict=True))
 
@@ -390,7 +404,7 @@ def test_parameters_of_any_layout_are_updated_in_place() -> None:
 def test_a_slow_gradient_that_has_faded_becomes_zero() -> None:
     """Denormal numbers, which slow some processors down, do not stay in the state."""
     parameter = nn.Parameter(torch.ones(40))
-    optimizer = GrokFastAdamW([parameter], lr=LR, warmup_steps=1)
+    optimizer = GrokFastAdamW([parameter], lr=LR, ramp_steps=1)
     parameter.grad = torch.full((40,), 1e-37)
     optimizer.step()
     parameter.grad = torch.zeros(40)
@@ -403,7 +417,7 @@ def test_a_sparse_gradient_is_refused_before_anything_changes() -> None:
     """The message names the remedy."""
     parameter = nn.Parameter(torch.ones(3, 2))
     parameter.grad = torch.ones(3, 2).to_sparse()
-    optimizer = GrokFastAdamW([parameter], lr=LR, warmup_steps=1)
+    optimizer = GrokFastAdamW([parameter], lr=LR, ramp_steps=1)
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step()
     assert torch.equal(parameter.detach(), torch.ones(3, 2))
@@ -415,11 +429,11 @@ def test_the_implementation_is_chosen_by_what_is_declared_and_recorded(
     """With numba native, without it foreach; a run that went on with another one says so, in its checkpoint too."""
     parameters, gradients = make_parameters(), make_gradients(2)
     monkeypatch.setattr(native, "is_available", lambda: False)
-    plain = GrokFastAdamW(parameters, lr=LR, warmup_steps=1)
+    plain = GrokFastAdamW(parameters, lr=LR, ramp_steps=1)
     train(plain, parameters, gradients)
     assert plain.implementations == ("foreach",)
     monkeypatch.setattr(native, "is_available", lambda: True)
-    resumed = GrokFastAdamW(parameters, lr=LR, warmup_steps=1)
+    resumed = GrokFastAdamW(parameters, lr=LR, ramp_steps=1)
     resumed.load_state_dict(plain.state_dict())
     assert resumed.implementations == ("foreach", "native")
     assert resumed.state_dict()["param_groups"][0]["implementations"] == ["foreach", "native"]
@@ -429,13 +443,13 @@ def test_grokfast_cannot_be_configured() -> None:
     """There is no argument for alpha or lambda, and none for leaving the filter out."""
     for name in ("alpha", "lamb", "lambda_limit", "enabled", "betas"):
         with pytest.raises(TypeError, match=name):
-            GrokFastAdamW(make_parameters(), lr=LR, warmup_steps=1, **{name: 0.5})
+            GrokFastAdamW(make_parameters(), lr=LR, ramp_steps=1, **{name: 0.5})
 
 
-@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("warmup_steps", 0)])
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("ramp_steps", 0)])
 def test_a_wrong_setting_is_named(field: str, value: float) -> None:
     """The message says which one."""
-    settings: dict[str, Any] = {"lr": LR, "warmup_steps": 1, field: value}
+    settings: dict[str, Any] = {"lr": LR, "ramp_steps": 1, field: value}
     with pytest.raises(ValueError, match=field):
         GrokFastAdamW(make_parameters(), **settings)
 

@@ -20,7 +20,7 @@ NAME = "local"
 # idle machine. Some ten microseconds cost nothing in either case (docs/log.md has the figures).
 # By default glibc gives a freed tensor of megabytes back to the kernel, and every step faults its pages in anew: a step
 # of Cognate-25M took a quarter longer. These keep up to 2 GiB, and let tensors of up to 32 MiB come from what is kept.
-_DEFAULT_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2 * 2**30),
@@ -56,7 +56,7 @@ class LocalEngine:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**_DEFAULT_ENVIRONMENT, **os.environ, **(environment or {})},
+                env={**WORKER_ENVIRONMENT, **os.environ, **(environment or {})},
             )
         self._children.append(child)
         return _handle(psutil.Process(child.pid))

@@ -32,6 +32,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import safetensors
 import safetensors.torch
@@ -87,8 +88,30 @@ class CognateV1Config:
             raise ValueError(f"halting_epsilon must be below 1, got {self.halting_epsilon}")
 
 
+class _Parts:
+    """A dataclass of tensors that share their leading dimensions, and change together."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parts by name, as the constructor takes them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the same change of every part."""
+        return type(self)(**{name: change(part) for name, part in self.tensors().items()})
+
+    def where(self, chosen_B: Tensor, other: Self) -> Self:
+        """Return these rows where chosen, and the other's elsewhere."""
+        others = other.tensors()
+        return type(self)(**{name: choose_rows(chosen_B, part, others[name]) for name, part in self.tensors().items()})
+
+
+def choose_rows(chosen_B: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """Return the rows of `own` where chosen, and the other's elsewhere: (B, ...)."""
+    return torch.where(chosen_B.view(-1, *[1] * (own.ndim - 1)), own, other)
+
+
 @dataclass(frozen=True, kw_only=True)
-class MemoryState:
+class MemoryState(_Parts):
     """What the long-term memory holds for each row, the strongest slot first.
 
     tokens_BM: int64, the token of each slot; `EMPTY` where there is none.
@@ -101,21 +124,9 @@ class MemoryState:
     trace_BMD: Tensor
     key_BMD: Tensor
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
-        """Return the same change of every part."""
-        return MemoryState(**{name: change(part) for name, part in self.tensors().items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the parts by name, for `MemoryState(**parts)`."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
     def detach(self) -> MemoryState:
         """Return the same without its history, for the next sequence."""
         return self.map(Tensor.detach)
-
-    def joined(self, other: MemoryState) -> MemoryState:
-        """Return the slots of both, these first."""
-        return MemoryState.together([self, other], dim=1)
 
     def take(self, places_BM: Tensor) -> MemoryState:
         """Return the slots at the given places of each row."""
@@ -125,16 +136,6 @@ class MemoryState:
             return part.gather(1, wide)
 
         return self.map(taken)
-
-    def where(self, chosen_B: Tensor, other: MemoryState) -> MemoryState:
-        """Return these rows where chosen, and the other's elsewhere."""
-        others = other.tensors()
-        return MemoryState(
-            **{
-                name: torch.where(chosen_B.view(-1, *[1] * (part.ndim - 1)), part, others[name])
-                for name, part in self.tensors().items()
-            }
-        )
 
     def put(self, rows: Tensor, other: MemoryState) -> MemoryState:
         """Return these with some rows replaced by the other's, in order."""
@@ -162,7 +163,7 @@ class MemoryState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recall:
+class Recall(_Parts):
     """What the memory says the next token is, and how far it is trusted, at positions of any leading dimensions.
 
     tokens: int64, (..., M), those that the slots hold. log_shares: (..., M), of each slot; they sum to 1 together.
@@ -174,10 +175,6 @@ class Recall:
     log_shares: Tensor
     log_own: Tensor
     log_recalled: Tensor
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Recall:
-        """Return the same change of every part."""
-        return Recall(**{field.name: change(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
     def log_part_of(self, targets: Tensor) -> Tensor:
         """Return the log probability that the memory alone adds to each target: (...)."""
@@ -477,7 +474,7 @@ class LongTermMemory(nn.Module):
         held_BM = state.tokens_BM != EMPTY
         written_B1 = (chunk.strength_BM > NOTHING).any(1, keepdim=True)  # a chunk of padding makes nothing older
         aged_BM = torch.where(held_BM & written_B1, state.strength_BM - FORGETTING, state.strength_BM)
-        both = dataclasses.replace(state, strength_BM=aged_BM).joined(chunk)
+        both = MemoryState.together([dataclasses.replace(state, strength_BM=aged_BM), chunk], dim=1)
         order_BM = both.strength_BM.detach().sort(stable=True, dim=1, descending=True).indices[:, : held_BM.shape[1]]
         return both.take(order_BM)
 

@@ -16,7 +16,6 @@ Rows may have prompts of different lengths; a row that has ended leaves the batc
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,17 +147,11 @@ class _Ends:
 
     def where(self, chosen_B: Tensor, other: _Ends) -> _Ends:
         """Return these where chosen, and the other's elsewhere."""
-
-        def choose(own: Tensor, others: Tensor) -> Tensor:
-            return torch.where(chosen_B.view(-1, *[1] * (own.ndim - 1)), own, others)
-
-        recall = Recall(
-            **{
-                field.name: choose(getattr(self.recall_B, field.name), getattr(other.recall_B, field.name))
-                for field in dataclasses.fields(Recall)
-            }
+        return _Ends(
+            v1.choose_rows(chosen_B, self.hidden_BD, other.hidden_BD),
+            self.recall_B.where(chosen_B, other.recall_B),
+            v1.choose_rows(chosen_B, self.steps_B, other.steps_B),
         )
-        return _Ends(choose(self.hidden_BD, other.hidden_BD), recall, choose(self.steps_B, other.steps_B))
 
 
 class _Texts:

@@ -137,7 +137,9 @@ Global___AccelerationControl: _TypeAlias = AccelerationControl  # noqa: Y015
 
 @_typing.final
 class PretrainingPlan(_message.Message):
-    """What to pretrain. The architecture is fixed, and so are GrokFast's alpha (0.98) and lambda (2.0): no field sets them."""
+    """What to pretrain. The architecture is fixed, and so are GrokFast's alpha (0.98) and lambda (2.0), which is reached by a
+    ramp over total_steps, or over 100 steps in a shorter plan: no field sets them.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -163,7 +165,7 @@ class PretrainingPlan(_message.Message):
     peak_learning_rate: _builtins.float
     """Highest learning rate. 0 means 0.00075; at most 0.01."""
     warmup_steps: _builtins.int
-    """Steps of linear warm-up. 0 means a tenth of total_steps. GrokFast's lambda rises to 2.0 in as many, but at least 100.
+    """Steps of linear warm-up. 0 means a tenth of total_steps. GrokFast's lambda has a ramp of its own.
     A run of fewer than 100 steps therefore ends with a lower one.
     """
     checkpoint_interval_steps: _builtins.int
