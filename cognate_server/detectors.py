@@ -42,8 +42,8 @@ class RecoveryLimits:
     collapse_share: the gate's: fewer than one token in fifty differs.
     read_entropy_share: of ln(slots). Measured: 0.85 to 0.96; below a tenth nearly all that is recalled comes from one
         slot.
-    contents_multiple: of the mean of the first reports (measured: 1.0, and up to 1.1 later). What is written is normalized,
-        so only a map of values that has grown tenfold can do it.
+    contents_multiple: of the mean of the first reports (measured: 1.0, and up to 1.1 later). What is written is
+        normalized, so only a map of values that has grown tenfold can do it.
     score_drop, score_errors: a fall of a share of right answers by both, in shares and in standard errors. Three of
         them, because the best of many scores was a lucky one.
     stable_steps: without trouble for so long, an action has worked: several windows of every detector.
