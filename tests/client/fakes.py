@@ -6,14 +6,12 @@ import asyncio
 import hashlib
 import json
 import random
-import socket
-import struct
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -460,54 +458,6 @@ async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
-
-
-class CuttingProxy:
-    """Passes TCP connections on, and resets each of the first ones after so many bytes from the server."""
-
-    def __init__(self, port: int, after_bytes: list[int]) -> None:
-        self._port, self._after = port, deque(after_bytes)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open: list[socket.socket] = []
-        self.cut = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        """Where it listens."""
-        return f"127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._port))
-                self._open += [client, server]
-                limit = self._after.popleft() if self._after else None
-                threading.Thread(target=self._pass_on, args=(client, server, None), daemon=True).start()
-                threading.Thread(target=self._pass_on, args=(server, client, limit), daemon=True).start()
-
-    def _pass_on(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
-        with suppress(OSError):
-            while data := source.recv(4096 if limit is None else min(4096, limit)):
-                sink.sendall(data)
-                if limit is not None:
-                    limit -= len(data)
-                    if limit <= 0:
-                        self.cut += 1
-                        sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset
-                        break
-        for one in (source, sink):
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-
-    def close(self) -> None:
-        """End every connection."""
-        for one in [self._listener, *self._open]:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
 
 
 class Driver:

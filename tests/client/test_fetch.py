@@ -18,7 +18,8 @@ import pytest
 from cognateforge import exceptions
 from cognateforge.client import CognateClient, FetchedArtifact
 from cognateforge.client.fetch import Landing, Wanted
-from tests.client.fakes import Artifact, CuttingProxy, Driver, Fake, driver, progress_events, until
+from tests.client.fakes import Artifact, Driver, Fake, driver, progress_events, until
+from tests.support.proxy import FaultyProxy
 
 
 def names(folder: Path) -> list[str]:
@@ -297,7 +298,7 @@ async def test_cut_connections_are_resumed(kind: str, fake: Fake, tmp_path: Path
     """Real TCP connections that are reset in the middle, for a fetch and for a watch."""
     fake.model.files["model.safetensors"] = random.Random(3).randbytes(300_000)  # noqa: S311
     fake.history.events = progress_events(400)
-    proxy = CuttingProxy(fake.port, after_bytes=[100_000, 3_000, 150_000, 2_000, 9_000, 12_000])
+    proxy = FaultyProxy(fake.port, after_bytes=[100_000, 3_000, 150_000, 2_000, 9_000, 12_000])
     try:
         async with driver(kind, proxy.address) as client:
             assert_landed(await client.fetch(tmp_path / "model"), fake.model)
