@@ -17,7 +17,7 @@ from pathlib import Path
 
 from agent_server.architectures.factory import FoundationRequirement
 from agent_server.settings import CognateEndpoint
-from cognateforge.client import CognateClient, ConsulDiscovery, deadline_within
+from cognateforge.client import CognateClient, ConsulDiscovery, TlsFiles, deadline_within
 from cognateforge.client.manifest import MANIFEST_NAME
 from cognateforge.exceptions import (
     ArtifactCorruptError,
@@ -48,7 +48,11 @@ class Foundation:
 
 def connect(endpoint: CognateEndpoint) -> CognateClient:
     """Return a client of Cognate, to be closed after use. Nothing is dialled before the first call."""
-    return CognateClient(ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else endpoint.address)
+    where = ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else endpoint.address
+    if endpoint.tls is None:
+        return CognateClient(where)
+    files = TlsFiles(ca=endpoint.tls.ca_file, cert=endpoint.tls.cert_file, key=endpoint.tls.key_file)
+    return CognateClient(where, tls=files, tls_server_name=endpoint.tls.server_name or None)
 
 
 def fetch(

@@ -34,7 +34,8 @@ SERVICES = (*TRAINING, *EXCHANGE)
 
 def build(settings: CognateSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
-    server = create_server(settings, SERVICES)
+    listener = create_server(settings, SERVICES)
+    server = listener.server
     lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
@@ -63,7 +64,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         ResourceServicer(CognateResourceManager(store, settings.workers)), server
     )
     return RunningServer(
-        server,
+        listener,
         settings=settings,
         services=SERVICES,
         health=health,

@@ -167,7 +167,7 @@ def test_plaintext_is_served_to_this_machine_only(tmp_path: Path, address: str, 
     if local:
         assert address == settings(tmp_path, ADDRESS=address).address
     else:
-        with pytest.raises(SettingsError, match="is not loopback and this release serves plaintext only"):
+        with pytest.raises(SettingsError, match="is not loopback, and plaintext stays on this machine"):
             settings(tmp_path, ADDRESS=address)
 
 

@@ -12,7 +12,7 @@ from cognateforge.agent.v1 import agent_pb2_grpc
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.jobs.store import once
 from training_common.rpc import fetch, paging
-from training_common.rpc.interceptor import current_caller
+from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, payload_of
 
 

@@ -3,7 +3,7 @@
     ForgeError
     ├── InvalidRequestError            InvalidFieldError, UnknownFieldError, InvalidPageTokenError,
     │                                  DeadlineRequiredError
-    ├── ForbiddenError                 RoleMissingError, NoPolicyError
+    ├── ForbiddenError                 RoleMissingError, NoPolicyError, IdentityMissingError
     ├── ConflictError                  RequestIdReusedError
     ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
@@ -139,6 +139,12 @@ class NoPolicyError(ForbiddenError):
     """The method carries no policy, so nobody may call it."""
 
     reason = Reason.REASON_NO_POLICY
+
+
+class IdentityMissingError(ForbiddenError):
+    """The caller's certificate tells nobody's name."""
+
+    reason = Reason.REASON_IDENTITY_MISSING
 
 
 class ConflictError(ForgeError):

@@ -20,7 +20,7 @@ from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobRow, JobStore, once
 from training_common.rpc import convert, paging
-from training_common.rpc.interceptor import current_caller
+from training_common.rpc.identity import current_caller
 from training_common.rpc.series import SeriesBuilder
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.

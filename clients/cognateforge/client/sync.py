@@ -20,6 +20,7 @@ from cognateforge.client.discovery import Discovery, discovery_for
 from cognateforge.client.fetch import FetchedArtifact, Landing, OnProgress, Reader, Wanted
 from cognateforge.client.interceptors import CallGuard
 from cognateforge.client.patience import GIVE_UP_AFTER_S
+from cognateforge.client.tls import TlsFiles
 from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
 from cognateforge.exchange.v1 import model_pb2, model_pb2_grpc, resource_pb2_grpc
 from cognateforge.job.v1 import job_pb2
@@ -32,7 +33,8 @@ class _ServiceClient:
     """A channel that follows discovery and whose calls pass the guard.
 
     where: "host:port", several of them with commas or as a list, "unix:path", or a Discovery, which stays the caller's.
-    tls: credentials of the channel. Without them only loopback and unix addresses are dialled.
+    tls: credentials of the channel, or their files, which are read again when they change. Without them only loopback
+    and unix addresses are dialled.
     timeout_s: deadline of unary calls that set none.
     """
 
@@ -42,7 +44,7 @@ class _ServiceClient:
         self,
         where: str | Sequence[str] | Discovery,
         *,
-        tls: grpc.ChannelCredentials | None = None,
+        tls: grpc.ChannelCredentials | TlsFiles | None = None,
         tls_server_name: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         breaker: CallBreaker | None = None,
@@ -51,7 +53,7 @@ class _ServiceClient:
         guard = CallGuard(breaker=self._breaker, timeout_s=timeout_s)
         dialer = Dialer(services=self._services, guard=guard, tls=tls, tls_server_name=tls_server_name)
         discovery = discovery_for(where)
-        self._channel = SwappingChannel(dialer.dial, discovery.addresses())
+        self._channel = SwappingChannel(dialer.dial, discovery.addresses(), dialer.rotation())
         self._unsubscribe = discovery.subscribe(self._channel.swap)
         self._channel.swap(discovery.addresses())  # a change between the first look and the subscription
         self._check_health = self._channel.unary_unary(

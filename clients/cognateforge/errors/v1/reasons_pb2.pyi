@@ -88,6 +88,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """Cognate has no such foundation model, so no agent can be made of it."""
     REASON_TOO_MANY_ALIASES: _Reason.ValueType  # 30
     """The version has as many aliases as an answer can list. Waiting does not help: move one of them elsewhere."""
+    REASON_IDENTITY_MISSING: _Reason.ValueType  # 31
+    """The caller's certificate does not hold exactly one SPIFFE id, so nobody can tell who calls."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -153,6 +155,8 @@ REASON_FOUNDATION_NOT_FOUND: Reason.ValueType  # 29
 """Cognate has no such foundation model, so no agent can be made of it."""
 REASON_TOO_MANY_ALIASES: Reason.ValueType  # 30
 """The version has as many aliases as an answer can list. Waiting does not help: move one of them elsewhere."""
+REASON_IDENTITY_MISSING: Reason.ValueType  # 31
+"""The caller's certificate does not hold exactly one SPIFFE id, so nobody can tell who calls."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final
