@@ -17,8 +17,9 @@ from pathlib import Path
 
 from agent_server.architectures.factory import FoundationRequirement
 from agent_server.settings import CognateEndpoint
-from cognateforge.client import CognateClient, ConsulDiscovery, TlsFiles, deadline_within
+from cognateforge.client import CognateClient, ConsulDiscovery, StaticDiscovery, TlsFiles, deadline_within
 from cognateforge.client.manifest import MANIFEST_NAME
+from cognateforge.client.patience import BREAKS, GIVE_UP_AFTER_S
 from cognateforge.exceptions import (
     ArtifactCorruptError,
     FieldViolation,
@@ -46,13 +47,26 @@ class Foundation:
     model: pb.FoundationModel
 
 
-def connect(endpoint: CognateEndpoint) -> CognateClient:
-    """Return a client of Cognate, to be closed after use. Nothing is dialled before the first call."""
-    where = ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else endpoint.address
-    if endpoint.tls is None:
-        return CognateClient(where)
-    files = TlsFiles(ca=endpoint.tls.ca_file, cert=endpoint.tls.cert_file, key=endpoint.tls.key_file)
-    return CognateClient(where, tls=files, tls_server_name=endpoint.tls.server_name or None)
+# What says that Cognate is away, and nothing about the model that was asked for.
+AWAY = BREAKS
+
+
+@contextlib.contextmanager
+def connect(endpoint: CognateEndpoint) -> Iterator[CognateClient]:
+    """Open a client of Cognate. Nothing is dialled before the first call.
+
+    Errors: UnavailableError, when Consul names no instance within the time that is left.
+    """
+    tls = None
+    if endpoint.tls is not None:
+        tls = TlsFiles(ca=endpoint.tls.ca_file, cert=endpoint.tls.cert_file, key=endpoint.tls.key_file)
+    found = ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else StaticDiscovery(endpoint.address)
+    name = endpoint.tls.server_name if endpoint.tls else ""
+    try:
+        with CognateClient(found, tls=tls, tls_server_name=name or None) as client:
+            yield client
+    finally:
+        found.close()
 
 
 def fetch(
@@ -64,11 +78,13 @@ def fetch(
     cache_dir: Path,
     tokenizer_digest: str = "",
     on_progress: Callable[[int, int], None] | None = None,
+    patience_s: float = GIVE_UP_AFTER_S,
 ) -> Foundation:
     """Return a foundation model that fits, from the cache where it is there already.
 
     name: family and version, or a family alone for its newest version at this moment.
     on_progress: bytes there are, bytes there will be; not called on a cache hit.
+    patience_s: how long a broken transfer is tried again without a new byte. The next fetch goes on where it stopped.
 
     Errors: ModelNotFoundError, ModelExperimentalError, IncompatibleError, ArtifactCorruptError, LocalStorageError;
     UnavailableError and its kin when Cognate cannot be reached.
@@ -84,7 +100,7 @@ def fetch(
             shutil.rmtree(path)
         if not path.exists():
             # By its exact version: a newer one may have been published since it was resolved.
-            fetched = client.fetch_model(model.name, path, on_progress)
+            fetched = client.fetch_model(model.name, path, on_progress, give_up_after_s=patience_s)
             if fetched.digest != model.digest or not holds(path, model):
                 raise ArtifactCorruptError(f"what came for {model.name} is not what {model.digest} names")
     return Foundation(path=path, name=model.name, digest=model.digest, model=model)

@@ -31,7 +31,15 @@ class CognateEndpoint(Section):
     ask_within_s: float = Field(
         default=1.0, ge=0, le=60, description="time for Cognate to speak for a plan's foundation; 0: it is not asked"
     )
-    give_up_after_s: float = Field(default=300.0, gt=0, description="how long a worker waits for Cognate to be there")
+    hold_slot_s: float = Field(
+        default=10.0,
+        ge=0,
+        le=3600,
+        description="how long a worker waits for Cognate before its job goes back to the queue and frees the slot",
+    )
+    give_up_after_s: float = Field(
+        default=0.0, ge=0, description="how long a job waits for Cognate before it has failed; 0: as long as it takes"
+    )
 
 
 class AgentSettings(ServiceSettings):

@@ -5,6 +5,7 @@ python -m agent_server.worker --settings FILE --job jobs/... --attempt N --token
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -20,10 +21,9 @@ from agent_server.settings import AgentSettings, load_settings
 from agent_server.train_config import from_plan
 from agent_server.trainer import train_agent
 from cognateforge.agent.v1 import training_pb2 as pb
-from cognateforge.exceptions import UnavailableError
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
-from training_common.attempt import Attempt, AttemptStopped
+from training_common.attempt import Attempt, AttemptStopped, AttemptWaits
 from training_common.jobs.states import JobState
 from training_common.worker import WorkerContext, run
 
@@ -36,6 +36,8 @@ def work(context: WorkerContext[AgentSettings]) -> None:
     settings, attempt = context.settings, context.attempt
     torch.set_num_threads(settings.workers.threads or os.cpu_count() or 1)
     plan = pb.TrainingPlan.FromString(attempt.store.job.plan)
+    # A job that came back from waiting read its data before: what it lacked is asked for first.
+    base = _fetch(context, plan) if attempt.store.job.waits else None
     processor = AgentDataProcessor(folder=settings.data.folder)
     data = processor.process(classification_source(plan.classification), each_row=lambda: _heed(attempt))
     attempt.event(
@@ -50,7 +52,7 @@ def work(context: WorkerContext[AgentSettings]) -> None:
             "digest": data.manifest.digest,
         },
     )
-    base = _fetch(context, plan)
+    base = base or _fetch(context, plan)
     attempt.store.set_facts({"foundation": base.name, "foundation_digest": base.digest})
     attempt.event(
         "foundation_ready",
@@ -72,34 +74,44 @@ def _heed(attempt: Attempt) -> None:
 
 
 def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foundation.Foundation:
-    """Fetch the plan's foundation; while Cognate cannot be reached, wait for it and say so.
+    """Fetch the plan's foundation. While Cognate cannot be reached, wait for a moment, then give the slot back.
 
     A later attempt takes the version that the first one resolved, so that a job has one foundation.
+    Errors: AttemptWaits; AttemptStopped.
     """
     attempt, endpoint = context.attempt, context.settings.cognate
     architecture = AgentArchitectureFactory().get(plan.architecture)
     name = attempt.store.job.facts.get("foundation") or plan.foundation.name
-    give_up = time.monotonic() + endpoint.give_up_after_s
-    told = False
-    with foundation.connect(endpoint) as client:
+    hold_until, progressed = time.monotonic() + endpoint.hold_slot_s, False
+
+    def on_progress(_arrived: int, _total: int) -> None:
+        nonlocal hold_until, progressed
+        _heed(attempt)
+        hold_until, progressed = time.monotonic() + endpoint.hold_slot_s, True
+
+    with contextlib.ExitStack() as stack:
+        client = None
         while True:
             try:
+                client = client or stack.enter_context(foundation.connect(endpoint))
                 return foundation.fetch(
                     client,
                     name,
                     accept_experimental=plan.foundation.accept_experimental,
                     required=architecture.required_architecture,
                     cache_dir=context.settings.data_dir / "foundations",
+                    on_progress=on_progress,
+                    patience_s=endpoint.hold_slot_s,
                 )
-            except UnavailableError as error:
-                if time.monotonic() > give_up:
-                    raise
-                if not told:
-                    message = f"Cognate is away, waiting up to {endpoint.give_up_after_s:g} s: {error.message}"
-                    attempt.event("waiting_for_cognate", {"message": message})
-                    told = True
+            except foundation.AWAY as error:
+                away = error.message
             _heed(attempt)
-            time.sleep(_RETRY_S)
+            left_s = hold_until - time.monotonic()
+            if left_s <= 0:
+                raise AttemptWaits(
+                    "Cognate", message=away, give_up_after_s=endpoint.give_up_after_s, progressed=progressed
+                )
+            time.sleep(min(_RETRY_S, left_s))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,23 @@ class AttemptStopped(Exception):  # noqa: N818 - an instruction, not an error
         self.kind = kind
 
 
+class AttemptWaits(Exception):  # noqa: N818 - an instruction, not an error
+    """What the attempt needs is away: the job goes back to the queue, and its slot to another job meanwhile.
+
+    what: name of what is waited for, as people know it.
+    message: what went wrong, in the words of the error that told of it.
+    give_up_after_s: seconds without progress after which the job has failed; 0 waits for as long as it takes.
+    progressed: whether this attempt came further than the one before it, so that the patience is whole again.
+    """
+
+    def __init__(self, what: str, *, message: str, give_up_after_s: float = 0.0, progressed: bool = False) -> None:
+        super().__init__(f"{what}: {message}")
+        self.what = what
+        self.message = message
+        self.give_up_after_s = give_up_after_s
+        self.progressed = progressed
+
+
 class FencedOutError(RuntimeError):
     """The attempt's fencing token is no longer current: another attempt owns the job, nothing was written."""
 

@@ -26,7 +26,15 @@ import structlog
 
 from cognateforge.exceptions import ForgeError, IllegalTransitionError
 from training_common import logs
-from training_common.attempt import Attempt, AttemptStopped, CheckpointRef, FencedOutError, Json, StopKind
+from training_common.attempt import (
+    Attempt,
+    AttemptStopped,
+    AttemptWaits,
+    CheckpointRef,
+    FencedOutError,
+    Json,
+    StopKind,
+)
 from training_common.checkpoints import CheckpointFolder
 from training_common.engines.local import own_handle
 from training_common.jobs.states import JobState
@@ -194,7 +202,7 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
     store = context.attempt.store
     started = time.monotonic()
     try:
-        work(context)
+        _work_or_wait(context, work)
     except AttemptStopped:
         # The wish may have changed from pause to cancel since the trainer saw it: the newest one counts.
         if store.heartbeat() == StopKind.CANCEL:
@@ -220,6 +228,15 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
         place = f"{Path(where.filename).name}:{where.lineno}"
         _fail(store, "INTERNAL", f"{type(error).__name__} at {place}; the worker's log has the detail")
     log.info("attempt ended", seconds=round(time.monotonic() - started, 1))
+
+
+def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:
+    try:
+        work(context)
+    except AttemptWaits as wait:
+        with context.attempt.moving():
+            job = context.attempt.store.wait(wait)
+        log.info("attempt waits", what=wait.what, detail=wait.message, state=job.state.value)
 
 
 def _platform_fault(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """A real worker process with a toy job: it hashes instead of training, so that job tests need no torch.
 
-The plan is JSON: steps, step_s, checkpoint_every, and what to do wrong. The result depends on every step, so a
-resumed run ends with the same result only when nothing was lost or done twice.
+The plan is JSON: steps, step_s, checkpoint_every, what to wait for, and what to do wrong. The result depends on every
+step, so a resumed run ends with the same result only when nothing was lost or done twice.
 """
 
 import errno
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from cognateforge.exceptions import DataUnavailableError
-from training_common.attempt import AttemptStopped, StopKind
+from training_common.attempt import AttemptStopped, AttemptWaits, StopKind
 from training_common.jobs.states import JobState
 from training_common.settings import ServiceSettings, load
 from training_common.worker import WorkerContext, run
@@ -34,6 +34,8 @@ def work(context: WorkerContext[ToySettings]) -> None:
     if checkpoint is not None:
         saved = json.loads((checkpoint.path / "state.json").read_text())
         step, value = saved["step"], bytes.fromhex(saved["value"])
+    if "needs_file" in plan and not Path(plan["needs_file"]).exists():
+        raise AttemptWaits("Cognate", message="connection refused", give_up_after_s=plan.get("give_up_after_s", 0))
     attempt.move(JobState.RUNNING)
 
     def write(folder: Path) -> None:

@@ -6,6 +6,7 @@
                  +------------+------------+--> FAILED
                  +------------+---> PAUSING -> PAUSED -> QUEUED
                  +------------+------------+--> CANCELLING -> CANCELLED
+                 +--> QUEUED                                                what it needs is away: another job's turn
 
 Losing sight of a worker is no state: see the `observed` column.
 """
@@ -50,6 +51,8 @@ MOVES: dict[JobState, frozenset[JobState]] = {
 FINAL = frozenset({S.SUCCEEDED, S.FAILED, S.CANCELLED})
 # A worker process holds the job, or is being started for it.
 HELD = frozenset({S.PREPARING, S.RUNNING, S.VALIDATING, S.PAUSING, S.CANCELLING})
+# From here a worker may give its job back to the queue. It is no move of MOVES: no owner's request leads there.
+MAY_WAIT = frozenset({S.PREPARING})
 # Waiting for a worker.
 WAITING = frozenset({S.QUEUED, S.RECOVERING})
 

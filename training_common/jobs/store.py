@@ -8,20 +8,31 @@ that takes the event's sequence. So a worker that was given up can change nothin
 from __future__ import annotations
 
 import hashlib
+import random
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import sqlalchemy as sa
 
-from cognateforge.exceptions import FieldViolation, IllegalTransitionError, JobNotFoundError, RequestIdReusedError
-from training_common.attempt import FencedOutError, Json
-from training_common.jobs.states import FINAL, HELD, MOVES, WAITING, JobState
+from cognateforge.exceptions import (
+    FieldViolation,
+    IllegalTransitionError,
+    JobNotFoundError,
+    RequestIdReusedError,
+    UnavailableError,
+)
+from training_common.attempt import AttemptWaits, FencedOutError, Json
+from training_common.jobs.states import FINAL, HELD, MAY_WAIT, MOVES, WAITING, JobState
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
 
 MAX_TEXT_CHARS = 2000
+# Pauses of a job that waits: 2, 4, 8 s and so on, each shortened by up to half so that jobs do not come back together.
+# A minute is about what the start of a worker is worth: torch alone takes seconds to import.
+FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
 
 # Built once: SQLAlchemy takes longer to build and to look up a statement than SQLite takes to answer this one.
 _BY_NAME = sa.select(t.jobs).where(t.jobs.c.name == sa.bindparam("name"))
@@ -44,6 +55,9 @@ class JobRow:
     last_sequence: int
     observed: bool
     retries_without_progress: int
+    not_before_us: int
+    waits: int
+    waiting_since_us: int | None
     create_us: int
     start_us: int | None
     end_us: int | None
@@ -95,6 +109,10 @@ class CheckpointRow:
     folder: str
     create_us: int
     available: bool
+
+
+# What a job had to wait for is there.
+_NO_WAIT: Mapping[str, Any] = {"not_before_us": 0, "waits": 0, "waiting_since_us": None}
 
 
 def _job(row: sa.RowMapping) -> JobRow:
@@ -163,6 +181,8 @@ def move(
         )
     if to in FINAL:
         changes = {"end_us": now_us(), "wish": "", "observed": True, **changes}
+    if to is JobState.RUNNING:
+        changes = {**_NO_WAIT, **changes}
     payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
     return append_event(
         connection, job.id, "state_change", payload, only_token=only_token, changes={"state": to.value, **changes}
@@ -246,7 +266,7 @@ class JobStore:
         """Ask for a pause: at once where no worker holds the job, otherwise by a wish that its worker sees."""
         job = self.get(name, connection)
         if job.state in WAITING:
-            return move(connection, job, JobState.PAUSED, message="paused before it was started")
+            return move(connection, job, JobState.PAUSED, message="paused while it held no worker")
         return move(connection, job, JobState.PAUSING, message="pause requested", wish="pause")
 
     def cancel(self, connection: sa.Connection, name: str) -> JobRow:
@@ -257,9 +277,9 @@ class JobStore:
         return move(connection, job, JobState.CANCELLING, message="cancel requested", wish="cancel")
 
     def resume(self, connection: sa.Connection, name: str) -> JobRow:
-        """Queue a paused job again."""
+        """Queue a paused job again. What it waited for before the pause is tried at once."""
         job = self.get(name, connection)
-        return move(connection, job, JobState.QUEUED, message="resume requested", wish="")
+        return move(connection, job, JobState.QUEUED, message="resume requested", wish="", **_NO_WAIT)
 
     def events_after(self, job_id: int, sequence: int, limit: int) -> list[EventRow]:
         """Return up to `limit` events of a job after `sequence`, in order."""
@@ -327,11 +347,14 @@ class JobStore:
         ]
 
     def begin_attempt(self, engine: str) -> JobRow | None:
-        """Take the oldest waiting job for a new attempt, or return None. The worker is launched after the commit."""
+        """Take the oldest waiting job whose time has come for a new attempt, or return None.
+
+        The worker is launched after the commit.
+        """
         with self.database.write() as connection:
             query = (
                 sa.select(t.jobs)
-                .where(t.jobs.c.state.in_([state.value for state in WAITING]))
+                .where(t.jobs.c.state.in_([state.value for state in WAITING]), t.jobs.c.not_before_us <= now_us())
                 .order_by(t.jobs.c.id)
                 .limit(1)
             )
@@ -417,6 +440,11 @@ class JobStore:
         connection.execute(sa.update(t.attempts).filter_by(id=attempt_id).values(end_us=now_us()))
 
 
+def _pause_s(waits: int) -> float:
+    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(waits, 10))
+    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads jobs, guards nothing
+
+
 class AttemptStore:
     """What the worker of one attempt writes. Every write is refused once its fencing token is no longer current."""
 
@@ -464,6 +492,44 @@ class AttemptStore:
             JobStore._end_attempt(connection, self.attempt.id)
             changes = {"wish": "", **changes}
         return move(connection, job, to, message=message, only_token=self.attempt.fencing_token, **changes)
+
+    def wait(self, wait: AttemptWaits) -> JobRow:
+        """Give the job back to the queue until later and end the attempt, or fail the job when its patience is spent.
+
+        The retry budget is not touched. Errors: FencedOutError; IllegalTransitionError, when the owner wished for a
+        stop meanwhile.
+        """
+        with self.database.write() as connection:
+            job, now = self._check(connection), now_us()
+            if job.state not in MAY_WAIT:
+                raise IllegalTransitionError(f"{job.name} is {job.state} and cannot wait for {wait.what}")
+            fresh = wait.progressed or job.waiting_since_us is None
+            since, waits = (now, 0) if fresh else (job.waiting_since_us or now, job.waits)
+            patience_us = since + round(wait.give_up_after_s * 1e6) - now if wait.give_up_after_s else None
+            if patience_us is not None and patience_us <= 0:
+                message = f"waited {(now - since) / 1e6:.0f} s for {wait.what}: {wait.message}"[:MAX_TEXT_CHARS]
+                failure = {"failure_reason": UnavailableError.reason_name(), "failure_message": message}
+                return self.move_in(connection, JobState.FAILED, message=message, **failure)
+            pause_us = round(_pause_s(waits) * 1e6)
+            until = now + (pause_us if patience_us is None else min(pause_us, patience_us))
+            moment = datetime.fromtimestamp(until / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+            message = f"waits for {wait.what} and is tried again at {moment}; other jobs may go first: {wait.message}"
+            token = self.attempt.fencing_token
+            note = {
+                "kind": f"waiting_for_{wait.what.lower()}",
+                "message": message[:MAX_TEXT_CHARS],
+                "facts": {"until": moment, "waits": str(waits + 1)},
+            }
+            append_event(connection, job.id, "note", note, only_token=token)
+            JobStore._end_attempt(connection, self.attempt.id)
+            payload = {"from": job.state.value, "to": JobState.QUEUED.value, "message": f"waits for {wait.what}"}
+            changes = {
+                "state": JobState.QUEUED.value,
+                "not_before_us": until,
+                "waits": waits + 1,
+                "waiting_since_us": since,
+            }
+            return append_event(connection, job.id, "state_change", payload, only_token=token, changes=changes)
 
     def set_facts(self, facts: Mapping[str, str]) -> None:
         """Add facts that the service tells about the job."""

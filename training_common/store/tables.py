@@ -52,6 +52,10 @@ jobs = Table(
     Column("last_sequence", BigInteger, nullable=False, default=0),
     Column("observed", Boolean, nullable=False, default=True),
     Column("retries_without_progress", Integer, nullable=False, default=0),
+    # Waiting for something outside this service: no attempt before `not_before_us`; how often and since when it waits.
+    Column("not_before_us", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("waits", Integer, nullable=False, default=0, server_default="0"),
+    Column("waiting_since_us", BigInteger),
     Column("create_us", BigInteger, nullable=False),
     Column("start_us", BigInteger),
     Column("end_us", BigInteger),
