@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cognate_server import metrics, migrations
+from cognate_server.leases import LeaseStore, end_leases
 from cognate_server.resources import CognateResourceManager
 from cognate_server.rpc import convert
 from cognate_server.rpc.models import ModelServicer
@@ -42,8 +43,11 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.data_dir / "artifacts"))
     engine = LocalEngine(module="cognate_server.worker", log_dir=settings.data_dir / "logs")
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file)
+    leases = LeaseStore(database)
+    resources = CognateResourceManager(store, leases, workers=settings.workers, lending=settings.lending)
+    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, may_start=resources.make_room)
     events, outbox = ChangeHub(database, store.newest_event_id), ChangeHub(database, registry.newest_sequence)
+    changed_leases = ChangeHub(database, leases.newest_revision)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=EXCHANGE)
     jobs = JobService(
         store=store,
@@ -61,7 +65,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server
     )
     resource_pb2_grpc.add_ResourceServiceServicer_to_server(
-        ResourceServicer(CognateResourceManager(store, settings.workers)), server
+        ResourceServicer(resources, changed_leases, heartbeat_s=settings.heartbeat_frame_s), server
     )
     return RunningServer(
         listener,
@@ -70,5 +74,5 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         health=health,
         database=database,
         lock=lock,
-        tasks=[scheduler.run(), events.run(), outbox.run()],
+        tasks=[scheduler.run(), events.run(), outbox.run(), changed_leases.run(), end_leases(leases, scheduler.wake)],
     )
