@@ -20,12 +20,19 @@ class PretrainingSettings(Section):
     )
 
 
+class OutboxSettings(Section):
+    """How much of what happened to models can be watched from an earlier position."""
+
+    keep_events: int = Field(default=100_000, ge=0, description="newest model events that are kept; 0 keeps all")
+
+
 class CognateSettings(ServiceSettings):
     """What the Cognate service is told. GrokFast is not among it: its values are constants of the code."""
 
     address: str = "127.0.0.1:7101"
     data_dir: Path = Path("var/cognate")
     pretraining: PretrainingSettings = PretrainingSettings()
+    outbox: OutboxSettings = OutboxSettings()
 
 
 def load_settings(file: Path | None) -> CognateSettings:

@@ -19,6 +19,8 @@ def test_exported_names_are_frozen() -> None:
         "ConsulDiscovery",
         "Discovery",
         "FetchedArtifact",
+        "ModelNews",
+        "ModelSnapshot",
         "StaticDiscovery",
         "deadline_budget",
         "deadline_within",

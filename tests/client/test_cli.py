@@ -254,6 +254,39 @@ def test_models_agents_and_aliases(forge: Forge, fake: Fake) -> None:
     assert "error: no model nothing; no agent nothing\n" in forge("fetch", "nothing", "--out", "x").stderr
 
 
+def test_models_watch_tells_each_event(forge: Forge, fake: Fake) -> None:
+    """A line for each; a watch has no end but an error."""
+    fake.outbox.cuts, fake.outbox.how = deque([2, 2]), grpc.StatusCode.INTERNAL
+    result = forge("models", "watch", "--after-sequence", "4")
+    assert (result.exit_code, result.stdout) == (
+        Exit.INTERNAL,
+        "5 published cognate-25m@5 READY\n6 published cognate-25m@6 READY\n",
+    )
+    lines = [json.loads(line) for line in forge("models", "watch", "--json").stdout.splitlines()]
+    assert [(1, "cognate-25m@1"), (2, "cognate-25m@2")] == [
+        (line["event"]["sequence"], line["event"]["published"]["name"]) for line in lines
+    ]
+
+
+def test_models_watch_tells_a_snapshot_model_by_model(forge: Forge, fake: Fake) -> None:
+    """Where early events are gone, lines of what there is come first."""
+    fake.outbox.keep, fake.outbox.count, fake.outbox.after_snapshot = 2, 4, 2
+    fake.outbox.cuts, fake.outbox.how = deque([2, 2]), grpc.StatusCode.INTERNAL
+    assert forge("models", "watch").stdout == (
+        "up to 2 there is cognate-25m@1 READY\nup to 2 there is cognate-25m@2 READY\n3 published cognate-25m@3 READY\n"
+    )
+    first = json.loads(forge("models", "watch", "--json").stdout.splitlines()[0])
+    assert (2, "cognate-25m@1") == (first["snapshot"]["last_sequence"], first["snapshot"]["model"]["name"])
+
+
+def test_options_before_a_command_below_are_not_lost_in_silence(forge: Forge) -> None:
+    """`forge models --json watch` would otherwise print no JSON."""
+    result = forge("models", "--json", "watch")
+    assert result.exit_code == 2
+    assert "--json" in result.stderr
+    assert "options belong behind" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "landed"), [("cognate-25m@7", "cognate-25m@7"), ("intent-router@production", "intent-router@3")]
 )

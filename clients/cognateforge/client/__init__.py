@@ -13,6 +13,7 @@ from cognateforge.client.deadline import deadline_budget, deadline_within, remai
 from cognateforge.client.discovery import ConsulDiscovery, Discovery, StaticDiscovery
 from cognateforge.client.fetch import FetchedArtifact
 from cognateforge.client.sync import AgentClient, CognateClient
+from cognateforge.client.watch import ModelNews, ModelSnapshot
 
 __all__ = [
     "AgentClient",
@@ -23,6 +24,8 @@ __all__ = [
     "ConsulDiscovery",
     "Discovery",
     "FetchedArtifact",
+    "ModelNews",
+    "ModelSnapshot",
     "StaticDiscovery",
     "deadline_budget",
     "deadline_within",
