@@ -560,7 +560,7 @@ class Driver:
         """Watch the models until the event or the snapshot with that sequence."""
         if isinstance(self.cognate, AsyncCognateClient):
             seen: list[ModelNews] = []
-            async with aclosing(self.cognate.watch_models(after, **kwargs)) as news:  # type: ignore[type-var]
+            async with aclosing(self.cognate.watch_models(after, **kwargs)) as news:
                 async for one in news:
                     seen.append(one)
                     if sequence_of(one) >= until:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from collections import deque
 from pathlib import Path
@@ -277,6 +278,14 @@ def test_models_watch_tells_a_snapshot_model_by_model(forge: Forge, fake: Fake) 
     )
     first = json.loads(forge("models", "watch", "--json").stdout.splitlines()[0])
     assert (2, "cognate-25m@1") == (first["snapshot"]["last_sequence"], first["snapshot"]["model"]["name"])
+
+
+def test_a_bridge_without_its_extra_says_what_to_install(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The NATS client is an extra."""
+    monkeypatch.setitem(sys.modules, "nats", None)
+    monkeypatch.delitem(sys.modules, "cognateforge.bridge.nats", raising=False)
+    result = forge("models", "bridge", "--nats", "nats://127.0.0.1:1", "--stream", "S", "--subject", "s")
+    assert (result.exit_code, "pip install 'cognateforge[nats]'" in result.stderr) == (Exit.LOCAL, True)
 
 
 def test_options_before_a_command_below_are_not_lost_in_silence(forge: Forge) -> None:

@@ -40,7 +40,7 @@ def registry(database: Database, tmp_path: Path) -> ArtifactRegistry:
 async def read(client: AsyncCognateClient, to: int, after: int = 0) -> list[ModelNews]:
     """Watch until a sequence."""
     seen: list[ModelNews] = []
-    async with asyncio.timeout(20), aclosing(client.watch_models(after)) as news:  # type: ignore[type-var]
+    async with asyncio.timeout(20), aclosing(client.watch_models(after)) as news:
         async for one in news:
             seen.append(one)
             if (one.last_sequence if isinstance(one, ModelSnapshot) else one.sequence) >= to:

@@ -82,6 +82,22 @@ def _models(app: typer.Typer) -> None:
 
         show_models(session, session.cognate_client.watch_models(after_sequence))
 
+    @command(below, "bridge")
+    def bridge_models(
+        session: Session,
+        nats: Annotated[str, typer.Option(help="Server: nats://host:port on this machine, tls://host:port elsewhere.")],
+        stream: Annotated[str, typer.Option(help="JetStream stream. It is made where it is not there.")],
+        subject: Annotated[str, typer.Option(help="The stream's one subject.")],
+        source: Annotated[
+            str, typer.Option(help="CloudEvents source: give each Cognate its own.")
+        ] = "/cognateforge/exchange/v1/models",
+        nats_credentials: Annotated[Path | None, typer.Option(help="A .creds file for the server.")] = None,
+    ) -> None:
+        """Publish what happens to foundation models to NATS JetStream, as CloudEvents, until Ctrl-C."""
+        from cognateforge.cli.bridge import publish
+
+        publish(session, url=nats, stream=stream, subject=subject, source=source, credentials=nats_credentials)
+
     @command(app)
     def model(
         session: Session,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import grpc
     from google.protobuf.message import Message
 
-    from cognateforge.client import AgentClient, CognateClient
+    from cognateforge.client import AgentClient, AsyncCognateClient, CognateClient
     from cognateforge.exceptions import ForgeError
 
     # What a list's row is made of: its message, fields beside it, and the cells for people.
@@ -97,6 +97,12 @@ class Session:
         from cognateforge.client import CognateClient
 
         return self._open.enter_context(CognateClient(self.cognate, tls=self._tls, timeout_s=self.timeout_s))
+
+    def async_cognate_client(self) -> AsyncCognateClient:
+        """Return a client of the Cognate service for an event loop that the caller runs: open and close it there."""
+        from cognateforge.client import AsyncCognateClient
+
+        return AsyncCognateClient(self.cognate, tls=self._tls, timeout_s=self.timeout_s)
 
     @functools.cached_property
     def agent_client(self) -> AgentClient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -138,7 +138,7 @@ class AsyncCognateClient(_AsyncServiceClient):
 
     def watch_models(
         self, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
-    ) -> AsyncIterator[watch.ModelNews]:
+    ) -> AsyncGenerator[watch.ModelNews, None]:
         """Yield what happens to foundation models, as `CognateClient.watch_models` does."""
         stub = self.models
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -127,7 +127,7 @@ class CognateClient(_ServiceClient):
 
     def watch_models(
         self, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
-    ) -> Iterator[watch.ModelNews]:
+    ) -> Generator[watch.ModelNews, None, None]:
         """Yield what happens to foundation models, each event once and in order, for as long as it is read.
 
         Where the service no longer keeps the oldest events, a watch from 0 yields a ModelSnapshot first. Broken streams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -179,7 +179,7 @@ class ModelPosition:
 
 def watch(
     open_stream: Callable[[int, float], Stream[ResponseT]], position: Position[ResponseT, NewsT]
-) -> Iterator[NewsT]:
+) -> Generator[NewsT, None, None]:
     """Yield what is news, until the position has ended. `open_stream` takes after_sequence and a timeout."""
     while not position.ended:
         error: ForgeError | None = None
@@ -200,7 +200,7 @@ def watch(
 
 async def watch_aio(
     open_stream: Callable[[int, float], AioStream[ResponseT]], position: Position[ResponseT, NewsT]
-) -> AsyncIterator[NewsT]:
+) -> AsyncGenerator[NewsT, None]:
     """The same for asyncio."""
     while not position.ended:
         error: ForgeError | None = None
