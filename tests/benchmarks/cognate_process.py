@@ -20,9 +20,10 @@ def clean_up_on_sigterm() -> None:
 
 
 @contextmanager
-def cognate_process(data_dir: Path) -> Iterator[str]:
+def cognate_process(data_dir: Path, **settings: str) -> Iterator[str]:
     """Yield the address of a service over `data_dir` whose jobs stay QUEUED. Its log goes to a file, as a unit's does.
 
+    settings: further ones, by the names of their variables.
     Errors: RuntimeError with the log, when it does not come up.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -33,6 +34,7 @@ def cognate_process(data_dir: Path) -> Iterator[str]:
         "COGNATE_SERVER_DATA_DIR": str(data_dir),
         "COGNATE_SERVER_WORKERS__SLOTS": "0",
         "COGNATE_SERVER_DRAIN_GRACE_S": "0.5",
+        **settings,
     }
     with log_file.open("wb") as log:
         server = subprocess.Popen(

@@ -151,6 +151,7 @@ async def test_two_bridges_tell_each_event_once(
     """A publish names the message that it follows, so one of them is always told to look again."""
     publish_rows(database, 60)
     address = cognate_server_up.address
+    await bridged(server, address, 1)  # makes the stream
     tasks = [asyncio.create_task(bridged(server, address, 10_000)) for _ in range(2)]
     async with asyncio.timeout(30):
         events = await consume(server, 60)

@@ -78,25 +78,23 @@ def job_with_events(database: Database, count: int, *, message: str = "", end: b
     store = JobStore(database)
     with database.write() as connection:
         job = store.submit(connection, plan=b"", total_steps=9, caller="test")
-        connection.execute(
-            sa.insert(t.events),
-            [
-                {
-                    "job_id": job.id,
-                    "sequence": 1 + n,
-                    "time_us": now_us(),
-                    "attempt": 0,
-                    "kind": "note",
-                    "payload": {"kind": "test", "message": message},
-                }
-                for n in range(1, count + 1)
-            ],
-        )
-        state = JobState.CANCELLED if end else JobState.QUEUED
-        connection.execute(
-            sa.update(t.jobs).where(t.jobs.c.id == job.id).values(last_sequence=count + 1, state=state.value)
-        )
+    append_job_events(database, job.name, count, message=message)
+    if end:
+        with database.write() as connection:
+            connection.execute(sa.update(t.jobs).where(t.jobs.c.id == job.id).values(state=JobState.CANCELLED.value))
     return job.name
+
+
+def append_job_events(database: Database, name: str, count: int, *, message: str = "") -> None:
+    """Append so many notes to a job's history, in one transaction."""
+    with database.write() as connection:
+        job = connection.execute(sa.select(t.jobs).filter_by(name=name)).mappings().one()
+        values = {"job_id": job["id"], "time_us": now_us(), "attempt": 0, "kind": "note"}
+        payload = {"kind": "test", "message": message}
+        rows = [{**values, "sequence": job["last_sequence"] + n, "payload": payload} for n in range(1, count + 1)]
+        connection.execute(sa.insert(t.events), rows)
+        last = {"last_sequence": job["last_sequence"] + count}
+        connection.execute(sa.update(t.jobs).where(t.jobs.c.id == job["id"]).values(**last))
 
 
 def open_database(folder: Path) -> Database:

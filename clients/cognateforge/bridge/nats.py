@@ -7,7 +7,7 @@ names the message that it must follow, so a second bridge, or a publish that was
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -70,7 +70,7 @@ async def connect(
         user_credentials=credentials,
         error_cb=quiet,
         max_reconnect_attempts=-1,
-        reconnect_time_wait=_RECONNECT_WAIT_S,  # type: ignore[arg-type]  # it is given to asyncio.sleep
+        reconnect_time_wait=_RECONNECT_WAIT_S,
     )
     try:
         client: Client = await asyncio.wait_for(connecting, give_up_after_s)
@@ -114,14 +114,15 @@ class NatsBridge:
         # The stream's last message: its number there, and the model and the outbox's sequence that it tells of.
         self._last_message, self._last_model, self._last_sequence = 0, "", 0
 
-    async def run(self, client: AsyncCognateClient) -> AsyncIterator[Told]:
+    async def run(self, client: AsyncCognateClient) -> AsyncGenerator[Told, None]:
         """Publish for ever, and yield what was published. A stream that is not there is made, in files."""
         await self._patiently(self._require_stream)
         while True:
             await self._patiently(self._look)
             try:
-                async for event in self._events(client):
-                    yield await self._publish(event)
+                async with aclosing(self._events(client)) as events:
+                    async for event in events:
+                        yield await self._publish(event)
             except _OvertakenError:
                 continue  # another bridge is at work: go on behind what it has told
 
@@ -155,7 +156,7 @@ class NatsBridge:
         self._last_message = last.seq or 0
         self._last_model, self._last_sequence = cloudevents.place_of(last.data or b"", self._source)
 
-    async def _events(self, client: AsyncCognateClient) -> AsyncIterator[ModelCloudEvent]:
+    async def _events(self, client: AsyncCognateClient) -> AsyncGenerator[ModelCloudEvent, None]:
         """Yield what the stream lacks. Where the events themselves are gone, a snapshot stands in for them."""
         after = self._last_sequence
         while True:
