@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from cognateforge.exchange.v1 import model_pb2 as pb
 from cognateforge.exchange.v1 import model_pb2_grpc
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow, SnapshotPage
 from training_common.jobs.hub import ChangeHub
+from training_common.jobs.shared import SharedReads
 from training_common.rpc import fetch, paging
 from training_common.rpc.jobs import Context
 
@@ -29,6 +31,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self._registry = registry
         self._hub = hub
         self._heartbeat_s = heartbeat_s
+        self._events: SharedReads[list[pb.WatchModelsResponse]] = SharedReads(registry.database)
 
     async def _find(self, name: str) -> ArtifactRow:
         return await self._registry.database.run_brief(find_model, self._registry, name)
@@ -79,22 +82,25 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             )
         sequence, seen = request.after_sequence, 0
         while True:
-            events = await run(self._registry.events_after, sequence, _BATCH)
-            if events and events[0].sequence > sequence + 1:
+            frames = await self._events.get((sequence, seen), functools.partial(self._frames, sequence))
+            if frames and frames[0].event.sequence > sequence + 1:
                 if sequence > 0:
-                    raise _compacted(sequence, oldest=events[0].sequence)
+                    raise _compacted(sequence, oldest=frames[0].event.sequence)
                 async for page in self._snapshot():
                     yield convert.snapshot_frame(page)
                     sequence = page.sequence
                 continue
-            for event in events:
-                sequence = event.sequence
-                yield convert.event_frame(event)
-            if not events:
+            for frame in frames:
+                sequence = frame.event.sequence
+                yield frame
+            if not frames:
                 now = await self._hub.wait(seen, self._heartbeat_s)
                 if now == seen:
                     yield pb.WatchModelsResponse(heartbeat=pb.ModelHeartbeat(last_sequence=sequence))
                 seen = now
+
+    def _frames(self, after_sequence: int) -> list[pb.WatchModelsResponse]:
+        return [convert.event_frame(event) for event in self._registry.events_after(after_sequence, _BATCH)]
 
     async def _snapshot(self) -> AsyncIterator[SnapshotPage]:
         page: SnapshotPage | None = None
