@@ -17,6 +17,7 @@ from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exchange.v1 import model_pb2_grpc, resource_pb2_grpc
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.outbox import compact_forever
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.engines.local import LocalEngine
 from training_common.folder_lock import FolderLock
@@ -74,5 +75,12 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         health=health,
         database=database,
         lock=lock,
-        tasks=[scheduler.run(), events.run(), outbox.run(), changed_leases.run(), end_leases(leases, scheduler.wake)],
+        tasks=[
+            scheduler.run(),
+            events.run(),
+            outbox.run(),
+            compact_forever(registry, keep_events=settings.outbox.keep_events),
+            changed_leases.run(),
+            end_leases(leases, scheduler.wake),
+        ],
     )

@@ -31,6 +31,12 @@ class LendingSettings(Section):
     longest_ttl_s: float = Field(default=3600.0, ge=1, description="a lease that asks for more gets this")
 
 
+class OutboxSettings(Section):
+    """How much of what happened to models can be watched from an earlier position."""
+
+    keep_events: int = Field(default=100_000, ge=0, description="newest model events that are kept; 0 keeps all")
+
+
 class CognateSettings(ServiceSettings):
     """What the Cognate service is told. GrokFast is not among it: its values are constants of the code."""
 
@@ -38,6 +44,7 @@ class CognateSettings(ServiceSettings):
     data_dir: Path = Path("var/cognate")
     pretraining: PretrainingSettings = PretrainingSettings()
     lending: LendingSettings = LendingSettings()
+    outbox: OutboxSettings = OutboxSettings()
 
 
 def load_settings(file: Path | None) -> CognateSettings:

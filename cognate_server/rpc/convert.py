@@ -9,7 +9,7 @@ from cognate_server.resources import Amounts
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.exchange.v1 import model_pb2, resource_pb2
-from training_common.artifacts.registry import ArtifactEvent, ArtifactRow
+from training_common.artifacts.registry import ArtifactEvent, ArtifactRow, SnapshotPage
 from training_common.jobs.store import JobRow
 from training_common.rpc import convert
 from training_common.store.database import now_us
@@ -93,3 +93,10 @@ def event_frame(event: ArtifactEvent) -> model_pb2.WatchModelsResponse:
             sequence=event.sequence, time=convert.timestamp(event.time_us), published=model(event.artifact)
         )
     )
+
+
+def snapshot_frame(page: SnapshotPage) -> model_pb2.WatchModelsResponse:
+    """Return a page of a snapshot as a frame."""
+    models = [model(row) for row in page.rows]
+    snapshot = model_pb2.ModelSnapshot(models=models, last_sequence=page.sequence, more=page.more)
+    return model_pb2.WatchModelsResponse(snapshot=snapshot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,12 +11,16 @@ from cognate_server.rpc import convert
 from cognateforge.exceptions import SequenceOutOfRangeError
 from cognateforge.exchange.v1 import model_pb2 as pb
 from cognateforge.exchange.v1 import model_pb2_grpc
-from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow, SnapshotPage
 from training_common.jobs.hub import ChangeHub
+from training_common.jobs.shared import SharedReads
 from training_common.rpc import fetch, paging
 from training_common.rpc.jobs import Context
 
+# Read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
 _BATCH = 100
+# The contract's bound on ModelSnapshot.models.
+_SNAPSHOT_PAGE = 50
 _COMPARED = ("name", "fingerprint", "parameter_count", "act_version", "ltm_version")
 
 
@@ -26,6 +31,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self._registry = registry
         self._hub = hub
         self._heartbeat_s = heartbeat_s
+        self._events: SharedReads[list[pb.WatchModelsResponse]] = SharedReads(registry.database)
 
     async def _find(self, name: str) -> ArtifactRow:
         return await self._registry.database.run_brief(find_model, self._registry, name)
@@ -70,15 +76,42 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         run = self._registry.database.run
         newest = await run(self._registry.newest_sequence)
         if request.after_sequence > newest:
-            raise SequenceOutOfRangeError(f"after_sequence {request.after_sequence} is beyond the last event {newest}")
+            raise SequenceOutOfRangeError(
+                f"after_sequence {request.after_sequence} is beyond the last event {newest}",
+                metadata={"last_sequence": str(newest)},
+            )
         sequence, seen = request.after_sequence, 0
         while True:
-            events = await run(self._registry.events_after, sequence, _BATCH)
-            for event in events:
-                sequence = event.sequence
-                yield convert.event_frame(event)
-            if not events:
+            frames = await self._events.get((sequence, seen), functools.partial(self._frames, sequence))
+            if frames and frames[0].event.sequence > sequence + 1:
+                if sequence > 0:
+                    raise _compacted(sequence, oldest=frames[0].event.sequence)
+                async for page in self._snapshot():
+                    yield convert.snapshot_frame(page)
+                    sequence = page.sequence
+                continue
+            for frame in frames:
+                sequence = frame.event.sequence
+                yield frame
+            if not frames:
                 now = await self._hub.wait(seen, self._heartbeat_s)
                 if now == seen:
                     yield pb.WatchModelsResponse(heartbeat=pb.ModelHeartbeat(last_sequence=sequence))
                 seen = now
+
+    def _frames(self, after_sequence: int) -> list[pb.WatchModelsResponse]:
+        return [convert.event_frame(event) for event in self._registry.events_after(after_sequence, _BATCH)]
+
+    async def _snapshot(self) -> AsyncIterator[SnapshotPage]:
+        page: SnapshotPage | None = None
+        while page is None or page.more:
+            page = await self._registry.database.run(self._registry.snapshot_page, page, _SNAPSHOT_PAGE)
+            yield page
+
+
+def _compacted(sequence: int, *, oldest: int) -> SequenceOutOfRangeError:
+    return SequenceOutOfRangeError(
+        f"the events after {sequence} are no longer kept, the oldest is {oldest}: watch with after_sequence 0, which "
+        "begins with a snapshot of all models",
+        metadata={"oldest_sequence": str(oldest)},
+    )

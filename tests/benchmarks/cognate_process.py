@@ -20,10 +20,10 @@ def clean_up_on_sigterm() -> None:
 
 
 @contextmanager
-def cognate_process(data_dir: Path, settings: Path | None = None) -> Iterator[str]:
+def cognate_process(data_dir: Path, settings_file: Path | None = None, **settings: str) -> Iterator[str]:
     """Yield the address of a service over `data_dir` whose jobs stay QUEUED. Its log goes to a file, as a unit's does.
 
-    settings: a TOML file with more than that.
+    settings_file: a TOML file with more than that. settings: further ones, by the names of their variables.
     Errors: RuntimeError with the log, when it does not come up.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -34,11 +34,12 @@ def cognate_process(data_dir: Path, settings: Path | None = None) -> Iterator[st
         "COGNATE_SERVER_DATA_DIR": str(data_dir),
         "COGNATE_SERVER_WORKERS__SLOTS": "0",
         "COGNATE_SERVER_DRAIN_GRACE_S": "0.5",
+        **settings,
     }
     with log_file.open("wb") as log:
         command = [sys.executable, "-m", "cognate_server", "--address-file", str(address_file)]
-        if settings is not None:
-            command += ["--settings", str(settings)]
+        if settings_file is not None:
+            command += ["--settings", str(settings_file)]
         server = subprocess.Popen(command, env=environment, stderr=log)
     try:
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,15 @@ from grpc_status import rpc_status
 from cognateforge import exceptions
 from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
 from cognateforge.artifact.v1 import artifact_pb2
-from cognateforge.client import AgentClient, AsyncAgentClient, AsyncCognateClient, CognateClient, FetchedArtifact
+from cognateforge.client import (
+    AgentClient,
+    AsyncAgentClient,
+    AsyncCognateClient,
+    CognateClient,
+    FetchedArtifact,
+    ModelNews,
+    ModelSnapshot,
+)
 from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
 from cognateforge.exchange.v1 import model_pb2, model_pb2_grpc
 from cognateforge.job.v1 import job_pb2
@@ -123,6 +131,60 @@ class History:
         end.CopyFrom(self.end)
         end.last_sequence = len(self.events)
         yield job_pb2.WatchFrame(end=end)
+
+
+@dataclass
+class Outbox:
+    """What happened to models, how much of it is kept, and how many frames each stream sends before it breaks."""
+
+    count: int = 20
+    # The newest events that are kept; a watch from before them gets a snapshot, or is refused.
+    keep: int = 10_000
+    page: int = 7
+    # Events that happen after a snapshot was taken.
+    after_snapshot: int = 0
+    cuts: deque[int] = field(default_factory=deque)
+    how: grpc.StatusCode | None = grpc.StatusCode.UNAVAILABLE
+    overlap: int = 0
+    missing: int = 0
+
+    def frames(self, after: int, context: grpc.ServicerContext) -> Iterator[model_pb2.WatchModelsResponse]:
+        """Yield what one stream sends; then heartbeats, as nothing more happens."""
+        cut = self.cuts.popleft() if self.cuts else None
+        for sent, frame in enumerate(self._all(after, context)):
+            if sent == cut:
+                if self.how is None:
+                    return
+                fail(context, self.how)
+            yield frame
+        while context.is_active() and not _stopping.wait(0.02):
+            yield model_pb2.WatchModelsResponse(heartbeat=model_pb2.ModelHeartbeat(last_sequence=self.count))
+
+    def _all(self, after: int, context: grpc.ServicerContext) -> Iterator[model_pb2.WatchModelsResponse]:
+        oldest = max(1, self.count - self.keep + 1)
+        if after + 1 < oldest and after > 0:
+            metadata = {"oldest_sequence": str(oldest)}
+            fail(context, exceptions.SequenceOutOfRangeError("no longer kept", metadata=metadata))
+        if oldest > 1 and after == 0:
+            after = self.count - self.after_snapshot
+            yield from self._snapshot(after)
+        for sequence in range(max(1, after + 1 - self.overlap), self.count + 1):
+            if sequence != self.missing:
+                event = model_pb2.ModelEvent(sequence=sequence, published=published(sequence))
+                yield model_pb2.WatchModelsResponse(event=event)
+
+    def _snapshot(self, last: int) -> Iterator[model_pb2.WatchModelsResponse]:
+        for first in range(1, last + 1, self.page):
+            numbers = range(first, min(first + self.page, last + 1))
+            snapshot = model_pb2.ModelSnapshot(
+                models=map(published, numbers), last_sequence=last, more=numbers[-1] < last
+            )
+            yield model_pb2.WatchModelsResponse(snapshot=snapshot)
+
+
+def published(version: int) -> model_pb2.FoundationModel:
+    """Return the model that an event tells of."""
+    return model_pb2.FoundationModel(name=f"cognate-25m@{version}", state=model_pb2.MODEL_STATE_READY)
 
 
 @dataclass
@@ -258,10 +320,10 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
 
 
 class FakeModels(model_pb2_grpc.ModelServiceServicer):
-    """One foundation model."""
+    """One foundation model, and an outbox that tells of more."""
 
-    def __init__(self, script: Script, artifact: Artifact) -> None:
-        self.script, self.artifact = script, artifact
+    def __init__(self, script: Script, artifact: Artifact, outbox: Outbox) -> None:
+        self.script, self.artifact, self.outbox = script, artifact, outbox
 
     def _model(self) -> model_pb2.FoundationModel:
         return model_pb2.FoundationModel(
@@ -296,7 +358,8 @@ class FakeModels(model_pb2_grpc.ModelServiceServicer):
         fail(context, exceptions.NotImplementedByServerError())
 
     def WatchModels(self, request: Any, context: Any) -> Any:
-        fail(context, exceptions.NotImplementedByServerError())
+        self.script.meet("WatchModels", request, context)
+        yield from self.outbox.frames(request.after_sequence, context)
 
 
 class FakeTraining(training_pb2_grpc.AgentForgeTrainingServiceServicer):
@@ -414,7 +477,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.script = Script()
-        self.history, self.agent_history = History(), History()
+        self.history, self.agent_history, self.outbox = History(), History(), Outbox()
         self.model, self.agent = some_artifact(), some_artifact(seed=1)
         self.agent.name = "intent-router@3"
         self.pretraining = FakePretraining(self.script, self.history)
@@ -432,7 +495,7 @@ class Fake:
         """Listen, on the same port as before."""
         self.server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
         pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(self.pretraining, self.server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(FakeModels(self.script, self.model), self.server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(FakeModels(self.script, self.model, self.outbox), self.server)
         training = FakeTraining(self.script, self.agent_history)
         training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(training, self.server)
         agent_pb2_grpc.add_AgentServiceServicer_to_server(FakeAgents(self.script, self.agent), self.server)
@@ -458,6 +521,11 @@ async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+def sequence_of(news: ModelNews) -> int:
+    """Return where a watch stands after it."""
+    return news.last_sequence if isinstance(news, ModelSnapshot) else news.sequence
 
 
 class Driver:
@@ -487,6 +555,28 @@ class Driver:
             return [frame async for frame in self.cognate.watch_job(name, after, **kwargs)]
         client = self.cognate
         return await asyncio.to_thread(lambda: list(client.watch_job(name, after, **kwargs)))
+
+    async def watch_models(self, until: int, after: int = 0, **kwargs: Any) -> list[ModelNews]:
+        """Watch the models until the event or the snapshot with that sequence."""
+        if isinstance(self.cognate, AsyncCognateClient):
+            seen: list[ModelNews] = []
+            async with aclosing(self.cognate.watch_models(after, **kwargs)) as news:
+                async for one in news:
+                    seen.append(one)
+                    if sequence_of(one) >= until:
+                        break
+            return seen
+        client = self.cognate
+
+        def read() -> list[ModelNews]:
+            seen = []
+            for one in client.watch_models(after, **kwargs):
+                seen.append(one)
+                if sequence_of(one) >= until:
+                    break
+            return seen
+
+        return await asyncio.to_thread(read)
 
     async def fetch(self, destination: Path, name: str = "cognate-25m", **kwargs: Any) -> FetchedArtifact:
         """Fetch a model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from collections import deque
 from pathlib import Path
@@ -252,6 +253,47 @@ def test_models_agents_and_aliases(forge: Forge, fake: Fake) -> None:
     assert fake.script.calls[-1].request.alias == "production"
     assert forge("model", "gpt").exit_code == 3
     assert "error: no model nothing; no agent nothing\n" in forge("fetch", "nothing", "--out", "x").stderr
+
+
+def test_models_watch_tells_each_event(forge: Forge, fake: Fake) -> None:
+    """A line for each; a watch has no end but an error."""
+    fake.outbox.cuts, fake.outbox.how = deque([2, 2]), grpc.StatusCode.INTERNAL
+    result = forge("models", "watch", "--after-sequence", "4")
+    assert (result.exit_code, result.stdout) == (
+        Exit.INTERNAL,
+        "5 published cognate-25m@5 READY\n6 published cognate-25m@6 READY\n",
+    )
+    lines = [json.loads(line) for line in forge("models", "watch", "--json").stdout.splitlines()]
+    assert [(1, "cognate-25m@1"), (2, "cognate-25m@2")] == [
+        (line["event"]["sequence"], line["event"]["published"]["name"]) for line in lines
+    ]
+
+
+def test_models_watch_tells_a_snapshot_model_by_model(forge: Forge, fake: Fake) -> None:
+    """Where early events are gone, lines of what there is come first."""
+    fake.outbox.keep, fake.outbox.count, fake.outbox.after_snapshot = 2, 4, 2
+    fake.outbox.cuts, fake.outbox.how = deque([2, 2]), grpc.StatusCode.INTERNAL
+    assert forge("models", "watch").stdout == (
+        "up to 2 there is cognate-25m@1 READY\nup to 2 there is cognate-25m@2 READY\n3 published cognate-25m@3 READY\n"
+    )
+    first = json.loads(forge("models", "watch", "--json").stdout.splitlines()[0])
+    assert (2, "cognate-25m@1") == (first["snapshot"]["last_sequence"], first["snapshot"]["model"]["name"])
+
+
+def test_a_bridge_without_its_extra_says_what_to_install(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The NATS client is an extra."""
+    monkeypatch.setitem(sys.modules, "nats", None)
+    monkeypatch.delitem(sys.modules, "cognateforge.bridge.nats", raising=False)
+    result = forge("models", "bridge", "--nats", "nats://127.0.0.1:1", "--stream", "S", "--subject", "s")
+    assert (result.exit_code, "pip install 'cognateforge[nats]'" in result.stderr) == (Exit.LOCAL, True)
+
+
+def test_options_before_a_command_below_are_not_lost_in_silence(forge: Forge) -> None:
+    """`forge models --json watch` would otherwise print no JSON."""
+    result = forge("models", "--json", "watch")
+    assert result.exit_code == 2
+    assert "--json" in result.stderr
+    assert "options belong behind" in result.stderr
 
 
 @pytest.mark.parametrize(

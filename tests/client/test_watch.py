@@ -1,4 +1,4 @@
-"""A watch survives whatever breaks its streams: nothing is lost, nothing comes twice."""
+"""A watch of a job or of the models survives whatever breaks its streams: nothing is lost, nothing comes twice."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import grpc
 import pytest
 
 from cognateforge import exceptions
+from cognateforge.client import ModelSnapshot
 from cognateforge.job.v1 import job_pb2
-from tests.client.fakes import JOB, Driver, Fake, progress_events
+from tests.client.fakes import JOB, Driver, Fake, progress_events, sequence_of
 
 
 def sequences(frames: list[job_pb2.WatchFrame]) -> list[int]:
@@ -69,3 +70,69 @@ async def test_a_watch_survives_a_restart_of_the_server(client: Driver, fake: Fa
     fake.stop()
     fake.start()
     assert sequences(before) == sequences(await client.watch(after=0))
+
+
+@pytest.mark.parametrize("how", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, None])
+async def test_no_model_event_is_lost_or_doubled_over_broken_streams(
+    client: Driver, fake: Fake, how: grpc.StatusCode | None
+) -> None:
+    """As for a job: streams that end anywhere add up to the whole outbox, in order."""
+    pick = random.Random(7)  # noqa: S311
+    fake.outbox.count, fake.outbox.how, fake.outbox.overlap = 200, how, 2
+    fake.outbox.cuts = deque(pick.randint(1, 25) for _ in range(12))
+    seen = await client.watch_models(until=200)
+    assert list(range(1, 201)) == [sequence_of(one) for one in seen]
+    assert fake.script.count("WatchModels") > 6
+
+
+async def test_a_model_watch_starts_where_it_is_told(client: Driver) -> None:
+    """after_sequence is honoured."""
+    assert [18, 19, 20] == [sequence_of(one) for one in await client.watch_models(until=20, after=17)]
+
+
+async def test_a_gap_between_model_events_is_asked_for_again(client: Driver, fake: Fake) -> None:
+    """An event that is missing is never passed over in silence."""
+    fake.outbox.missing = 5
+    with pytest.raises(exceptions.UnavailableError, match="event 5 is missing"):
+        await client.watch_models(until=20, give_up_after_s=0.2)
+
+
+@pytest.mark.parametrize("cuts", [[], [1, 2], [2, 0, 2, 1]])
+async def test_a_snapshot_is_one_result_and_events_follow_it(client: Driver, fake: Fake, cuts: list[int]) -> None:
+    """A stream that breaks between its pages starts it again: nothing of it was told, and nothing comes twice."""
+    fake.outbox.keep, fake.outbox.cuts = 5, deque(cuts)
+    [snapshot] = await client.watch_models(until=20)
+    assert isinstance(snapshot, ModelSnapshot)
+    assert ([f"cognate-25m@{n}" for n in range(1, 21)], 20) == (
+        [model.name for model in snapshot.models],
+        snapshot.last_sequence,
+    )
+    asked = [call.request.after_sequence for call in fake.script.calls if call.method == "WatchModels"]
+    assert [0] * (len(cuts) + 1) == asked
+
+
+async def test_events_after_a_snapshot_are_resumed_after_it(client: Driver, fake: Fake) -> None:
+    """Streams that break after the snapshot go on from its sequence and do not take it again."""
+    fake.outbox.keep, fake.outbox.count, fake.outbox.after_snapshot = 5, 23, 3
+    fake.outbox.cuts = deque([4, 0, 1])
+    snapshot, *events = await client.watch_models(until=23)
+    assert isinstance(snapshot, ModelSnapshot)
+    assert [20, 21, 22, 23] == [snapshot.last_sequence, *map(sequence_of, events)]
+    asked = [call.request.after_sequence for call in fake.script.calls if call.method == "WatchModels"]
+    assert [0, 21, 21, 22] == asked
+
+
+async def test_a_position_that_is_no_longer_kept_is_told(client: Driver, fake: Fake) -> None:
+    """It is no reason to try again: the caller learns what is left."""
+    fake.outbox.keep = 5
+    with pytest.raises(exceptions.SequenceOutOfRangeError) as caught:
+        await client.watch_models(until=20, after=3)
+    assert {"oldest_sequence": "16"} == caught.value.metadata
+    assert 1 == fake.script.count("WatchModels")
+
+
+async def test_a_model_watch_gives_up_when_its_patience_is_spent(client: Driver, fake: Fake) -> None:
+    """A service that stays away ends the watch with its own error."""
+    fake.script.always = exceptions.UnavailableError("the server is draining")
+    with pytest.raises(exceptions.UnavailableError):
+        await client.watch_models(until=1, give_up_after_s=0.3)

@@ -65,6 +65,15 @@ class ArtifactEvent:
     artifact: ArtifactRow
 
 
+@dataclass(frozen=True)
+class SnapshotPage:
+    """Some of the versions that were published up to a sequence. `rows` are in the order of their publication."""
+
+    sequence: int
+    rows: tuple[ArtifactRow, ...]
+    more: bool
+
+
 class ArtifactRegistry:
     """Versions in one service's database, over its blobs."""
 
@@ -115,7 +124,7 @@ class ArtifactRegistry:
             "create_us": now_us(),
         }
         key = connection.execute(sa.insert(t.artifacts).values(**values).returning(t.artifacts.c.id)).scalar_one()
-        sequence = (connection.execute(sa.select(sa.func.max(t.artifact_events.c.sequence))).scalar() or 0) + 1
+        sequence = _newest_sequence(connection) + 1
         connection.execute(
             sa.insert(t.artifact_events).values(sequence=sequence, time_us=now_us(), kind="published", artifact_id=key)
         )
@@ -159,4 +168,41 @@ class ArtifactRegistry:
     def newest_sequence(self) -> int:
         """Return the outbox's newest sequence, 0 while it is empty."""
         with self.database.read() as connection:
-            return connection.execute(sa.select(sa.func.max(t.artifact_events.c.sequence))).scalar() or 0
+            return _newest_sequence(connection)
+
+    def oldest_sequence(self) -> int:
+        """Return the sequence of the oldest entry that is left, 0 while there is none."""
+        with self.database.read() as connection:
+            return connection.execute(sa.select(sa.func.min(t.artifact_events.c.sequence))).scalar() or 0
+
+    def snapshot_page(self, after: SnapshotPage | None, limit: int) -> SnapshotPage:
+        """Return the first page of what is published, or the page that follows `after`, with up to `limit` versions.
+
+        The first page's transaction settles the sequence. Versions never change and never go, so later pages need no
+        transaction that stays open while a slow reader takes them: they leave out what a later entry tells of.
+        """
+        with self.database.read() as connection:
+            sequence = _newest_sequence(connection) if after is None else after.sequence
+            later = sa.select(t.artifact_events.c.artifact_id).where(t.artifact_events.c.sequence > sequence)
+            query = sa.select(t.artifacts).where(t.artifacts.c.id.not_in(later)).order_by(t.artifacts.c.id)
+            if after is not None and after.rows:
+                query = query.where(t.artifacts.c.id > after.rows[-1].id)
+            rows = [ArtifactRow(**row) for row in connection.execute(query.limit(limit + 1)).mappings()]
+        return SnapshotPage(sequence=sequence, rows=tuple(rows[:limit]), more=len(rows) > limit)
+
+    def compact(self, *, keep: int, limit: int) -> int:
+        """Remove up to `limit` of the oldest outbox entries beyond the newest `keep`, and return how many that were.
+
+        keep: at least 1. The newest entry always stays, so the sequence goes on where it was.
+        """
+        if keep < 1:
+            raise AssertionError("an outbox without entries would begin again at 1")
+        sequence = t.artifact_events.c.sequence
+        with self.database.write() as connection:
+            oldest = connection.execute(sa.select(sa.func.min(sequence))).scalar() or 0
+            below = min(_newest_sequence(connection) - keep + 1, oldest + limit)
+            return connection.execute(sa.delete(t.artifact_events).where(sequence < below)).rowcount
+
+
+def _newest_sequence(connection: sa.Connection) -> int:
+    return connection.execute(sa.select(sa.func.max(t.artifact_events.c.sequence))).scalar() or 0

@@ -7,6 +7,7 @@ package, so the handlers take the messages from the package that they are given.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from cognateforge.exceptions import SequenceOutOfRangeError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
+from training_common.jobs.shared import SharedReads
 from training_common.jobs.store import JobRow, JobStore
 from training_common.rpc import convert, mutations, paging
 from training_common.rpc.series import SeriesBuilder
@@ -49,6 +51,7 @@ class JobService(Generic[M]):
         self.to_message = to_message
         self._units = units
         self._heartbeat_s = heartbeat_s
+        self._frames: SharedReads[tuple[JobRow, list[job_pb2.WatchFrame]]] = SharedReads(store.database)
 
     async def mutate(
         self, method: str, request: Any, work: Callable[[sa.Connection], JobRow], answer: Callable[[M], Message]
@@ -75,8 +78,7 @@ class JobService(Generic[M]):
 
     async def watch(self, name: str, after_sequence: int) -> AsyncIterator[job_pb2.WatchFrame]:
         """Yield every event after `after_sequence` once and in order, heartbeats, and the end frame."""
-        run = self.store.database.run
-        job = await run(self.store.get, name)
+        job = await self.store.database.run(self.store.get, name)
         if after_sequence > job.last_sequence:
             raise SequenceOutOfRangeError(
                 f"after_sequence {after_sequence} is beyond {name}'s last event {job.last_sequence}"
@@ -85,25 +87,29 @@ class JobService(Generic[M]):
         loop = asyncio.get_running_loop()
         quiet_since = loop.time()
         while True:
-            # The job is read before its events: what its end frame counts is then among the events that follow.
-            job = await run(self.store.get, name)
-            rows = await run(self.store.events_after, job.id, sequence, _BATCH)
-            for row in rows:
-                sequence = row.sequence
-                yield job_pb2.WatchFrame(event=convert.event(row, self._units))
+            job, frames = await self._frames.get((name, sequence, seen), functools.partial(self._read, name, sequence))
+            for frame in frames:
+                sequence = frame.event.sequence
+                yield frame
                 quiet_since = loop.time()
-            if len(rows) == _BATCH:
+            if len(frames) == _BATCH:
                 continue
             end = convert.end_frame(job)
             if end is not None and sequence >= job.last_sequence:
                 yield end
                 return
-            if not rows:
+            if not frames:
                 # Other jobs' events end a wait too, so what is left of the silence is counted across waits.
                 seen = await self._hub.wait(seen, max(0.0, quiet_since + self._heartbeat_s - loop.time()))
                 if loop.time() >= quiet_since + self._heartbeat_s:
                     yield job_pb2.WatchFrame(heartbeat=job_pb2.Heartbeat(last_sequence=sequence))
                     quiet_since = loop.time()
+
+    def _read(self, name: str, after_sequence: int) -> tuple[JobRow, list[job_pb2.WatchFrame]]:
+        # The job is read before its events: what its end frame counts is then among the events that follow.
+        job = self.store.get(name)
+        rows = self.store.events_after(job.id, after_sequence, _BATCH)
+        return job, [job_pb2.WatchFrame(event=convert.event(row, self._units)) for row in rows]
 
     async def checkpoints(self, name: str) -> list[job_pb2.Checkpoint]:
         """Return a job's checkpoints, newest first."""

@@ -14,7 +14,7 @@ import typer
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import Progress, RequestId
 from cognateforge.cli.names import check_artifact_name
-from cognateforge.cli.session import Session, command, first_found, new_request_id, print_line, say
+from cognateforge.cli.session import Session, command, first_found, group, new_request_id, print_line, say
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1.agent_pb2 import Agent
@@ -51,7 +51,6 @@ def _pages(call: Callable[[int, str], Any], rows: str, limit: int) -> Iterator[A
 
 
 def _models(app: typer.Typer) -> None:
-    @command(app)
     def models(session: Session, limit: Limit = 50) -> None:
         """List published foundation models, newest first."""
         from cognateforge.cli.plain import enum_word
@@ -68,6 +67,36 @@ def _models(app: typer.Typer) -> None:
 
         rows: list[Row] = [(item, {}, cells(item)) for item in _pages(page, "models", limit)]
         session.table(("name", "state", "steps", "tokens", "bytes", "digest"), rows)
+
+    below = group(app, models)
+
+    @command(below, "watch")
+    def watch_models(
+        session: Session,
+        after_sequence: Annotated[
+            int, typer.Option(min=0, help="Only events after this one. 0: all, or a snapshot where some are gone.")
+        ] = 0,
+    ) -> None:
+        """Follow what happens to foundation models until Ctrl-C."""
+        from cognateforge.cli.follow import show_models
+
+        show_models(session, session.cognate_client.watch_models(after_sequence))
+
+    @command(below, "bridge")
+    def bridge_models(
+        session: Session,
+        nats: Annotated[str, typer.Option(help="Server: nats://host:port on this machine, tls://host:port elsewhere.")],
+        stream: Annotated[str, typer.Option(help="JetStream stream. It is made where it is not there.")],
+        subject: Annotated[str, typer.Option(help="The stream's one subject.")],
+        source: Annotated[
+            str, typer.Option(help="CloudEvents source: give each Cognate its own.")
+        ] = "/cognateforge/exchange/v1/models",
+        nats_credentials: Annotated[Path | None, typer.Option(help="A .creds file for the server.")] = None,
+    ) -> None:
+        """Publish what happens to foundation models to NATS JetStream, as CloudEvents, until Ctrl-C."""
+        from cognateforge.cli.bridge import publish
+
+        publish(session, url=nats, stream=stream, subject=subject, source=source, credentials=nats_credentials)
 
     @command(app)
     def model(

@@ -1,4 +1,4 @@
-"""Following a job on the terminal: a live bar, or a plain line every so often."""
+"""Following a job on the terminal: a live bar, or a plain line every so often. Following the models: lines."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from cognateforge.cli.exits import Exit
-from cognateforge.cli.plain import enum_word
+from cognateforge.cli.plain import enum_word, to_plain
 from cognateforge.cli.session import Session, print_line, say
 from cognateforge.exceptions import BY_REASON, JobFailedError
+from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
 
 if TYPE_CHECKING:
+    from cognateforge.client import ModelNews
     from cognateforge.job.v1.job_pb2 import Job, WatchFrame
 
 # A log that a person reads later: a line every ten seconds is enough.
@@ -67,6 +69,26 @@ def follow(
     except KeyboardInterrupt:
         say(f"no longer watching; the job goes on: forge watch {job.name}")
         return Exit.INTERRUPTED
+
+
+def show_models(session: Session, news: Iterator[ModelNews]) -> None:
+    """Print what happens to models, a line for each event or model of a snapshot, as long as there is something."""
+    for one in news:
+        if isinstance(one, model_pb2.ModelEvent):
+            if session.as_json:
+                session.emit({"event": to_plain(one)})
+            elif one.WhichOneof("kind") == "published":
+                print_line(f"{one.sequence} published {_named(one.published)}")
+            continue
+        for model in one.models:
+            if session.as_json:
+                session.emit({"snapshot": {"last_sequence": one.last_sequence, "model": to_plain(model)}})
+            else:
+                print_line(f"up to {one.last_sequence} there is {_named(model)}")
+
+
+def _named(model: model_pb2.FoundationModel) -> str:
+    return f"{model.name} {enum_word(model_pb2.ModelState.DESCRIPTOR, model.state)} {model.digest}".rstrip()
 
 
 def _ended(session: Session, name: str, end: job_pb2.End, artifact: str) -> Exit:

@@ -20,7 +20,7 @@ from cognateforge.cli.exits import Exit, exit_for
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from cognateforge.client import AgentClient, CognateClient, TlsFiles
+    from cognateforge.client import AgentClient, AsyncCognateClient, CognateClient, TlsFiles
     from cognateforge.exceptions import ForgeError
 
     # What a list's row is made of: its message, fields beside it, and the cells for people.
@@ -96,6 +96,12 @@ class Session:
         from cognateforge.client import CognateClient
 
         return self._open.enter_context(CognateClient(self.cognate, tls=self._tls, timeout_s=self.timeout_s))
+
+    def async_cognate_client(self) -> AsyncCognateClient:
+        """Return a client of the Cognate service for an event loop that the caller runs: open and close it there."""
+        from cognateforge.client import AsyncCognateClient
+
+        return AsyncCognateClient(self.cognate, tls=self._tls, timeout_s=self.timeout_s)
 
     @functools.cached_property
     def agent_client(self) -> AgentClient:
@@ -215,26 +221,59 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
     """Make a command of a function that takes a Session first. Every command gets the common options."""
 
     def register(function: Callable[..., Exit | None]) -> Callable[..., None]:
-        own = list(inspect.signature(function).parameters.values())[1:]
-        hints = get_type_hints(function, include_extras=True)
-        hints.pop(next(iter(inspect.signature(function).parameters)))
-
-        def run(**values: Any) -> None:
-            session = Session(**{key: values.pop(key) for key in COMMON})
-            raise typer.Exit(_run(function, session, values))
-
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__annotations__ = {**hints, **{key: kind for key, (kind, _) in COMMON.items()}, "return": None}
-        parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
-        parameters += [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for key, (kind, default) in COMMON.items()
-        ]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        registered: Callable[..., None] = app.command(name)(run)
+        registered: Callable[..., None] = app.command(name)(_with_common(function))
         return registered
 
     return register
+
+
+def group(app: typer.Typer, function: Callable[..., Exit | None]) -> typer.Typer:
+    """Make a command of a function, as `command` does, that has commands below it, and return the group for those.
+
+    The function runs where none of them is named. Options before the name of one would be lost, so they are refused.
+    """
+    below = typer.Typer(invoke_without_command=True)
+    plain = _with_common(function)
+
+    def run(context: typer.Context, **values: Any) -> None:
+        if context.invoked_subcommand is None:
+            plain(**values)
+            return
+        for option in context.command.params:
+            source = context.get_parameter_source(option.name or "")
+            if source is not None and source.name == "COMMANDLINE":
+                place = f"{context.command_path} {context.invoked_subcommand}"
+                raise typer.BadParameter(f"options belong behind {place!r}", param_hint=option.opts[0])
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    own = inspect.signature(plain)
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    run.__annotations__ = {"context": typer.Context, **plain.__annotations__}
+    run.__signature__ = own.replace(parameters=[context, *own.parameters.values()])  # type: ignore[attr-defined]
+    below.callback()(run)
+    app.add_typer(below, name=function.__name__)
+    return below
+
+
+def _with_common(function: Callable[..., Exit | None]) -> Callable[..., None]:
+    """Return the function with the common options in place of its Session."""
+    own = list(inspect.signature(function).parameters.values())[1:]
+    hints = get_type_hints(function, include_extras=True)
+    hints.pop(next(iter(inspect.signature(function).parameters)))
+
+    def run(**values: Any) -> None:
+        session = Session(**{key: values.pop(key) for key in COMMON})
+        raise typer.Exit(_run(function, session, values))
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__annotations__ = {**hints, **{key: kind for key, (kind, _) in COMMON.items()}, "return": None}
+    parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
+    parameters += [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for key, (kind, default) in COMMON.items()
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def _run(function: Callable[..., Exit | None], session: Session, values: dict[str, Any]) -> int:

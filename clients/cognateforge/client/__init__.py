@@ -14,6 +14,7 @@ from cognateforge.client.discovery import ConsulDiscovery, Discovery, StaticDisc
 from cognateforge.client.fetch import FetchedArtifact
 from cognateforge.client.sync import AgentClient, CognateClient
 from cognateforge.client.tls import TlsFiles
+from cognateforge.client.watch import ModelNews, ModelSnapshot
 
 __all__ = [
     "AgentClient",
@@ -24,6 +25,8 @@ __all__ = [
     "ConsulDiscovery",
     "Discovery",
     "FetchedArtifact",
+    "ModelNews",
+    "ModelSnapshot",
     "StaticDiscovery",
     "TlsFiles",
     "deadline_budget",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -131,11 +131,22 @@ class AsyncCognateClient(_AsyncServiceClient):
         """Yield a job's events and its end, as `CognateClient.watch_job` does."""
         stub = self.pretraining
 
-        def open_stream(after: int, timeout_s: float) -> watch.AioStream:
+        def open_stream(after: int, timeout_s: float) -> watch.AioStream[pretraining_pb2.WatchJobResponse]:
             request = pretraining_pb2.WatchJobRequest(name=name, after_sequence=after)
             return stub.WatchJob(request, timeout=timeout_s)
 
-        return watch.watch_aio(open_stream, watch.Position(after_sequence, give_up_after_s))
+        return watch.watch_aio(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
+
+    def watch_models(
+        self, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+    ) -> AsyncGenerator[watch.ModelNews, None]:
+        """Yield what happens to foundation models, as `CognateClient.watch_models` does."""
+        stub = self.models
+
+        def open_stream(after: int, timeout_s: float) -> watch.AioStream[model_pb2.WatchModelsResponse]:
+            return stub.WatchModels(model_pb2.WatchModelsRequest(after_sequence=after), timeout=timeout_s)
+
+        return watch.watch_aio(open_stream, watch.ModelPosition(after_sequence, give_up_after_s))
 
     async def fetch_model(
         self,
@@ -178,11 +189,11 @@ class AsyncAgentClient(_AsyncServiceClient):
         """Yield a job's events and its end, as `CognateClient.watch_job` does."""
         stub = self.training
 
-        def open_stream(after: int, timeout_s: float) -> watch.AioStream:
+        def open_stream(after: int, timeout_s: float) -> watch.AioStream[training_pb2.WatchJobResponse]:
             request = training_pb2.WatchJobRequest(name=name, after_sequence=after)
             return stub.WatchJob(request, timeout=timeout_s)
 
-        return watch.watch_aio(open_stream, watch.Position(after_sequence, give_up_after_s))
+        return watch.watch_aio(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
 
     async def fetch_agent(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -121,11 +121,29 @@ class CognateClient(_ServiceClient):
         """
         stub = self.pretraining
 
-        def open_stream(after: int, timeout_s: float) -> watch.Stream:
+        def open_stream(after: int, timeout_s: float) -> watch.Stream[pretraining_pb2.WatchJobResponse]:
             request = pretraining_pb2.WatchJobRequest(name=name, after_sequence=after)
             return stub.WatchJob(request, timeout=timeout_s)
 
-        return watch.watch(open_stream, watch.Position(after_sequence, give_up_after_s))
+        return watch.watch(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
+
+    def watch_models(
+        self, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+    ) -> Generator[watch.ModelNews, None, None]:
+        """Yield what happens to foundation models, each event once and in order, for as long as it is read.
+
+        Where the service no longer keeps the oldest events, a watch from 0 yields a ModelSnapshot first. Broken streams
+        are followed by new ones from the last sequence, until nothing came for `give_up_after_s`; a snapshot that broke
+        off is taken anew, and nothing of it was yielded.
+        Errors: SequenceOutOfRangeError, when the position is beyond the last event, or the events after it are no
+        longer kept: then its metadata hold `oldest_sequence`; UnavailableError or the like when the patience is spent.
+        """
+        stub = self.models
+
+        def open_stream(after: int, timeout_s: float) -> watch.Stream[model_pb2.WatchModelsResponse]:
+            return stub.WatchModels(model_pb2.WatchModelsRequest(after_sequence=after), timeout=timeout_s)
+
+        return watch.watch(open_stream, watch.ModelPosition(after_sequence, give_up_after_s))
 
     def fetch_model(
         self,
@@ -172,11 +190,11 @@ class AgentClient(_ServiceClient):
         """Yield a job's events and its end, as `CognateClient.watch_job` does."""
         stub = self.training
 
-        def open_stream(after: int, timeout_s: float) -> watch.Stream:
+        def open_stream(after: int, timeout_s: float) -> watch.Stream[training_pb2.WatchJobResponse]:
             request = training_pb2.WatchJobRequest(name=name, after_sequence=after)
             return stub.WatchJob(request, timeout=timeout_s)
 
-        return watch.watch(open_stream, watch.Position(after_sequence, give_up_after_s))
+        return watch.watch(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
 
     def fetch_agent(
         self,

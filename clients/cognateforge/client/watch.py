@@ -1,18 +1,20 @@
-"""Following a job to its end, over as many streams as that takes: every event once, in order."""
+"""Following a job or the published models, over as many streams as that takes: every event once, in order."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from cognateforge.client.patience import BREAKS, STREAM_LIFE_S, Patience
 from cognateforge.exceptions import ForgeError, UnavailableError
+from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
 
 
-class Response(Protocol):
+class JobResponse(Protocol):
     """A WatchJobResponse of either service."""
 
     @property
@@ -20,63 +22,173 @@ class Response(Protocol):
         """The frame."""
 
 
-class Stream(Iterable[Response], Protocol):
+@dataclass(frozen=True, kw_only=True)
+class ModelSnapshot:
+    """Every model that was published up to a sequence, in place of events that the service no longer keeps.
+
+    models: in the order of their publication, each once. The events after `last_sequence` follow.
+    """
+
+    models: tuple[model_pb2.FoundationModel, ...]
+    last_sequence: int
+
+
+ModelNews = ModelSnapshot | model_pb2.ModelEvent
+
+ResponseT = TypeVar("ResponseT")
+ResponseT_co = TypeVar("ResponseT_co", covariant=True)
+ResponseT_contra = TypeVar("ResponseT_contra", contravariant=True)
+NewsT = TypeVar("NewsT")
+NewsT_co = TypeVar("NewsT_co", covariant=True)
+
+
+class Stream(Iterable[ResponseT_co], Protocol[ResponseT_co]):
     """A sync stream that can be ended from this side."""
 
     def cancel(self) -> bool:
         """End it."""
 
 
-class AioStream(Protocol):
+class AioStream(Protocol[ResponseT_co]):
     """An asyncio stream that can be ended from this side."""
 
-    def __aiter__(self) -> AsyncIterator[Response]:
+    def __aiter__(self) -> AsyncIterator[ResponseT_co]:
         """Read it."""
 
     def cancel(self) -> bool:
         """End it."""
 
 
-class Position:
-    """What of a job's history was delivered."""
+class Position(Protocol[ResponseT_contra, NewsT_co]):
+    """What was delivered, and so where the next stream begins."""
+
+    @property
+    def after_sequence(self) -> int:
+        """The last sequence that was delivered."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will follow."""
+
+    def begin(self) -> None:
+        """A new stream is opened."""
+
+    def take(self, response: ResponseT_contra) -> NewsT_co | None:
+        """Return what is news in a response. Errors: UnavailableError, when something is missing before it."""
+
+    def broken(self, error: ForgeError | None) -> float:
+        """Return how long to wait before watching again, or raise the error when the patience is spent."""
+
+
+class _Sequence:
+    """Events by their contiguous sequence, and the patience with streams that bring none."""
 
     def __init__(self, after_sequence: int, give_up_after_s: float) -> None:
         self.after_sequence = after_sequence
-        self.ended = False
-        self._patience = Patience(give_up_after_s)
+        self.patience = Patience(give_up_after_s)
 
-    def take(self, frame: job_pb2.WatchFrame) -> bool:
-        """Return whether the frame is news: an event that comes next, or the end."""
+    def is_next(self, sequence: int) -> bool:
+        """Take an event, and return whether it is the next one and not one that came before."""
+        if sequence > self.after_sequence + 1:
+            raise UnavailableError(f"event {self.after_sequence + 1} is missing: the server sent {sequence}")
+        self.patience.progress()
+        news = sequence == self.after_sequence + 1
+        self.after_sequence = max(sequence, self.after_sequence)
+        return news
+
+
+class JobPosition:
+    """What of a job's history was delivered."""
+
+    def __init__(self, after_sequence: int, give_up_after_s: float) -> None:
+        self._events = _Sequence(after_sequence, give_up_after_s)
+        self.ended = False
+
+    @property
+    def after_sequence(self) -> int:
+        """The last sequence that was delivered."""
+        return self._events.after_sequence
+
+    def begin(self) -> None:
+        """A new stream is opened."""
+
+    def take(self, response: JobResponse) -> job_pb2.WatchFrame | None:
+        """Return the frame if it is news: an event that comes next, or the end."""
+        frame = response.frame
         kind = frame.WhichOneof("frame")
         if kind == "event":
-            sequence = frame.event.sequence
-            if sequence > self.after_sequence + 1:
-                raise UnavailableError(f"event {self.after_sequence + 1} is missing: the server sent {sequence}")
-            self._patience.progress()
-            news = sequence == self.after_sequence + 1
-            self.after_sequence = max(sequence, self.after_sequence)
-            return news
+            return frame if self._events.is_next(frame.event.sequence) else None
         if kind == "end":
             if frame.end.last_sequence > self.after_sequence:
                 raise UnavailableError(f"the end came before event {frame.end.last_sequence}")
             self.ended = True
-        self._patience.progress()
-        return self.ended
+        self._events.patience.progress()
+        return frame if self.ended else None
 
     def broken(self, error: ForgeError | None) -> float:
         """Return how long to wait before watching again, or raise the error when the patience is spent."""
-        return self._patience.pause_s(error or UnavailableError("the stream closed before the job's end"))
+        return self._events.patience.pause_s(error or UnavailableError("the stream closed before the job's end"))
 
 
-def watch(open_stream: Callable[[int, float], Stream], position: Position) -> Iterator[job_pb2.WatchFrame]:
-    """Yield the events and the end of a job. `open_stream` takes after_sequence and a timeout."""
+class ModelPosition:
+    """What of the outbox was delivered. A snapshot counts when it is whole; its pages are kept until then."""
+
+    ended = False
+
+    def __init__(self, after_sequence: int, give_up_after_s: float) -> None:
+        self._events = _Sequence(after_sequence, give_up_after_s)
+        self._pages: list[model_pb2.ModelSnapshot] = []
+
+    @property
+    def after_sequence(self) -> int:
+        """The last sequence that was delivered."""
+        return self._events.after_sequence
+
+    def begin(self) -> None:
+        """A new stream is opened: pages of a snapshot that broke off are void, for it is taken anew."""
+        self._pages.clear()
+
+    def take(self, response: model_pb2.WatchModelsResponse) -> ModelNews | None:
+        """Return the event that comes next, or the snapshot with its last page."""
+        kind = response.WhichOneof("frame")
+        if kind == "snapshot":
+            return self._page(response.snapshot)
+        if self._pages:
+            raise UnavailableError("the snapshot broke off before its last page")
+        if kind == "event":
+            return response.event if self._events.is_next(response.event.sequence) else None
+        self._events.patience.progress()
+        return None
+
+    def _page(self, page: model_pb2.ModelSnapshot) -> ModelSnapshot | None:
+        if self.after_sequence > 0 or (self._pages and page.last_sequence != self._pages[0].last_sequence):
+            raise UnavailableError("a page of a snapshot came that was not asked for")
+        self._pages.append(page)
+        if page.more:
+            return None
+        models = tuple(model for one in self._pages for model in one.models)
+        self._pages.clear()
+        self._events.after_sequence = page.last_sequence
+        self._events.patience.progress()
+        return ModelSnapshot(models=models, last_sequence=page.last_sequence)
+
+    def broken(self, error: ForgeError | None) -> float:
+        """Return how long to wait before watching again, or raise the error when the patience is spent."""
+        return self._events.patience.pause_s(error or UnavailableError("the stream closed, and a watch has no end"))
+
+
+def watch(
+    open_stream: Callable[[int, float], Stream[ResponseT]], position: Position[ResponseT, NewsT]
+) -> Generator[NewsT, None, None]:
+    """Yield what is news, until the position has ended. `open_stream` takes after_sequence and a timeout."""
     while not position.ended:
         error: ForgeError | None = None
+        position.begin()
         stream = open_stream(position.after_sequence, STREAM_LIFE_S)
         try:
             for response in stream:
-                if position.take(response.frame):
-                    yield response.frame
+                if (news := position.take(response)) is not None:
+                    yield news
                 if position.ended:
                     return
         except BREAKS as broken:
@@ -87,16 +199,17 @@ def watch(open_stream: Callable[[int, float], Stream], position: Position) -> It
 
 
 async def watch_aio(
-    open_stream: Callable[[int, float], AioStream], position: Position
-) -> AsyncIterator[job_pb2.WatchFrame]:
+    open_stream: Callable[[int, float], AioStream[ResponseT]], position: Position[ResponseT, NewsT]
+) -> AsyncGenerator[NewsT, None]:
     """The same for asyncio."""
     while not position.ended:
         error: ForgeError | None = None
+        position.begin()
         stream = open_stream(position.after_sequence, STREAM_LIFE_S)
         try:
             async for response in stream:
-                if position.take(response.frame):
-                    yield response.frame
+                if (news := position.take(response)) is not None:
+                    yield news
                 if position.ended:
                     return
         except BREAKS as broken:

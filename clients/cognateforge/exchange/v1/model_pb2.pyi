@@ -483,7 +483,7 @@ class WatchModelsRequest(_message.Message):
 
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     after_sequence: _builtins.int
-    """The last sequence that the caller has. 0 for the beginning."""
+    """The last sequence that the caller has. 0 for the beginning: all events, or a snapshot and the events after it."""
     def __init__(
         self,
         *,
@@ -556,6 +556,41 @@ class ModelHeartbeat(_message.Message):
 Global___ModelHeartbeat: _TypeAlias = ModelHeartbeat  # noqa: Y015
 
 @_typing.final
+class ModelSnapshot(_message.Message):
+    """A page of what there is, in place of events that have been compacted away. The pages of one snapshot follow each
+    other without another frame between them, and hold each model once: those that were published up to last_sequence,
+    in the order of their publication. A stream that breaks before the last page has brought nothing: start again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    last_sequence: _builtins.int
+    """The sequence that the snapshot was taken at, the same on every page. The events after it follow the last page."""
+    more: _builtins.bool
+    """Whether another page follows."""
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___FoundationModel]:
+        """At most 50: so many of the largest possible models fit into a message of 4 MiB."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___FoundationModel] | None = ...,
+        last_sequence: _builtins.int = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_sequence", b"last_sequence", "models", b"models", "more", b"more"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelSnapshot: _TypeAlias = ModelSnapshot  # noqa: Y015
+
+@_typing.final
 class WatchModelsResponse(_message.Message):
     """One frame of a watch."""
 
@@ -563,6 +598,7 @@ class WatchModelsResponse(_message.Message):
 
     EVENT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event(self) -> Global___ModelEvent:
         """The next event."""
@@ -571,17 +607,22 @@ class WatchModelsResponse(_message.Message):
     def heartbeat(self) -> Global___ModelHeartbeat:
         """Nothing new."""
 
+    @_builtins.property
+    def snapshot(self) -> Global___ModelSnapshot:
+        """A page of the snapshot. First frames of a watch from 0 only, and only where events have been compacted away."""
+
     def __init__(
         self,
         *,
         event: Global___ModelEvent | None = ...,
         heartbeat: Global___ModelHeartbeat | None = ...,
+        snapshot: Global___ModelSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "frame", b"frame", "heartbeat", b"heartbeat"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "frame", b"frame", "heartbeat", b"heartbeat", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "frame", b"frame", "heartbeat", b"heartbeat"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "frame", b"frame", "heartbeat", b"heartbeat", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["event", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["event", "heartbeat", "snapshot"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 

@@ -110,6 +110,10 @@ class ModelServiceServicer:
     def WatchModels(self, request, context):
         """Streams what happens to foundation models, from a durable outbox: every event once, in order, from after_sequence.
 
+        The oldest events may have been compacted away. A watch from the beginning then starts with a snapshot, and goes on
+        with the events after it. A watch from a later position whose next event is gone is refused, also in the midst of
+        a stream that was read too slowly; the error's metadata hold oldest_sequence, the first that is left.
+
         Callers: viewer, operator, agent service. Repeat: safe; set after_sequence to resume.
         Reasons: SEQUENCE_OUT_OF_RANGE.
         """

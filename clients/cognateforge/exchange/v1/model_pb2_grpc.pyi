@@ -63,6 +63,10 @@ class ModelServiceStub:
     WatchModels: _grpc.UnaryStreamMultiCallable[_model_pb2.WatchModelsRequest, _model_pb2.WatchModelsResponse]
     """Streams what happens to foundation models, from a durable outbox: every event once, in order, from after_sequence.
 
+    The oldest events may have been compacted away. A watch from the beginning then starts with a snapshot, and goes on
+    with the events after it. A watch from a later position whose next event is gone is refused, also in the midst of
+    a stream that was read too slowly; the error's metadata hold oldest_sequence, the first that is left.
+
     Callers: viewer, operator, agent service. Repeat: safe; set after_sequence to resume.
     Reasons: SEQUENCE_OUT_OF_RANGE.
     """
@@ -99,6 +103,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     WatchModels: _aio.UnaryStreamMultiCallable[_model_pb2.WatchModelsRequest, _model_pb2.WatchModelsResponse]  # type: ignore[assignment]
     """Streams what happens to foundation models, from a durable outbox: every event once, in order, from after_sequence.
+
+    The oldest events may have been compacted away. A watch from the beginning then starts with a snapshot, and goes on
+    with the events after it. A watch from a later position whose next event is gone is refused, also in the midst of
+    a stream that was read too slowly; the error's metadata hold oldest_sequence, the first that is left.
 
     Callers: viewer, operator, agent service. Repeat: safe; set after_sequence to resume.
     Reasons: SEQUENCE_OUT_OF_RANGE.
@@ -163,6 +171,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.WatchModelsResponse], _abc.AsyncIterator[_model_pb2.WatchModelsResponse]]:
         """Streams what happens to foundation models, from a durable outbox: every event once, in order, from after_sequence.
+
+        The oldest events may have been compacted away. A watch from the beginning then starts with a snapshot, and goes on
+        with the events after it. A watch from a later position whose next event is gone is refused, also in the midst of
+        a stream that was read too slowly; the error's metadata hold oldest_sequence, the first that is left.
 
         Callers: viewer, operator, agent service. Repeat: safe; set after_sequence to resume.
         Reasons: SEQUENCE_OUT_OF_RANGE.

@@ -1,0 +1,1 @@
+"""Ways out of the exchange for those who want its events elsewhere."""
