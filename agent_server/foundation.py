@@ -1,7 +1,8 @@
 """Get a foundation model from Cognate: resolve, shake hands, fetch once.
 
-The only module of the agent service that speaks to Cognate. The cache holds a folder per model, named after its digest,
-so it needs no invalidation: a folder is either the model of that digest or is thrown away.
+With agent_server.borrowing the only module of the agent service that speaks to Cognate. The cache holds a folder per
+model, named after its digest, so it needs no invalidation: a folder is either the model of that digest or is thrown
+away.
 """
 
 from __future__ import annotations
