@@ -141,7 +141,7 @@ class Registration:
         return bool(tell(self._check_id, notes=notes, token=self._token))
 
     def _retry_s(self) -> float:
-        pause_s = min(_LONGEST_RETRY_S, self._settings.ttl_s, _FIRST_RETRY_S * 2 ** min(self._failures - 1, 10))
+        pause_s: float = min(_LONGEST_RETRY_S, self._settings.ttl_s, _FIRST_RETRY_S * 2 ** min(self._failures - 1, 10))
         return pause_s * random.uniform(1.0, 1.5)  # noqa: S311 - spreads servers, guards nothing
 
 

@@ -441,8 +441,8 @@ class JobStore:
 
 
 def _pause_s(waits: int) -> float:
-    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(waits, 10))
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads jobs, guards nothing
+    longest_s: float = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(waits, 10))
+    return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads jobs, guards nothing
 
 
 class AttemptStore:

@@ -33,7 +33,8 @@ BreakerState = Literal["closed", "open", "half-open"]
 # Told of every change: the breaker's name, the state before and the state after.
 OnStateChange = Callable[[str, BreakerState, BreakerState], None]
 # Clients whose breakers opened together do not probe together: each draws its pause anew, every time it opens.
-_EARLIEST_PROBE = 0.8
+RESET_TIMEOUT_S = 5.0
+EARLIEST_PROBE = 0.8
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class CallBreaker:
         name: str = "",
         *,
         fail_max: int = 5,
-        reset_timeout_s: float = 5.0,
+        reset_timeout_s: float = RESET_TIMEOUT_S,
         on_state_change: OnStateChange | None = None,
     ) -> None:
         self._reset_timeout_s = reset_timeout_s
@@ -157,7 +158,7 @@ class CallBreaker:
     def _changed(self, before: BreakerState, after: BreakerState) -> None:
         # pybreaker calls this with its lock held: the program is told later, by tell().
         if after == "open":
-            draw = random.uniform(_EARLIEST_PROBE, 1.0)  # noqa: S311 - spreads clients, guards nothing
+            draw = random.uniform(EARLIEST_PROBE, 1.0)  # noqa: S311 - spreads clients, guards nothing
             self._breaker.reset_timeout = self._reset_timeout_s * draw
         if before == after:
             return  # a call that was sent while it was closed has failed after it opened
@@ -192,7 +193,7 @@ class CallBreaker:
         return self.state == "closed"
 
 
-class _Listener(pybreaker.CircuitBreakerListener):  # type: ignore[misc]
+class _Listener(pybreaker.CircuitBreakerListener):
     """What pybreaker tells."""
 
     def __init__(self, changed: Callable[[BreakerState, BreakerState], None], failed: Callable[[], None]) -> None:

@@ -24,6 +24,10 @@ Addresses = tuple[str, ...]
 # Calls that run when their address leaves the list may finish: longer than the default deadline of a unary call.
 CLOSE_GRACE_S = 15.0
 
+# A server that restarts is found again within seconds; gRPC's own ceiling is two minutes. With gRPC's jitter, a fifth,
+# it stays below a breaker's shortest pause: the first probe after a connection was possible again finds it made.
+MAX_RECONNECT_BACKOFF_MS = 3000
+
 ChannelT = TypeVar("ChannelT", grpc.Channel, grpc.aio.Channel)
 
 
@@ -111,9 +115,8 @@ class Dialer:
             ("grpc.service_config", service_config(self.services, balanced=len(addresses) > 1)),
             # Two clients in one process fail and recover independently of each other.
             ("grpc.use_local_subchannel_pool", 1),
-            # A server that restarts is found again within seconds; gRPC's own ceiling is two minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 3000),
+            ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
         ]
         if self.tls is None:
             options.append(("grpc.enable_http_proxy", 0))  # plaintext goes to this machine only, never to a proxy
