@@ -107,16 +107,23 @@ def fetch(
 
 
 def refusal(
-    endpoint: CognateEndpoint, name: str, *, accept_experimental: bool, required: FoundationRequirement | None
+    endpoint: CognateEndpoint,
+    name: str,
+    *,
+    accept_experimental: bool,
+    required: FoundationRequirement | None,
+    caller_left_s: float | None = None,
 ) -> PreconditionError | None:
     """Return what speaks against a plan's foundation, or None.
 
     Also None where Cognate gives no answer in time: a job may be submitted while Cognate is down, and waits for it.
+    caller_left_s: what is left of the deadline of who submits. Half of it stays for the submission itself.
     """
-    if not endpoint.ask_within_s:
+    within_s = endpoint.ask_within_s if caller_left_s is None else min(endpoint.ask_within_s, caller_left_s / 2)
+    if within_s <= 0:
         return None
     try:
-        with deadline_within(endpoint.ask_within_s), connect(endpoint) as client:
+        with deadline_within(within_s), connect(endpoint) as client:
             model = client.models.GetModel(pb.GetModelRequest(name=name)).model
             check_compatible(client, model, required=required, accept_experimental=accept_experimental)
     except ModelNotFoundError as error:
