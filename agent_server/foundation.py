@@ -17,7 +17,8 @@ from pathlib import Path
 
 from agent_server.architectures.factory import FoundationRequirement
 from agent_server.settings import CognateEndpoint
-from cognateforge.client import CognateClient, ConsulDiscovery, deadline_within
+from cognateforge.client import CognateClient, ConsulDiscovery, TlsFiles, deadline_within
+from cognateforge.client.discovery import discovery_for
 from cognateforge.client.manifest import MANIFEST_NAME
 from cognateforge.client.patience import BREAKS, GIVE_UP_AFTER_S
 from cognateforge.exceptions import (
@@ -57,13 +58,13 @@ def connect(endpoint: CognateEndpoint) -> Iterator[CognateClient]:
 
     Errors: UnavailableError, when Consul names no instance within the time that is left.
     """
-    if not endpoint.consul_service:
-        with CognateClient(endpoint.address) as client:
-            yield client
-        return
-    found = ConsulDiscovery(endpoint.consul_service)
+    tls = None
+    if endpoint.tls is not None:
+        tls = TlsFiles(ca=endpoint.tls.ca_file, cert=endpoint.tls.cert_file, key=endpoint.tls.key_file)
+    found = ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else discovery_for(endpoint.address)
+    name = endpoint.tls.server_name if endpoint.tls else ""
     try:
-        with CognateClient(found) as client:
+        with CognateClient(found, tls=tls, tls_server_name=name or None) as client:
             yield client
     finally:
         found.close()

@@ -36,7 +36,8 @@ SERVICES = (*TRAINING, *REGISTRY)
 
 def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
-    server = create_server(settings, SERVICES)
+    listener = create_server(settings, SERVICES)
+    server = listener.server
     factory = AgentArchitectureFactory()
     for problem in factory.problems:
         log.warning("agent architecture not loaded", plugin=problem.name, entry=problem.value, reason=problem.reason)
@@ -63,7 +64,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
     return RunningServer(
-        server,
+        listener,
         settings=settings,
         services=SERVICES,
         health=health,

@@ -11,6 +11,15 @@ from training_common.settings import Section, ServiceSettings, load
 ENVIRONMENT_PREFIX = "AGENT_SERVER_"
 
 
+class CognateTls(Section):
+    """The files of mutual TLS with Cognate, in PEM form. They are read again whenever they change."""
+
+    ca_file: Path = Field(description="who signs Cognate's certificate")
+    cert_file: Path = Field(description="this service's certificate, whose SPIFFE id has the role agent_service there")
+    key_file: Path = Field(description="the certificate's key")
+    server_name: str = Field(default="", description="name in Cognate's certificate; empty: the address's host")
+
+
 class CognateEndpoint(Section):
     """Where Cognate is. Only agent_server.foundation goes there."""
 
@@ -18,6 +27,7 @@ class CognateEndpoint(Section):
     consul_service: str = Field(
         default="", description="service name in Consul; when given, it takes the place of the address"
     )
+    tls: CognateTls | None = Field(default=None, description="needed where Cognate is not on this machine")
     ask_within_s: float = Field(
         default=1.0, ge=0, le=60, description="time for Cognate to speak for a plan's foundation; 0: it is not asked"
     )

@@ -1,50 +1,167 @@
-"""What this host has, and what of it Cognate's jobs hold."""
+"""What this host has, what of it Cognate's jobs hold, and what is lent while they leave it idle.
+
+ADR 0005: this capacity is Cognate's own. The other service sees it through the exchange only, borrows what is idle, and
+gives it back when a job of ours needs it.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
+import sqlalchemy as sa
+import structlog
 
-from training_common.jobs.states import HELD, WAITING
+from cognate_server.leases import LeaseRow, LeaseState, LeaseStore, Resource
+from cognate_server.settings import LendingSettings
+from training_common.jobs.states import HELD
 from training_common.jobs.store import JobStore
 from training_common.settings import WorkerSettings
+from training_common.store.database import now_us
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """One resource: cores, bytes or devices."""
+
+    kind: Resource
+    total: int
+    held: int
+    lent: int
+    available: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Availability:
-    """Processor cores and memory of this host, and how many jobs use or want them."""
+    """This host's resources, and how many jobs use or want them."""
 
-    cores: int
-    cores_held: int
-    memory_bytes: int
-    memory_held_bytes: int
+    amounts: tuple[Amounts, ...]
     running_jobs: int
     queued_jobs: int
 
 
 class CognateResourceManager:
-    """The capacity of Cognate's host. ADR-005: this service's own, the other one sees it through the exchange only."""
+    """The capacity of Cognate's host."""
 
-    def __init__(self, store: JobStore, settings: WorkerSettings) -> None:
+    def __init__(
+        self, store: JobStore, leases: LeaseStore, *, workers: WorkerSettings, lending: LendingSettings
+    ) -> None:
         self.database = store.database
+        self.leases = leases
         self._store = store
-        self._settings = settings
+        self._workers = workers
+        self._lending = lending
+        self._keep = {
+            Resource.CPU: lending.keep_cores,
+            Resource.MEMORY: lending.keep_memory_bytes,
+            Resource.GPU: lending.keep_gpus,
+        }
 
     def availability(self) -> Availability:
         """Measure now. Cores held are those that workers were given; memory is what their processes occupy."""
-        cores = os.cpu_count() or 1
-        counts = self._store.counts()
-        running = sum(count for state, count in counts.items() if state in HELD)
+        now = now_us()
+        with self.database.read() as connection:
+            amounts = []
+            for kind in Resource:
+                total, own, lent = (
+                    self._total(kind),
+                    self._own(connection, kind),
+                    self.leases.lent(connection, kind, now),
+                )
+                available = max(0, total - self._keep[kind] - own - self._wanted(connection, kind) - lent)
+                amounts.append(Amounts(kind=kind, total=total, held=own, lent=lent, available=available))
+            running, waiting = self._running(connection), self._store.due(connection)
         return Availability(
-            cores=cores,
-            cores_held=min(cores, running * (self._settings.threads or cores)),
-            memory_bytes=psutil.virtual_memory().total,
-            memory_held_bytes=sum(_resident_bytes(attempt.handle) for _, attempt in self._store.held()),
-            running_jobs=running,
-            queued_jobs=sum(count for state, count in counts.items() if state in WAITING),
+            amounts=tuple(amount for amount in amounts if amount.total), running_jobs=running, queued_jobs=waiting
         )
+
+    def acquire(self, connection: sa.Connection, *, holder: str, kind: Resource, amount: int, ttl_s: float) -> LeaseRow:
+        """Lend an amount that is idle, in the caller's transaction. Errors: CapacityTakenError."""
+        available = self._total(kind) - self._keep[kind] - self._own(connection, kind) - self._wanted(connection, kind)
+        return self.leases.acquire(
+            connection, holder=holder, kind=kind, amount=amount, available=available, ttl_us=self._ttl_us(ttl_s)
+        )
+
+    def renew(self, connection: sa.Connection, name: str, *, holder: str, token: int, ttl_s: float) -> LeaseRow:
+        """Keep a lease for longer, in the caller's transaction. Errors: LeaseNotFoundError, LeaseEndedError."""
+        return self.leases.renew(connection, name, holder=holder, token=token, ttl_us=self._ttl_us(ttl_s))
+
+    def make_room(self) -> bool:
+        """Whether a waiting job may start. While what it needs is lent, ask for it back, and say so in the job.
+
+        From the moment a job waits for a free slot nothing more of its share is lent, so an answer of yes stays true.
+        """
+        with self.database.read() as connection:
+            if not self.leases.lent(connection, Resource.CPU, now_us()):
+                return True
+        with self.database.write() as connection:
+            now = now_us()
+            lent = self.leases.active(connection, Resource.CPU, now)
+            job = self._store.next_due(connection)
+            free = self._total(Resource.CPU) - self._own(connection, Resource.CPU) - sum(one.amount for one in lent)
+            missing = self._cores_per_job() - free
+            if missing <= 0 or not lent or job is None:
+                return True
+            missing -= sum(one.amount for one in lent if one.state is LeaseState.REVOKING)
+            for lease in lent:
+                if missing <= 0:
+                    break
+                if lease.state is LeaseState.ACTIVE:
+                    revoked = self.leases.revoke(connection, lease, grace_us=round(self._lending.grace_s * 1e6))
+                    missing -= lease.amount
+                    self._tell(connection, job.id, revoked, now)
+            return False
+
+    def _tell(self, connection: sa.Connection, job_id: int, lease: LeaseRow, now: int) -> None:
+        left_s = max(0.0, (lease.until_us - now) / 1e6)
+        message = f"waits up to {left_s:.0f} s for {lease.amount} cores that are lent to {lease.holder}"
+        self._store.note(connection, job_id, "waiting_for_capacity", message, {"lease": lease.name})
+        log.info("lease revoked", lease=lease.name, holder=lease.holder, grace_s=self._lending.grace_s)
+
+    def _lendable(self, connection: sa.Connection, kind: Resource) -> int:
+        """Return what could be lent if nothing were lent yet."""
+        own = self._own(connection, kind) + self._wanted(connection, kind)
+        return self._total(kind) - self._keep[kind] - own
+
+    def _ttl_us(self, ttl_s: float) -> int:
+        return round(min(ttl_s, self._lending.longest_ttl_s) * 1e6)
+
+    def _total(self, kind: Resource) -> int:
+        if kind is Resource.CPU:
+            return os.cpu_count() or 1
+        if kind is Resource.MEMORY:
+            return int(psutil.virtual_memory().total)
+        return found_gpus() if self._lending.gpus is None else self._lending.gpus
+
+    def _cores_per_job(self) -> int:
+        return self._workers.threads or self._total(Resource.CPU)
+
+    def _running(self, connection: sa.Connection) -> int:
+        return sum(count for state, count in self._store.counts(connection).items() if state in HELD)
+
+    def _own(self, connection: sa.Connection, kind: Resource) -> int:
+        """Return what our jobs hold. They use no graphics processor: the trainer runs on processor cores."""
+        if kind is Resource.CPU:
+            return min(self._total(kind), self._running(connection) * self._cores_per_job())
+        if kind is Resource.MEMORY:
+            return sum(_resident_bytes(handle) for handle in self._store.held_handles(connection))
+        return 0
+
+    def _wanted(self, connection: sa.Connection, kind: Resource) -> int:
+        """Return what our waiting jobs are about to take. Memory is known only once they run."""
+        if kind is not Resource.CPU:
+            return 0
+        free_slots = max(0, self._workers.slots - self._running(connection))
+        return min(free_slots, self._store.due(connection)) * self._cores_per_job()
+
+
+def found_gpus() -> int:
+    """Return how many graphics processors the kernel shows."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _resident_bytes(handle: str) -> int:

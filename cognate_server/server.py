@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cognate_server import metrics, migrations
+from cognate_server.leases import LeaseStore, end_leases
 from cognate_server.resources import CognateResourceManager
 from cognate_server.rpc import convert
 from cognate_server.rpc.models import ModelServicer
@@ -34,15 +35,19 @@ SERVICES = (*TRAINING, *EXCHANGE)
 
 def build(settings: CognateSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
-    server = create_server(settings, SERVICES)
+    listener = create_server(settings, SERVICES)
+    server = listener.server
     lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.data_dir / "artifacts"))
     engine = LocalEngine(module="cognate_server.worker", log_dir=settings.data_dir / "logs")
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file)
+    leases = LeaseStore(database)
+    resources = CognateResourceManager(store, leases, workers=settings.workers, lending=settings.lending)
+    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, may_start=resources.make_room)
     events, outbox = ChangeHub(database, store.newest_event_id), ChangeHub(database, registry.newest_sequence)
+    changed_leases = ChangeHub(database, leases.newest_revision)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=EXCHANGE)
     jobs = JobService(
         store=store,
@@ -60,14 +65,14 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server
     )
     resource_pb2_grpc.add_ResourceServiceServicer_to_server(
-        ResourceServicer(CognateResourceManager(store, settings.workers)), server
+        ResourceServicer(resources, changed_leases, heartbeat_s=settings.heartbeat_frame_s), server
     )
     return RunningServer(
-        server,
+        listener,
         settings=settings,
         services=SERVICES,
         health=health,
         database=database,
         lock=lock,
-        tasks=[scheduler.run(), events.run(), outbox.run()],
+        tasks=[scheduler.run(), events.run(), outbox.run(), changed_leases.run(), end_leases(leases, scheduler.wake)],
     )

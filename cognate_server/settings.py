@@ -20,12 +20,24 @@ class PretrainingSettings(Section):
     )
 
 
+class LendingSettings(Section):
+    """What of this host may be borrowed while Cognate's own jobs leave it idle, and how it is taken back."""
+
+    keep_cores: int = Field(default=0, ge=0, description="processor cores that are never lent")
+    keep_memory_bytes: int = Field(default=2 << 30, ge=0, description="main memory that is never lent")
+    keep_gpus: int = Field(default=0, ge=0, description="graphics processors that are never lent")
+    gpus: int | None = Field(default=None, ge=0, description="graphics processors of this host; none: as found")
+    grace_s: float = Field(default=30.0, gt=0, le=3600, description="time to let go when a job needs what is lent")
+    longest_ttl_s: float = Field(default=3600.0, ge=1, description="a lease that asks for more gets this")
+
+
 class CognateSettings(ServiceSettings):
     """What the Cognate service is told. GrokFast is not among it: its values are constants of the code."""
 
     address: str = "127.0.0.1:7101"
     data_dir: Path = Path("var/cognate")
     pretraining: PretrainingSettings = PretrainingSettings()
+    lending: LendingSettings = LendingSettings()
 
 
 def load_settings(file: Path | None) -> CognateSettings:

@@ -47,6 +47,11 @@ def test_every_key_has_a_default(tmp_path: Path) -> None:
         ("address = '0.0.0.0:7101'", "address '0.0.0.0:7101' is not loopback"),
         ("address = 'unix:/s'\n[consul]\nservice = 'c'", "consul.advertise is missing: nobody can dial 'unix:/s'"),
         ("address = 'unix:/s'\n[consul]\nservice = 'c'\nadvertise = 'h'", "consul.advertise 'h' has no port"),
+        (
+            "address = '[::]:7101'\n[consul]\nservice = 'c'\n"
+            "[security.tls]\ncert_file = 'c'\nkey_file = 'k'\nclient_ca_file = 'a'",
+            "consul.advertise is missing: nobody can dial '[::]:7101'",
+        ),
         ("[consul]\nttl_s = 0.5", "consul.ttl_s: "),
         ("[consul]\nderegister_critical_after_s = 59", "consul.deregister_critical_after_s: "),
     ],
@@ -171,7 +176,7 @@ def test_plaintext_is_served_to_this_machine_only(tmp_path: Path, address: str, 
     if local:
         assert address == settings(tmp_path, ADDRESS=address).address
     else:
-        with pytest.raises(SettingsError, match="is not loopback and this release serves plaintext only"):
+        with pytest.raises(SettingsError, match="is not loopback, and plaintext stays on this machine"):
             settings(tmp_path, ADDRESS=address)
 
 

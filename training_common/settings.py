@@ -54,12 +54,37 @@ class DataSettings(Section):
     hub: bool = Field(default=False, description="whether sets may be loaded from the hub through `datasets`")
 
 
-class SecuritySettings(Section):
-    """Who callers are. Without TLS every local caller plays these roles."""
+class TlsSettings(Section):
+    """The files of mutual TLS, in PEM form. They are read again whenever they change."""
 
-    local_roles: tuple[str, ...] = Field(
-        default=("viewer", "operator", "agent_service"), description="roles of callers on loopback and Unix sockets"
+    cert_file: Path = Field(description="the server's certificate, and what leads from it to its authority")
+    key_file: Path = Field(description="the certificate's key")
+    client_ca_file: Path = Field(description="who signs the certificates of clients; every client must have one")
+    connection_age_s: float = Field(
+        default=900.0,
+        ge=1,
+        description="a connection is replaced at this age, so that no certificate is trusted for long after its end",
     )
+
+
+class SecuritySettings(Section):
+    """Who callers are, and which parts they play."""
+
+    tls: TlsSettings | None = Field(default=None, description="mutual TLS; without it only local callers are served")
+    roles: dict[str, tuple[str, ...]] = Field(
+        default={}, description="with TLS: roles by the SPIFFE id of the caller's certificate"
+    )
+    local_roles: tuple[str, ...] = Field(
+        default=("viewer", "operator", "agent_service"),
+        description="without TLS: roles of callers on loopback and Unix sockets",
+    )
+
+
+class AuditSettings(Section):
+    """How much of the audit log is kept."""
+
+    max_file_bytes: int = Field(default=64 << 20, ge=4096, description="size at which a new file is begun")
+    keep_files: int = Field(default=16, ge=1, le=10_000, description="older files that are kept beside the newest")
 
 
 class LimitSettings(Section):
@@ -67,6 +92,13 @@ class LimitSettings(Section):
 
     max_concurrent_rpcs: int = Field(default=1000, ge=1, description="calls and streams at once")
     max_request_bytes: int = Field(default=1 << 20, ge=1024, description="size of one request message")
+    max_metadata_bytes: int = Field(default=8 << 10, ge=1024, description="size of one call's metadata")
+    caller_calls_per_s: float = Field(
+        default=500.0, ge=0, description="calls a second of one caller with an identity; 0 means no bound"
+    )
+    caller_open_calls: int = Field(
+        default=300, ge=0, description="calls and streams at once of one caller with an identity; 0 means no bound"
+    )
 
 
 class ConsulSettings(Section):
@@ -102,13 +134,14 @@ class ServiceSettings(Section):
     security: SecuritySettings = SecuritySettings()
     limits: LimitSettings = LimitSettings()
     consul: ConsulSettings = ConsulSettings()
+    audit: AuditSettings = AuditSettings()
 
     @model_validator(mode="after")
     def _plaintext_stays_local(self) -> Self:
-        if not is_local_address(self.address):
+        if self.security.tls is None and not is_local_address(self.address):
             raise ValueError(
-                f"address {self.address!r} is not loopback and this release serves plaintext only: "
-                "use 127.0.0.1, [::1], localhost or unix:PATH"
+                f"address {self.address!r} is not loopback, and plaintext stays on this machine: "
+                "use 127.0.0.1, [::1], localhost or unix:PATH, or set security.tls"
             )
         return self
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import sqlalchemy as sa
+
 from agent_server.agents import aliases_of, find_agent, set_alias
 from agent_server.rpc import convert
 from cognateforge.agent.v1 import agent_pb2 as pb
 from cognateforge.agent.v1 import agent_pb2_grpc
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
-from training_common.jobs.store import once
 from training_common.rpc import fetch, paging
-from training_common.rpc.interceptor import current_caller
-from training_common.rpc.jobs import Context, payload_of
+from training_common.rpc.identity import current_caller
+from training_common.rpc.jobs import Context
+from training_common.rpc.mutations import mutate
 
 
 class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
@@ -58,20 +60,9 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         row = await self._find(request.name)
         caller = current_caller().name
 
-        def transact() -> bytes:
-            with self._registry.database.write() as connection:
+        def move(connection: sa.Connection) -> pb.SetAliasResponse:
+            aliases = set_alias(connection, row, request.alias, caller=caller, request_id=request.request_id)
+            return pb.SetAliasResponse(agent=convert.agent(row, aliases))
 
-                def move() -> bytes:
-                    aliases = set_alias(connection, row, request.alias, caller=caller, request_id=request.request_id)
-                    return pb.SetAliasResponse(agent=convert.agent(row, aliases)).SerializeToString()
-
-                return once(
-                    connection,
-                    caller=caller,
-                    request_id=request.request_id,
-                    method="SetAlias",
-                    payload=payload_of(request),
-                    work=move,
-                )
-
-        return pb.SetAliasResponse.FromString(await self._registry.database.run_write(transact))
+        answer = await mutate(self._registry.database, "SetAlias", request, move)
+        return pb.SetAliasResponse.FromString(answer)

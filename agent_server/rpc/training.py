@@ -17,7 +17,7 @@ from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.store import JobRow
-from training_common.rpc.interceptor import current_caller
+from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, JobRpcs, JobService
 from training_common.settings import DataSettings
 

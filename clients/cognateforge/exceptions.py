@@ -3,14 +3,15 @@
     ForgeError
     ├── InvalidRequestError            InvalidFieldError, UnknownFieldError, InvalidPageTokenError,
     │                                  DeadlineRequiredError
-    ├── ForbiddenError                 RoleMissingError, NoPolicyError
+    ├── ForbiddenError                 RoleMissingError, NoPolicyError, IdentityMissingError
     ├── ConflictError                  RequestIdReusedError
-    ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError
+    ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError, LeaseNotFoundError
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
-    │                                  FoundationNotFoundError, TooManyAliasesError
+    │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
+    │                                  CapacityTakenError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -141,6 +142,12 @@ class NoPolicyError(ForbiddenError):
     reason = Reason.REASON_NO_POLICY
 
 
+class IdentityMissingError(ForbiddenError):
+    """The caller's certificate tells nobody's name."""
+
+    reason = Reason.REASON_IDENTITY_MISSING
+
+
 class ConflictError(ForgeError):
     """The request contradicts an earlier one."""
 
@@ -171,6 +178,12 @@ class AgentNotFoundError(NotFoundError):
     """No such agent version or alias."""
 
     reason = Reason.REASON_AGENT_NOT_FOUND
+
+
+class LeaseNotFoundError(NotFoundError):
+    """No such lease of this caller."""
+
+    reason = Reason.REASON_LEASE_NOT_FOUND
 
 
 class OutOfRangeError(ForgeError):
@@ -257,6 +270,18 @@ class TooManyAliasesError(PreconditionError):
     """The version has as many aliases as an answer can list; one of them can be moved elsewhere."""
 
     reason = Reason.REASON_TOO_MANY_ALIASES
+
+
+class LeaseEndedError(PreconditionError):
+    """The lease has ended, or the fencing token is not its own; nothing was changed."""
+
+    reason = Reason.REASON_LEASE_ENDED
+
+
+class CapacityTakenError(PreconditionError):
+    """The capacity is in use, lent already, or kept back; it may be free later."""
+
+    reason = Reason.REASON_CAPACITY_TAKEN
 
 
 class NotImplementedByServerError(ForgeError):

@@ -1,6 +1,7 @@
 """Alembic environment of the Cognate service."""
 
+from cognate_server.tables import metadata
 from training_common.store.migrations import run
-from training_common.store.tables import metadata
+from training_common.store.tables import metadata as common
 
-run(metadata)
+run([common, metadata])

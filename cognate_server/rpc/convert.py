@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from google.protobuf import duration_pb2
+
+from cognate_server.leases import LeaseRow, Resource
+from cognate_server.resources import Amounts
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.cognate.v1 import pretraining_pb2
-from cognateforge.exchange.v1 import model_pb2
+from cognateforge.exchange.v1 import model_pb2, resource_pb2
 from training_common.artifacts.registry import ArtifactEvent, ArtifactRow
 from training_common.jobs.store import JobRow
 from training_common.rpc import convert
+from training_common.store.database import now_us
 
 _STATE = "MODEL_STATE_"
+_RESOURCE = "RESOURCE_KIND_"
 
 
 def job(row: JobRow) -> pretraining_pb2.PretrainingJob:
@@ -45,6 +51,38 @@ def model(row: ArtifactRow) -> model_pb2.FoundationModel:
         checks=[artifact_pb2.Check(**check) for check in body["checks"]],
         steps=body["training"]["steps"],
         tokens=body["training"]["tokens"],
+    )
+
+
+def resource(kind: resource_pb2.ResourceKind.ValueType) -> Resource:
+    """Return a resource as it is stored."""
+    return Resource(resource_pb2.ResourceKind.Name(kind).removeprefix(_RESOURCE))
+
+
+def capacity(amounts: Amounts) -> resource_pb2.Capacity:
+    """Return what there is of one resource."""
+    return resource_pb2.Capacity(
+        kind=resource_pb2.ResourceKind.Value(f"{_RESOURCE}{amounts.kind}"),
+        total=amounts.total,
+        held=amounts.held,
+        lent=amounts.lent,
+        available=amounts.available,
+    )
+
+
+def lease(row: LeaseRow) -> resource_pb2.Lease:
+    """Return a lease, and what is left of it now."""
+    remaining = duration_pb2.Duration()
+    remaining.FromMicroseconds(row.remaining_us(now_us()))
+    return resource_pb2.Lease(
+        name=row.name,
+        state=resource_pb2.LeaseState.Value(f"LEASE_STATE_{row.state}"),
+        fencing_token=row.fencing_token,
+        expire_time=convert.timestamp(row.expire_us),
+        revoke_time=None if row.revoke_us is None else convert.timestamp(row.revoke_us),
+        remaining=remaining,
+        kind=resource_pb2.ResourceKind.Value(f"{_RESOURCE}{row.kind}"),
+        amount=row.amount,
     )
 
 

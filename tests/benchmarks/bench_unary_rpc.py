@@ -1,7 +1,8 @@
 """Calls/s of GetJob on a real Cognate service over those of a bare grpc.aio server that sends the same bytes.
 
-Ours includes what the yardstick lacks: the contract's interceptor, a row read from the store in a thread, its
-conversion, a line in the log. The same bare grpc.aio client drives both with the same bytes, so its cost is equal.
+Ours includes what the yardstick lacks: mutual TLS, the contract's interceptor with identity, policy, limits and rules,
+a row read from the store, its conversion, a line in the log. The same bare grpc.aio client drives both with the same
+bytes. A second figure leaves TLS out.
 Usage: python tests/benchmarks/bench_unary_rpc.py [runs]
 """
 
@@ -9,19 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from cognateforge.client import CognateClient
+from cognateforge.certificates import CA_CERT, Authority
+from cognateforge.client import CognateClient, TlsFiles
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from tests.benchmarks.cognate_process import clean_up_on_sigterm, cognate_process
 from tests.benchmarks.common import interleave, report
@@ -32,11 +35,24 @@ CALLS = 640
 TIMEOUT_S = 10
 
 
-def submit(address: str) -> pb.GetJobRequest:
-    """Store a job, which stays QUEUED, and return the request that gets it."""
-    request = pb.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=pb.PretrainingPlan(total_steps=9))
-    with CognateClient(address) as client:
-        return pb.GetJobRequest(name=client.pretraining.StartPretraining(request).job.job.name)
+def submit(client: CognateClient) -> tuple[bytes, bytes]:
+    """Store a job, which stays QUEUED, and return the request that gets it, and its answer."""
+    start = pb.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=pb.PretrainingPlan(total_steps=9))
+    request = pb.GetJobRequest(name=client.pretraining.StartPretraining(start).job.job.name)
+    return request.SerializeToString(), client.pretraining.GetJob(request).SerializeToString()
+
+
+def write_settings(folder: Path) -> tuple[Path, TlsFiles]:
+    """Make an authority, and settings for a server that knows one operator, who may call as often as he can."""
+    made = Authority.create(folder, "bench.test")
+    server, operator = made.issue("server", hosts=["127.0.0.1"]), made.issue("operator")
+    settings = folder / "settings.toml"
+    settings.write_text(
+        f'[security.tls]\ncert_file = "{server.cert}"\nkey_file = "{server.key}"\n'
+        f'client_ca_file = "{folder / CA_CERT}"\n'
+        f'[security.roles]\n"{operator.spiffe_id}" = ["operator"]\n[limits]\ncaller_calls_per_s = 0\n'
+    )
+    return settings, TlsFiles(ca=folder / CA_CERT, cert=operator.cert, key=operator.key)
 
 
 async def echo(answer: bytes, address: Connection) -> None:
@@ -74,11 +90,17 @@ def echo_process(answer: bytes) -> Iterator[str]:
         process.join()
 
 
-def make_driver(runner: asyncio.Runner, address: str, request: bytes, answer: bytes) -> Callable[[], float]:
+def make_driver(
+    runner: asyncio.Runner, address: str, tls: TlsFiles | None, request: bytes, answer: bytes
+) -> Callable[[], float]:
     """Return a function that calls GetJob from concurrent callers and returns calls/s."""
 
     async def calls() -> float:
-        async with grpc.aio.insecure_channel(address) as channel:
+        if tls is None:
+            dial = grpc.aio.insecure_channel(address)
+        else:
+            dial = grpc.aio.secure_channel(address, tls.credentials())
+        async with dial as channel:
             get_job: Any = channel.unary_unary(f"/{SERVICE}/{METHOD}")
             await get_job(request, timeout=TIMEOUT_S)  # connects
 
@@ -97,16 +119,22 @@ def make_driver(runner: asyncio.Runner, address: str, request: bytes, answer: by
 def main(runs: int) -> None:
     """Measure and print."""
     clean_up_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="bench-unary-rpc-") as name, cognate_process(Path(name)) as address:
-        request = submit(address)
-        with CognateClient(address) as client:
-            answer = client.pretraining.GetJob(request).SerializeToString()
-        with echo_process(answer) as bare, asyncio.Runner() as runner:
-            ours, yardstick = (
-                make_driver(runner, where, request.SerializeToString(), answer) for where in (address, bare)
-            )
-            pairs = interleave(ours, yardstick, runs=runs)
-    report("unary_rpc", pairs, unit="calls/s")
+    with tempfile.TemporaryDirectory(prefix="bench-unary-rpc-") as name, ExitStack() as stack:
+        folder = Path(name)
+        settings, tls = write_settings(folder / "certs")
+        secured = stack.enter_context(cognate_process(folder / "secured", settings))
+        plain = stack.enter_context(cognate_process(folder / "plain"))
+        with CognateClient(secured, tls=tls) as client:
+            request, answer = submit(client)
+        with CognateClient(plain) as client:
+            plain_request, plain_answer = submit(client)
+        bare = stack.enter_context(echo_process(answer))
+        runner = stack.enter_context(asyncio.Runner())
+        yardstick = make_driver(runner, bare, None, request, answer)
+        without = interleave(make_driver(runner, plain, None, plain_request, plain_answer), yardstick, runs=runs)
+        pairs = interleave(make_driver(runner, secured, tls, request, answer), yardstick, runs=runs)
+    ratio_plaintext = round(statistics.median(ours / theirs for ours, theirs in without), 3)
+    report("unary_rpc", pairs, unit="calls/s", ratio_plaintext=ratio_plaintext)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ def clean_up_on_sigterm() -> None:
 
 
 @contextmanager
-def cognate_process(data_dir: Path) -> Iterator[str]:
+def cognate_process(data_dir: Path, settings: Path | None = None) -> Iterator[str]:
     """Yield the address of a service over `data_dir` whose jobs stay QUEUED. Its log goes to a file, as a unit's does.
 
+    settings: a TOML file with more than that.
     Errors: RuntimeError with the log, when it does not come up.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -35,9 +36,10 @@ def cognate_process(data_dir: Path) -> Iterator[str]:
         "COGNATE_SERVER_DRAIN_GRACE_S": "0.5",
     }
     with log_file.open("wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "cognate_server", "--address-file", str(address_file)], env=environment, stderr=log
-        )
+        command = [sys.executable, "-m", "cognate_server", "--address-file", str(address_file)]
+        if settings is not None:
+            command += ["--settings", str(settings)]
+        server = subprocess.Popen(command, env=environment, stderr=log)
     try:
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not address_file.exists():

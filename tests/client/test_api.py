@@ -21,6 +21,7 @@ def test_exported_names_are_frozen() -> None:
         "Discovery",
         "FetchedArtifact",
         "StaticDiscovery",
+        "TlsFiles",
         "deadline_budget",
         "deadline_within",
         "remaining_budget_s",

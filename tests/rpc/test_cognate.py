@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import duration_pb2
 
 from cognateforge.client import AsyncCognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
@@ -301,20 +300,9 @@ async def test_an_illegal_move_names_the_legal_ones(cognate: AsyncCognateClient)
 
 async def test_what_is_not_served_says_so(cognate: AsyncCognateClient) -> None:
     """UNIMPLEMENTED with a reason; nothing pretends."""
-    lease = resource_pb2.AcquireLeaseRequest(
-        request_id=str(uuid.uuid4()),
-        kind=resource_pb2.RESOURCE_KIND_CPU,
-        amount=1,
-        ttl=duration_pb2.Duration(seconds=60),
-    )
-    with pytest.raises(NotImplementedByServerError, match="lends no capacity"):
-        await cognate.resources.AcquireLease(lease)
     request = pb.ValidateModelRequest(request_id=str(uuid.uuid4()), name="cognate-25m@1")
     with pytest.raises(NotImplementedByServerError):
         await cognate.pretraining.ValidateModel(request)
-    name = f"leases/{uuid.uuid4()}"
-    with pytest.raises(NotImplementedByServerError):
-        [frame async for frame in cognate.resources.WatchLease(resource_pb2.WatchLeaseRequest(name=name), timeout=5)]
 
 
 async def test_availability_is_measured(cognate: AsyncCognateClient) -> None:

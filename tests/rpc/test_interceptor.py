@@ -166,7 +166,7 @@ async def test_a_method_without_a_policy_is_refused(tmp_path: Path) -> None:
     """Whatever the caller's roles are: what nobody has thought about is open to nobody, and is not even run."""
     unlisted = Unlisted()
     settings = ServiceSettings(address="127.0.0.1:0", data_dir=tmp_path)
-    server = create_server(settings, cognate_server.server.SERVICES)
+    server = create_server(settings, cognate_server.server.SERVICES).server
     names = ("cognateforge.cognate.v1.Extra", "grpc.health.v1.HealthAndMore", "grpc.health.v1")
     server.add_generic_rpc_handlers([unlisted.handler(name) for name in names])
     port = server.add_insecure_port(settings.address)
@@ -198,7 +198,7 @@ def test_a_policy_is_read_from_the_descriptor_or_is_not_there() -> None:
     assert (frozenset({"viewer"}), False, True) == (
         policy.roles,
         policy.deadline_required,
-        policy.unknown_fields_refused,
+        policy.mutation,
     )
 
 

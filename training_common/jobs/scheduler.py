@@ -57,12 +57,15 @@ class Scheduler:
         settings: WorkerSettings,
         *,
         settings_file: Path | None,
+        may_start: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """may_start: asked before a job is given a worker, for instance whether the host has room for it."""
         self._store = store
         self._engine = engine
         self._settings = settings
         self._settings_file = settings_file
+        self._may_start = may_start
         self._wake = asyncio.Event()
         # Handles of workers that were launched here and have not registered yet, by attempt id.
         self._launched: dict[int, str] = {}
@@ -119,6 +122,8 @@ class Scheduler:
                 self._store.set_observed(job, observed)
 
     def _start_next(self) -> bool:
+        if not self._may_start():
+            return False
         job = self._store.begin_attempt(self._engine.name)
         if job is None:
             self.last_launch_failed = False  # nothing waits that could show whether workers start again

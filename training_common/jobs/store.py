@@ -115,6 +115,10 @@ class CheckpointRow:
 _NO_WAIT: Mapping[str, Any] = {"not_before_us": 0, "waits": 0, "waiting_since_us": None}
 
 
+def _is_due() -> sa.ColumnElement[bool]:
+    return t.jobs.c.state.in_([state.value for state in WAITING]) & (t.jobs.c.not_before_us <= now_us())
+
+
 def _job(row: sa.RowMapping) -> JobRow:
     return JobRow(**{**row, "state": JobState(row["state"])})
 
@@ -319,11 +323,36 @@ class JobStore:
         with self.database.read() as connection:
             return [CheckpointRow(**row) for row in connection.execute(query).mappings()]
 
-    def counts(self) -> dict[JobState, int]:
+    def counts(self, connection: sa.Connection) -> dict[JobState, int]:
         """Return how many jobs are in each state."""
         query = sa.select(t.jobs.c.state, sa.func.count()).group_by(t.jobs.c.state)
-        with self.database.read() as connection:
-            return {JobState(state): count for state, count in connection.execute(query)}
+        return {JobState(state): count for state, count in connection.execute(query)}
+
+    def due(self, connection: sa.Connection) -> int:
+        """Return how many jobs wait for nothing but a worker."""
+        query = sa.select(sa.func.count()).select_from(t.jobs).where(_is_due())
+        return connection.execute(query).scalar_one()
+
+    def next_due(self, connection: sa.Connection) -> JobRow | None:
+        """Return the job that is the next to get a worker."""
+        query = sa.select(t.jobs).where(_is_due()).order_by(t.jobs.c.id).limit(1)
+        row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else _job(row)
+
+    def held_handles(self, connection: sa.Connection) -> list[str]:
+        """Return the handles of the workers that hold a job."""
+        query = (
+            sa.select(t.attempts.c.handle)
+            .join(t.jobs, (t.attempts.c.job_id == t.jobs.c.id) & (t.attempts.c.number == t.jobs.c.attempt))
+            .where(t.jobs.c.state.in_([state.value for state in HELD]))
+        )
+        return list(connection.execute(query).scalars())
+
+    def note(self, connection: sa.Connection, job_id: int, kind: str, message: str, facts: Mapping[str, str]) -> None:
+        """Record a note of the service itself in a job."""
+        append_event(
+            connection, job_id, "note", {"kind": kind, "message": message[:MAX_TEXT_CHARS], "facts": dict(facts)}
+        )
 
     # --- scheduler
 
@@ -352,16 +381,9 @@ class JobStore:
         The worker is launched after the commit.
         """
         with self.database.write() as connection:
-            query = (
-                sa.select(t.jobs)
-                .where(t.jobs.c.state.in_([state.value for state in WAITING]), t.jobs.c.not_before_us <= now_us())
-                .order_by(t.jobs.c.id)
-                .limit(1)
-            )
-            row = connection.execute(query).mappings().one_or_none()
-            if row is None:
+            job = self.next_due(connection)
+            if job is None:
                 return None
-            job = _job(row)
             number, token, now = job.attempt + 1, job.fencing_token + 1, now_us()
             job = move(
                 connection,
@@ -441,8 +463,8 @@ class JobStore:
 
 
 def _pause_s(waits: int) -> float:
-    longest_s: float = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(waits, 10))
-    return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads jobs, guards nothing
+    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(waits, 10))
+    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads jobs, guards nothing
 
 
 class AttemptStore:

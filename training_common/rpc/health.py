@@ -10,6 +10,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2
 
 from training_common.jobs.scheduler import Scheduler
+from training_common.rpc.audit import AuditLog
 from training_common.store.database import Database
 
 log = structlog.get_logger(__name__)
@@ -39,11 +40,16 @@ class HealthMonitor:
         self._given_up = False
         self._serving = False
         self._checked = 0.0
+        self._audit: AuditLog | None = None
 
     @property
     def serving(self) -> bool:
         """Whether the last check found everything well, and was lately. May be read from any thread."""
         return self._serving and time.monotonic() - self._checked < _STALE_AFTER_S
+
+    def watch_audit(self, audit: AuditLog) -> None:
+        """Report NOT_SERVING while the audit log cannot be written."""
+        self._audit = audit
 
     async def run(self) -> None:
         """Check and report, until cancelled."""
@@ -53,7 +59,8 @@ class HealthMonitor:
 
     async def check(self) -> None:
         """Look once and set every service's status."""
-        store = not self._given_up and await self._store_answers()
+        audited = self._audit is None or self._audit.check()
+        store = audited and not self._given_up and await self._store_answers()
         training = store and not self._scheduler.last_launch_failed
         for service in self._training:
             await self._set(service, training)

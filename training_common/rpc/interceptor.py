@@ -1,6 +1,7 @@
 """What every call passes before its servicer: one interceptor that runs the steps in their order.
 
-    exception firewall -> request id -> caller -> policy -> deadline -> unknown fields -> field rules -> servicer -> log
+    exception firewall -> request id -> caller -> policy -> the caller's limits -> deadline -> unknown fields
+    -> field rules -> servicer -> audit -> log
 
 They are one interceptor and not seven, because each one that gRPC calls costs more than all of these checks together.
 A call is checked when its request has arrived; every RPC of the contract takes exactly one.
@@ -8,14 +9,14 @@ A call is checked when its request has arrived; every RPC of the contract takes 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,6 +43,9 @@ from cognateforge.exceptions import (
     UnknownFieldError,
     to_status,
 )
+from training_common.rpc.audit import AuditLog
+from training_common.rpc.identity import Caller, Callers, set_caller
+from training_common.rpc.limits import CallerLimits
 from training_common.rpc.policy import OPEN, STANDARD_SERVICES, MethodPolicy
 
 log = structlog.get_logger(__name__)
@@ -53,42 +57,42 @@ _DESCRIPTION_CHARS = 300
 MAX_ITEMS = 10_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Caller:
-    """Who calls, and which parts the caller plays."""
-
-    name: str
-    roles: frozenset[str]
-
-
-_caller: ContextVar[Caller] = ContextVar("caller")
-
-
-def current_caller() -> Caller:
-    """Return the caller of the RPC that is being served."""
-    return _caller.get()
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Call:
-    """One call's facts, as the steps need them."""
+    """One call's facts, as the steps find them."""
 
     method: str
     policy: MethodPolicy
+    known: bool
     request_id: str
     started: float
+    caller: str = ""
+    peer: str = ""
+    # The mutation's own id and what it is about, for the audit log.
+    wish: str = ""
+    name: str = ""
+    # The servicer has been asked: what happens from here on is no refusal.
+    admitted: bool = False
 
 
 class ContractInterceptor(grpc.aio.ServerInterceptor):
     """Holds every call to the contract and keeps what happens inside the server inside."""
 
     def __init__(
-        self, table: Mapping[str, MethodPolicy], *, local_roles: Sequence[str], max_streams: int = 1000
+        self,
+        table: Mapping[str, MethodPolicy],
+        *,
+        callers: Callers,
+        limits: CallerLimits,
+        audit: AuditLog,
+        max_streams: int = 1000,
     ) -> None:
         self._table = table
+        self._callers = callers
+        self._limits = limits
+        self._audit = audit
         self._max_streams = max_streams
         self._streams = 0
-        self._local = Caller(name="local", roles=frozenset(local_roles))
 
     async def intercept_service(
         self,
@@ -105,20 +109,23 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         given = dict(handler_call_details.invocation_metadata or ()).get(REQUEST_ID_KEY, "")
         request_id = str(given) if _REQUEST_ID.fullmatch(str(given)) else str(uuid.uuid4())
         call = _Call(
-            method=method, policy=self._table.get(method, OPEN), request_id=request_id, started=time.monotonic()
+            method=method,
+            policy=self._table.get(method, OPEN),
+            known=method in self._table,
+            request_id=request_id,
+            started=time.monotonic(),
         )
-        known = method in self._table
-        return self._wrap(handler, call, known)
+        return self._wrap(handler, call)
 
-    def _wrap(self, handler: Any, call: _Call, known: bool) -> grpc.RpcMethodHandler[Any, Any]:
+    def _wrap(self, handler: Any, call: _Call) -> grpc.RpcMethodHandler[Any, Any]:
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, call, known),
+                self._stream(handler.unary_stream, call),
                 request_deserializer=_decoder(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, call, known),
+            self._unary(handler.unary_unary, call),
             request_deserializer=_decoder(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
@@ -164,51 +171,100 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    def _unary(self, behavior: Any, call: _Call, known: bool) -> Any:
+    def _unary(self, behavior: Any, call: _Call) -> Any:
         async def serve(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                answer = await behavior(self._admit(request, context, call, known), context)
+                with self._limits.taking(self._identify(context, call)):
+                    answer = await behavior(self._admit(request, context, call), context)
+            except asyncio.CancelledError:
+                self._end(call, "CANCELLED")
+                raise
             except Exception as error:
-                return await _refuse(error, context, call)
-            _log_end(call, "OK")
+                return await self._refuse(error, context, call)
+            self._end(call, "OK")
             return answer
 
         return serve
 
-    def _stream(self, behavior: Any, call: _Call, known: bool) -> Any:
+    def _stream(self, behavior: Any, call: _Call) -> Any:
         async def serve(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                admitted = self._admit(request, context, call, known)
-                with self._stream_slot(call.method):
-                    async for frame in behavior(admitted, context):
-                        yield frame
+                with self._limits.taking(self._identify(context, call)):
+                    admitted = self._admit(request, context, call)
+                    with self._stream_slot(call.method):
+                        async for frame in behavior(admitted, context):
+                            yield frame
             except Exception as error:
-                await _refuse(error, context, call)
+                await self._refuse(error, context, call)
                 return
-            _log_end(call, "OK")
+            self._end(call, "OK")
 
         return serve
 
-    def _admit(
-        self, request: Message | None, context: grpc.aio.ServicerContext[Any, Any], call: _Call, known: bool
-    ) -> Message:
-        """Bind the call's identity, and return its request or raise the first thing that speaks against it."""
+    def _identify(self, context: grpc.aio.ServicerContext[Any, Any], call: _Call) -> Caller:
+        """Bind the call's identity, and return a caller who may make it."""
         structlog.contextvars.bind_contextvars(request_id=call.request_id)
-        _caller.set(self._local)
-        if not known:
+        call.peer = context.peer()
+        caller = self._callers.of(context)
+        call.caller = caller.name
+        set_caller(caller)
+        if not call.known:
             raise NoPolicyError(f"{call.method} carries no policy, so nobody may call it")
-        if not (call.policy.roles & self._local.roles):
+        if not (call.policy.roles & caller.roles):
             wanted = ", ".join(sorted(call.policy.roles))
-            raise RoleMissingError(f"{call.method} is for {wanted}; caller {self._local.name} has no such role")
+            raise RoleMissingError(f"{call.method} is for {wanted}; caller {caller.name[:255]} has no such role")
+        return caller
+
+    def _admit(self, request: Message | None, context: grpc.aio.ServicerContext[Any, Any], call: _Call) -> Message:
+        """Return the call's request, or raise the first thing that speaks against it."""
         if call.policy.deadline_required and context.time_remaining() is None:
             raise DeadlineRequiredError(f"{call.method} needs a deadline: set one in the client")
         if request is None:
             raise InvalidFieldError(f"the request's bytes are no message that {call.method} takes")
+        if call.policy.mutation:
+            call.wish, call.name = _text(request, "request_id"), _text(request, "name")
         _refuse_long_lists(request)
-        if call.policy.unknown_fields_refused:
+        if call.policy.mutation:
             _refuse_unknown_fields(request)
         _check_rules(request)
+        call.admitted = True
         return request
+
+    async def _refuse(self, error: Exception, context: grpc.aio.ServicerContext[Any, Any], call: _Call) -> None:
+        """End the call with the error's status. What is no ForgeError is told as INTERNAL, its detail in the log."""
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if isinstance(error, ForgeError):
+            answer = error
+        elif isinstance(error, sqlalchemy.exc.OperationalError):
+            log.error("store unavailable", method=call.method, detail=str(error.orig))
+            answer = UnavailableError("the service's store does not answer: try again")
+        else:
+            log.exception("internal error", method=call.method)
+            answer = InternalError()
+        self._end(call, answer.reason_name())
+        await context.abort_with_status(rpc_status.to_status(to_status(answer, request_id=call.request_id)))
+
+    def _end(self, call: _Call, outcome: str) -> None:
+        """Tell the audit log of a mutation or a refusal, and the service's log of every call."""
+        milliseconds = round((time.monotonic() - call.started) * 1000, 2)
+        if call.policy.mutation or not call.admitted:
+            self._audit.write(
+                caller=call.caller,
+                peer=call.peer,
+                method=call.method,
+                outcome=outcome,
+                request_id=call.request_id,
+                wish=call.wish,
+                name=call.name,
+                milliseconds=milliseconds,
+            )
+        log.info("rpc", method=call.method, outcome=outcome, caller=call.caller, milliseconds=milliseconds)
+
+
+def _text(request: Message, field: str) -> str:
+    value = getattr(request, field, "")
+    return value if isinstance(value, str) else ""
 
 
 def _decoder(decode: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | None] | None:
@@ -297,25 +353,3 @@ def _refuse_unknown_fields(message: Message, path: str = "") -> None:
         inner = f"{path}.{field.name}" if path else field.name
         for item in value if field.is_repeated else (value,):
             _refuse_unknown_fields(cast("Message", item), inner)
-
-
-async def _refuse(error: Exception, context: grpc.aio.ServicerContext[Any, Any], call: _Call) -> None:
-    """End the call with the error's status. What is no ForgeError is told as INTERNAL, its detail stays in the log."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if isinstance(error, ForgeError):
-        answer = error
-    elif isinstance(error, sqlalchemy.exc.OperationalError):
-        log.error("store unavailable", method=call.method, detail=str(error.orig))
-        answer = UnavailableError("the service's store does not answer: try again")
-    else:
-        log.exception("internal error", method=call.method)
-        answer = InternalError()
-    _log_end(call, answer.reason_name())
-    await context.abort_with_status(rpc_status.to_status(to_status(answer, request_id=call.request_id)))
-
-
-def _log_end(call: _Call, outcome: str) -> None:
-    log.info(
-        "rpc", method=call.method, outcome=outcome, milliseconds=round((time.monotonic() - call.started) * 1000, 2)
-    )

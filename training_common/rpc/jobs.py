@@ -18,9 +18,8 @@ from cognateforge.exceptions import SequenceOutOfRangeError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
-from training_common.jobs.store import JobRow, JobStore, once
-from training_common.rpc import convert, paging
-from training_common.rpc.interceptor import current_caller
+from training_common.jobs.store import JobRow, JobStore
+from training_common.rpc import convert, mutations, paging
 from training_common.rpc.series import SeriesBuilder
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
@@ -55,21 +54,9 @@ class JobService(Generic[M]):
         self, method: str, request: Any, work: Callable[[sa.Connection], JobRow], answer: Callable[[M], Message]
     ) -> bytes:
         """Do a mutation once for its request id, and return the answer's bytes, replayed or new."""
-        caller = current_caller().name
-        payload = payload_of(request)
-
-        def transact() -> bytes:
-            with self.store.database.write() as connection:
-                return once(
-                    connection,
-                    caller=caller,
-                    request_id=request.request_id,
-                    method=method,
-                    payload=payload,
-                    work=lambda: answer(self.to_message(work(connection))).SerializeToString(),
-                )
-
-        stored = await self.store.database.run_write(transact)
+        stored = await mutations.mutate(
+            self.store.database, method, request, lambda connection: answer(self.to_message(work(connection)))
+        )
         self._scheduler.wake()
         return stored
 
@@ -138,15 +125,6 @@ class JobService(Generic[M]):
             return builder.series(self._units)
 
         return await self.store.database.run(read)
-
-
-def payload_of(request: Any) -> bytes:
-    """Return what must be the same when a request_id comes again: all but the id, which may be spelt in capitals."""
-    plain = type(request)()
-    plain.CopyFrom(request)
-    plain.ClearField("request_id")
-    payload: bytes = plain.SerializeToString(deterministic=True)
-    return payload
 
 
 class JobRpcs(Generic[M]):

@@ -26,12 +26,12 @@ class MethodPolicy:
 
     roles: frozenset[str]
     deadline_required: bool
-    # A mutation with a field that this server does not know would do something other than was asked.
-    unknown_fields_refused: bool
+    # It changes something. With a field that this server does not know it would do something other than was asked.
+    mutation: bool
 
 
 # Load balancers ask for health before they have an identity; reflection tells the contract, which is public.
-OPEN = MethodPolicy(roles=frozenset(), deadline_required=False, unknown_fields_refused=False)
+OPEN = MethodPolicy(roles=frozenset(), deadline_required=False, mutation=False)
 STANDARD_SERVICES = frozenset(
     {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection"}
 )
@@ -55,7 +55,7 @@ def read_policy(method: MethodDescriptor) -> MethodPolicy | None:
     return MethodPolicy(
         roles=roles,
         deadline_required=access.deadline_required,
-        unknown_fields_refused=access.repeat == policy_pb2.REPEAT_BY_REQUEST_ID,
+        mutation=access.repeat == policy_pb2.REPEAT_BY_REQUEST_ID,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from grpc_reflection.v1alpha import reflection
 from training_common.discovery import Registration, register
 from training_common.folder_lock import FolderLock
 from training_common.rpc.address import require_free
+from training_common.rpc.audit import AuditLog
+from training_common.rpc.certificates import ServerCertificates
 from training_common.rpc.health import HealthMonitor
+from training_common.rpc.identity import MAX_NAME_CHARS, SPIFFE_ID, Callers
 from training_common.rpc.interceptor import ContractInterceptor
+from training_common.rpc.limits import CallerLimits
 from training_common.rpc.policy import policies, role_names
 from training_common.settings import ServiceSettings, SettingsError, require_data_folder
 from training_common.store.database import Database
@@ -27,34 +32,76 @@ log = structlog.get_logger(__name__)
 
 # Time for clients that watch health to take their next call elsewhere, before this server stops taking any.
 _DRAIN_NOTICE_S = 0.5
+# What runs on a connection that has reached its age may end: longer than the client library lets a stream live.
+_AGE_GRACE_MS = 360_000
 
 
-def create_server(settings: ServiceSettings, services: Sequence[str]) -> grpc.aio.Server:
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """A server that is not up yet, and what it listens and audits with."""
+
+    server: grpc.aio.Server
+    audit: AuditLog
+    credentials: grpc.ServerCredentials | None
+
+    def bind(self, address: str) -> int:
+        """Open the address and return its port. Errors: RuntimeError, when it cannot be bound."""
+        if self.credentials is None:
+            return self.server.add_insecure_port(address)
+        return self.server.add_secure_port(address, self.credentials)
+
+
+def create_server(settings: ServiceSettings, services: Sequence[str]) -> Listener:
     """Return a server with the contract's interceptor.
 
-    Errors: SettingsError for a role that the contract lacks, or a data folder that is not there.
+    Errors: SettingsError for a role that the contract lacks, a name that is no SPIFFE id, certificates that cannot be
+    used, or a data folder that is not there.
     """
     require_data_folder(settings)
-    unknown = set(settings.security.local_roles) - set(role_names())
-    if unknown:
-        raise SettingsError(
-            f"security.local_roles: {', '.join(sorted(unknown))} is no role; choose from {', '.join(role_names())}"
-        )
-    return grpc.aio.server(
-        interceptors=[
-            ContractInterceptor(
-                policies(services),
-                local_roles=settings.security.local_roles,
-                max_streams=max_streams(settings.limits.max_concurrent_rpcs),
+    security, limits = settings.security, settings.limits
+    _require_roles("security.local_roles", security.local_roles)
+    for name, roles in security.roles.items():
+        if not SPIFFE_ID.fullmatch(name) or len(name) > MAX_NAME_CHARS:
+            raise SettingsError(
+                f"security.roles: {name!r} is no SPIFFE id of at most {MAX_NAME_CHARS} characters; write "
+                "spiffe://TRUST_DOMAIN/PATH"
             )
-        ],
-        maximum_concurrent_rpcs=settings.limits.max_concurrent_rpcs,
-        options=[
-            # Two servers on one port would share its calls in silence.
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", settings.limits.max_request_bytes),
-        ],
+        _require_roles(f"security.roles: {name}", roles)
+    certificates = ServerCertificates(security.tls) if security.tls else None
+    audit = AuditLog(settings.data_dir / "audit", settings.audit)
+    interceptor = ContractInterceptor(
+        policies(services),
+        callers=Callers(security.roles, local_roles=security.local_roles, tls=security.tls is not None),
+        limits=CallerLimits(calls_per_s=limits.caller_calls_per_s, open_calls=limits.caller_open_calls),
+        audit=audit,
+        max_streams=max_streams(limits.max_concurrent_rpcs),
     )
+    options: list[tuple[str, Any]] = [
+        # Two servers on one port would share its calls in silence.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", limits.max_request_bytes),
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        # gRPC refuses at random between the two sizes; here they are one.
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", limits.max_concurrent_rpcs),
+    ]
+    if security.tls:
+        options += [
+            ("grpc.max_connection_age_ms", round(security.tls.connection_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", _AGE_GRACE_MS),
+        ]
+    server = grpc.aio.server(
+        interceptors=[interceptor], maximum_concurrent_rpcs=limits.max_concurrent_rpcs, options=options
+    )
+    return Listener(
+        server=server, audit=audit, credentials=certificates.credentials() if certificates is not None else None
+    )
+
+
+def _require_roles(key: str, roles: Sequence[str]) -> None:
+    unknown = set(roles) - set(role_names())
+    if unknown:
+        raise SettingsError(f"{key}: {', '.join(sorted(unknown))} is no role; choose from {', '.join(role_names())}")
 
 
 def max_streams(max_concurrent_rpcs: int) -> int:
@@ -67,7 +114,7 @@ class RunningServer:
 
     def __init__(
         self,
-        server: grpc.aio.Server,
+        listener: Listener,
         *,
         settings: ServiceSettings,
         services: Sequence[str],
@@ -76,7 +123,8 @@ class RunningServer:
         lock: FolderLock,
         tasks: Sequence[Coroutine[Any, Any, None]],
     ) -> None:
-        self._server = server
+        self._listener = listener
+        self._server = server = listener.server
         self._settings = settings
         self._health = health
         self._database = database
@@ -93,11 +141,12 @@ class RunningServer:
         wanted = self._settings.address
         try:
             require_free(wanted)
-            port = self._server.add_insecure_port(wanted)
+            port = self._listener.bind(wanted)
         except RuntimeError:
             await self._let_go()
             raise
         self.address = wanted if wanted.startswith("unix:") else f"{wanted.rpartition(':')[0]}:{port}"
+        self._health.watch_audit(self._listener.audit)
         await self._health.check()
         await self._server.start()
         self._tasks = [asyncio.create_task(self._stand(task)) for task in (self._health.run(), *self._standing)]
@@ -129,6 +178,7 @@ class RunningServer:
         for task in self._standing:
             task.close()
         await asyncio.to_thread(self._database.close)
+        self._listener.audit.close()
         self._lock.release()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cognateforge.cli import artifacts, jobs, status, train
+from cognateforge.cli import artifacts, certs, jobs, status, train
 from cognateforge.cli.exits import epilog
 
 app = typer.Typer(
@@ -36,5 +36,5 @@ def _root(
     pass
 
 
-for module in (train, jobs, artifacts, status):
+for module in (train, jobs, artifacts, status, certs):
     module.register(app)

@@ -18,10 +18,9 @@ import typer
 from cognateforge.cli.exits import Exit, exit_for
 
 if TYPE_CHECKING:
-    import grpc
     from google.protobuf.message import Message
 
-    from cognateforge.client import AgentClient, CognateClient
+    from cognateforge.client import AgentClient, CognateClient, TlsFiles
     from cognateforge.exceptions import ForgeError
 
     # What a list's row is made of: its message, fields beside it, and the cells for people.
@@ -114,21 +113,13 @@ class Session:
 
         return self._open.enter_context(AgentClient(self.agent_server, tls=self._tls, timeout_s=self.timeout_s))
 
-    @functools.cached_property
-    def _tls(self) -> grpc.ChannelCredentials | None:
+    @property
+    def _tls(self) -> TlsFiles | None:
+        from cognateforge.client import TlsFiles
+
         if self.ca is None and self.cert is None and self.key is None:
             return None
-        import grpc
-
-        from cognateforge.exceptions import ClientSetupError
-
-        if (self.cert is None) != (self.key is None):
-            raise ClientSetupError("--tls-cert and --tls-key belong together: give both")
-        try:
-            ca, key, cert = (path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
-        except OSError as error:
-            raise ClientSetupError(f"{error.filename} cannot be read: {error.strerror}") from error
-        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+        return TlsFiles(ca=self.ca, cert=self.cert, key=self.key)
 
     def emit(self, value: Message | dict[str, Any]) -> None:
         """Print one result as a line of JSON."""

@@ -13,6 +13,7 @@ from cognateforge.client.deadline import deadline_budget, deadline_within, remai
 from cognateforge.client.discovery import ConsulDiscovery, Discovery, StaticDiscovery
 from cognateforge.client.fetch import FetchedArtifact
 from cognateforge.client.sync import AgentClient, CognateClient
+from cognateforge.client.tls import TlsFiles
 
 __all__ = [
     "AgentClient",
@@ -25,6 +26,7 @@ __all__ = [
     "Discovery",
     "FetchedArtifact",
     "StaticDiscovery",
+    "TlsFiles",
     "deadline_budget",
     "deadline_within",
     "remaining_budget_s",

@@ -22,6 +22,7 @@ from cognateforge.client.fetch import FetchedArtifact, Landing, OnProgress, Read
 from cognateforge.client.interceptors import CallGuard
 from cognateforge.client.patience import GIVE_UP_AFTER_S
 from cognateforge.client.sync import DEFAULT_TIMEOUT_S
+from cognateforge.client.tls import TlsFiles
 from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
 from cognateforge.exchange.v1 import model_pb2, model_pb2_grpc, resource_pb2_grpc
 from cognateforge.job.v1 import job_pb2
@@ -43,7 +44,7 @@ class _AsyncServiceClient:
         self,
         where: str | Sequence[str] | Discovery,
         *,
-        tls: grpc.ChannelCredentials | None = None,
+        tls: grpc.ChannelCredentials | TlsFiles | None = None,
         tls_server_name: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         breaker: CallBreaker | None = None,
@@ -53,7 +54,7 @@ class _AsyncServiceClient:
         dialer = Dialer(services=self._services, guard=guard, tls=tls, tls_server_name=tls_server_name)
         self._discovery = discovery_for(where, first_answer_s=min(timeout_s, FIRST_ANSWER_S))
         self._owns_discovery = self._discovery is not where
-        self._channel = AioSwappingChannel(dialer.dial_aio)
+        self._channel = AioSwappingChannel(dialer.dial_aio, dialer.rotation())
         self._unsubscribe: Callable[[], None] = lambda: None
         self._check_health = self._channel.unary_unary(
             "/grpc.health.v1.Health/Check",

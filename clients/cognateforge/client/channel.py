@@ -16,13 +16,17 @@ import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 
 from cognateforge.client.interceptors import AioStreamGuard, AioUnaryGuard, CallGuard, SyncGuard
+from cognateforge.client.patience import STREAM_LIFE_S
 from cognateforge.client.retry import service_config
+from cognateforge.client.tls import Rotation, TlsFiles
 from cognateforge.exceptions import ClientSetupError
 
 Addresses = tuple[str, ...]
 
 # Calls that run when their address leaves the list may finish: longer than the default deadline of a unary call.
 CLOSE_GRACE_S = 15.0
+# A connection whose certificate was replaced is still good: its calls go on for as long as a stream may live.
+ROTATION_GRACE_S = STREAM_LIFE_S + CLOSE_GRACE_S
 
 # A server that restarts is found again within seconds; gRPC's own ceiling is two minutes. With gRPC's jitter, a fifth,
 # it stays below a breaker's shortest pause: the first probe after a connection was possible again finds it made.
@@ -82,25 +86,34 @@ class Dialer:
 
     services: Sequence[ServiceDescriptor]
     guard: CallGuard
-    tls: grpc.ChannelCredentials | None = None
+    tls: grpc.ChannelCredentials | TlsFiles | None = None
     tls_server_name: str | None = None
 
     def dial(self, addresses: Addresses) -> grpc.Channel:
         """Return a guarded channel."""
         target, options = self._target(addresses), self._options(addresses)
-        if self.tls is None:
+        credentials = self._credentials()
+        if credentials is None:
             channel = grpc.insecure_channel(target, options)
         else:
-            channel = grpc.secure_channel(target, self.tls, options)
+            channel = grpc.secure_channel(target, credentials, options)
         return grpc.intercept_channel(channel, SyncGuard(self.guard))
 
     def dial_aio(self, addresses: Addresses) -> grpc.aio.Channel:
         """Return a guarded asyncio channel. Call it where the event loop runs."""
         target, options = self._target(addresses), self._options(addresses)
         guards = [AioUnaryGuard(self.guard), AioStreamGuard(self.guard)]
-        if self.tls is None:
+        credentials = self._credentials()
+        if credentials is None:
             return grpc.aio.insecure_channel(target, options, interceptors=guards)
-        return grpc.aio.secure_channel(target, self.tls, options, interceptors=guards)
+        return grpc.aio.secure_channel(target, credentials, options, interceptors=guards)
+
+    def rotation(self) -> Rotation | None:
+        """Return what tells of new certificates, or None where they cannot change."""
+        return Rotation(self.tls) if isinstance(self.tls, TlsFiles) else None
+
+    def _credentials(self) -> grpc.ChannelCredentials | None:
+        return self.tls.credentials() if isinstance(self.tls, TlsFiles) else self.tls
 
     def _target(self, addresses: Addresses) -> str:
         far = [] if self.tls else [address for address in addresses if not is_local(address)]
@@ -158,8 +171,11 @@ def _no_request_streams() -> NoReturn:
 class SwappingChannel(grpc.Channel):
     """A channel that moves to other addresses under its stubs: new calls go to the new ones, running calls finish."""
 
-    def __init__(self, dial: Callable[[Addresses], grpc.Channel], addresses: Addresses) -> None:
+    def __init__(
+        self, dial: Callable[[Addresses], grpc.Channel], addresses: Addresses, rotation: Rotation | None = None
+    ) -> None:
         self._dial = dial
+        self._rotation = rotation
         self._lock = threading.Lock()
         self._addresses = addresses
         self._channel = dial(addresses)
@@ -174,13 +190,16 @@ class SwappingChannel(grpc.Channel):
     def swap(self, addresses: Addresses) -> None:
         """Send new calls to other addresses. Thread-safe."""
         with self._lock:
-            if self._closed or set(addresses) == set(self._addresses):
-                return
-            old, self._channel, self._addresses = self._channel, self._dial(addresses), addresses
-            timer = threading.Timer(CLOSE_GRACE_S, old.close)
-            timer.daemon = True
-            self._retired = [pair for pair in self._retired if pair[0].is_alive()] + [(timer, old)]
-            timer.start()
+            if not self._closed and set(addresses) != set(self._addresses):
+                self._replace(addresses, CLOSE_GRACE_S)
+
+    def _replace(self, addresses: Addresses, grace_s: float) -> None:
+        """Send new calls through a new channel, and close the old one when its calls had time to end."""
+        old, self._channel, self._addresses = self._channel, self._dial(addresses), addresses
+        timer = threading.Timer(grace_s, old.close)
+        timer.daemon = True
+        self._retired = [pair for pair in self._retired if pair[0].is_alive()] + [(timer, old)]
+        timer.start()
 
     def close(self) -> None:
         with self._lock:
@@ -191,6 +210,10 @@ class SwappingChannel(grpc.Channel):
             self._channel.close()
 
     def _current(self) -> grpc.Channel:
+        if self._rotation is not None and self._rotation.due():
+            with self._lock:
+                if not self._closed and self._rotation.changed():
+                    self._replace(self._addresses, ROTATION_GRACE_S)
         return self._channel
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> grpc.UnaryUnaryMultiCallable[Any, Any]:
@@ -217,8 +240,9 @@ class SwappingChannel(grpc.Channel):
 class AioSwappingChannel(grpc.aio.Channel):
     """The same for asyncio. It dials when it is opened, because a grpc.aio channel belongs to the running loop."""
 
-    def __init__(self, dial: Callable[[Addresses], grpc.aio.Channel]) -> None:
+    def __init__(self, dial: Callable[[Addresses], grpc.aio.Channel], rotation: Rotation | None = None) -> None:
         self._dial = dial
+        self._rotation = rotation
         self._addresses: Addresses = ()
         self._channel: grpc.aio.Channel | None = None
         self._closing: dict[asyncio.Task[None], grpc.aio.Channel] = {}
@@ -230,11 +254,13 @@ class AioSwappingChannel(grpc.aio.Channel):
 
     def swap(self, addresses: Addresses) -> None:
         """Send new calls to other addresses. Call it in the event loop."""
-        if set(addresses) == set(self._addresses):
-            return
+        if set(addresses) != set(self._addresses):
+            self._replace(addresses, CLOSE_GRACE_S)
+
+    def _replace(self, addresses: Addresses, grace_s: float) -> None:
         old, self._channel, self._addresses = self._channel, self._dial(addresses), addresses
         if old is not None:
-            task = asyncio.get_running_loop().create_task(old.close(CLOSE_GRACE_S))
+            task = asyncio.get_running_loop().create_task(old.close(grace_s))
             self._closing[task] = old
             task.add_done_callback(self._closing.pop)
 
@@ -251,6 +277,8 @@ class AioSwappingChannel(grpc.aio.Channel):
     def _current(self) -> grpc.aio.Channel:
         if self._channel is None:
             raise ClientSetupError("the client is not open: use `async with`, or await its open()")
+        if self._rotation is not None and self._rotation.due() and self._rotation.changed():
+            self._replace(self._addresses, ROTATION_GRACE_S)
         return self._channel
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> grpc.aio.UnaryUnaryMultiCallable[Any, Any]:

@@ -20,6 +20,7 @@ from cognateforge.client.discovery import FIRST_ANSWER_S, Discovery, discovery_f
 from cognateforge.client.fetch import FetchedArtifact, Landing, OnProgress, Reader, Wanted
 from cognateforge.client.interceptors import CallGuard
 from cognateforge.client.patience import GIVE_UP_AFTER_S
+from cognateforge.client.tls import TlsFiles
 from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
 from cognateforge.exchange.v1 import model_pb2, model_pb2_grpc, resource_pb2_grpc
 from cognateforge.job.v1 import job_pb2
@@ -33,7 +34,8 @@ class _ServiceClient:
 
     where: "host:port", several of them with commas or as a list, "unix:path", "consul://SERVICE" with or without
         "?tag=TAG", or a Discovery, which stays the caller's.
-    tls: credentials of the channel. Without them only loopback and unix addresses are dialled.
+    tls: credentials of the channel, or their files, which are read again when they change. Without them only loopback
+    and unix addresses are dialled.
     timeout_s: deadline of unary calls that set none.
     """
 
@@ -43,7 +45,7 @@ class _ServiceClient:
         self,
         where: str | Sequence[str] | Discovery,
         *,
-        tls: grpc.ChannelCredentials | None = None,
+        tls: grpc.ChannelCredentials | TlsFiles | None = None,
         tls_server_name: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         breaker: CallBreaker | None = None,
@@ -54,7 +56,7 @@ class _ServiceClient:
         discovery = discovery_for(where, first_answer_s=min(timeout_s, FIRST_ANSWER_S))
         self._own_discovery = None if discovery is where else discovery
         try:
-            self._channel = SwappingChannel(dialer.dial, discovery.addresses())
+            self._channel = SwappingChannel(dialer.dial, discovery.addresses(), dialer.rotation())
         except BaseException:
             self._close_discovery()
             raise

@@ -88,6 +88,14 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """Cognate has no such foundation model, so no agent can be made of it."""
     REASON_TOO_MANY_ALIASES: _Reason.ValueType  # 30
     """The version has as many aliases as an answer can list. Waiting does not help: move one of them elsewhere."""
+    REASON_IDENTITY_MISSING: _Reason.ValueType  # 31
+    """The caller's certificate does not hold exactly one SPIFFE id, so nobody can tell who calls."""
+    REASON_LEASE_NOT_FOUND: _Reason.ValueType  # 32
+    """No such lease of this caller."""
+    REASON_LEASE_ENDED: _Reason.ValueType  # 33
+    """The lease has ended, or the fencing token is not its own. Nothing was changed."""
+    REASON_CAPACITY_TAKEN: _Reason.ValueType  # 34
+    """The capacity is in use, lent already, or kept back. It may be free later."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -153,6 +161,14 @@ REASON_FOUNDATION_NOT_FOUND: Reason.ValueType  # 29
 """Cognate has no such foundation model, so no agent can be made of it."""
 REASON_TOO_MANY_ALIASES: Reason.ValueType  # 30
 """The version has as many aliases as an answer can list. Waiting does not help: move one of them elsewhere."""
+REASON_IDENTITY_MISSING: Reason.ValueType  # 31
+"""The caller's certificate does not hold exactly one SPIFFE id, so nobody can tell who calls."""
+REASON_LEASE_NOT_FOUND: Reason.ValueType  # 32
+"""No such lease of this caller."""
+REASON_LEASE_ENDED: Reason.ValueType  # 33
+"""The lease has ended, or the fencing token is not its own. Nothing was changed."""
+REASON_CAPACITY_TAKEN: Reason.ValueType  # 34
+"""The capacity is in use, lent already, or kept back. It may be free later."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

@@ -28,7 +28,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'cognateforge/exchange/v1/resource.proto\x12\x18\x63ognateforge.exchange.v1\x1a\x1b\x62uf/validate/validate.proto\x1a#cognateforge/policy/v1/policy.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n\x08\x43\x61pacity\x12@\n\x04kind\x18\x01 \x01(\x0e\x32&.cognateforge.exchange.v1.ResourceKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x16\n\x05total\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x15\n\x04held\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x18\n\x16GetAvailabilityRequest\"\x98\x01\n\x17GetAvailabilityResponse\x12@\n\ncapacities\x18\x01 \x03(\x0b\x32\".cognateforge.exchange.v1.CapacityB\x08\xbaH\x05\x92\x01\x02\x10\x10\x12\x1d\n\x0crunning_jobs\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\x0bqueued_jobs\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\"\xf5\x01\n\x05Lease\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^leases/[0-9a-f-]{36}$\x12=\n\x05state\x18\x02 \x01(\x0e\x32$.cognateforge.exchange.v1.LeaseStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1e\n\rfencing_token\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12/\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xcb\x01\n\x13\x41\x63quireLeaseRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12@\n\x04kind\x18\x02 \x01(\x0e\x32&.cognateforge.exchange.v1.ResourceKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x17\n\x06\x61mount\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02 \x00\x12;\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x13\xbaH\x10\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01\xc8\x01\x01\"F\n\x14\x41\x63quireLeaseResponse\x12.\n\x05lease\x18\x01 \x01(\x0b\x32\x1f.cognateforge.exchange.v1.Lease\"\xbb\x01\n\x11RenewLeaseRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x04name\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^leases/[0-9a-f-]{36}$\x12\x1e\n\rfencing_token\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12;\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x13\xbaH\x10\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01\xc8\x01\x01\"D\n\x12RenewLeaseResponse\x12.\n\x05lease\x18\x01 \x01(\x0b\x32\x1f.cognateforge.exchange.v1.Lease\"\x80\x01\n\x13ReleaseLeaseRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x04name\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^leases/[0-9a-f-]{36}$\x12\x1e\n\rfencing_token\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\"F\n\x14ReleaseLeaseResponse\x12.\n\x05lease\x18\x01 \x01(\x0b\x32\x1f.cognateforge.exchange.v1.Lease\"@\n\x11WatchLeaseRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^leases/[0-9a-f-]{36}$\"D\n\x12WatchLeaseResponse\x12.\n\x05lease\x18\x01 \x01(\x0b\x32\x1f.cognateforge.exchange.v1.Lease*u\n\x0cResourceKind\x12\x1d\n\x19RESOURCE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11RESOURCE_KIND_CPU\x10\x01\x12\x18\n\x14RESOURCE_KIND_MEMORY\x10\x02\x12\x15\n\x11RESOURCE_KIND_GPU\x10\x03*r\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12LEASE_STATE_ACTIVE\x10\x01\x12\x18\n\x14LEASE_STATE_REVOKING\x10\x02\x12\x15\n\x11LEASE_STATE_ENDED\x10\x03\x32\x83\x05\n\x0fResourceService\x12\x88\x01\n\x0fGetAvailability\x12\x30.cognateforge.exchange.v1.GetAvailabilityRequest\x1a\x31.cognateforge.exchange.v1.GetAvailabilityResponse\"\x10\x90\x02\x01\xaa\xbb\x18\t\n\x03\x01\x02\x03\x10\x01\x18\x01\x12z\n\x0c\x41\x63quireLease\x12-.cognateforge.exchange.v1.AcquireLeaseRequest\x1a..cognateforge.exchange.v1.AcquireLeaseResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x03\x10\x02\x18\x01\x12t\n\nRenewLease\x12+.cognateforge.exchange.v1.RenewLeaseRequest\x1a,.cognateforge.exchange.v1.RenewLeaseResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x03\x10\x02\x18\x01\x12z\n\x0cReleaseLease\x12-.cognateforge.exchange.v1.ReleaseLeaseRequest\x1a..cognateforge.exchange.v1.ReleaseLeaseResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x03\x10\x02\x18\x01\x12w\n\nWatchLease\x12+.cognateforge.exchange.v1.WatchLeaseRequest\x1a,.cognateforge.exchange.v1.WatchLeaseResponse\"\x0c\x90\x02\x01\xaa\xbb\x18\x05\n\x01\x03\x10\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'cognateforge/exchange/v1/resource.proto\x12\x18\x63ognateforge.exchange.v1\x1a\x1b\x62uf/validate/validate.proto\x1a#cognateforge/policy/v1/policy.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xae\x01\n\x08\x43\x61pacity\x12@\n\x04kind\x18\x01 \x01(\x0e\x32&.cognateforge.exchange.v1.ResourceKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x16\n\x05total\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x15\n\x04held\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x15\n\x04lent\x18\x04 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x1a\n\tavailable\x18\x05 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x18\n\x16GetAvailabilityRequest\"\x98\x01\n\x17GetAvailabilityResponse\x12@\n\ncapacities\x18\x01 \x03(\x0b\x32\".cognateforge.exchange.v1.CapacityB\x08\xbaH\x05\x92\x01\x02\x10\x10\x12\x1d\n\x0crunning_jobs\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\x0bqueued_jobs\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\"\xfc\x02\n\x05Lease\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^leases/[0-9a-f-]{36}$\x12=\n\x05state\x18\x02 \x01(\x0e\x32$.cognateforge.exchange.v1.LeaseStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1e\n\rfencing_token\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12/\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12>\n\x04kind\x18\x07 \x01(\x0e\x32&.cognateforge.exchange.v1.ResourceKindB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x17\n\x06\x61mount\x18\x08 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\xcb\x01\n\x13\x41\x63quireLeaseRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12@\n\x04kind\x18\x02 \x01(\x0e\x32&.cognateforge.exchange.v1.ResourceKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x17\n\x06\x61mount\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02 \x00\x12;\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x13\xbaH\x10\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01\xc8\x01\x01\"F\n\x14\x41\x63quireLeaseResponse\x12.\n\x05lease\x18\x01 \x01(\x0b\x32\x1f.cognateforge.exchange.v1.Lease\"\xbb\x01\n\x11RenewLeaseRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x04name\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^leases/[0-9a-f-]{36}$\x12\x1e\n\rfencing_token\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12;\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x13\xbaH\x10\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08\x01\xc8\x01\x01\"D\n\x12RenewLeaseResponse\x12.\n\x05lease\x18\x01 \x01(\x0b\x32\x1f.cognateforge.exchange.v1.Lease\"\x80\x01\n\x13ReleaseLeaseRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x04name\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^leases/[0-9a-f-]{36}$\x12\x1e\n\rfencing_token\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\"F\n\x14ReleaseLeaseResponse\x12.\n\x05lease\x18\x01 \x01(\x0b\x32\x1f.cognateforge.exchange.v1.Lease\"@\n\x11WatchLeaseRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^leases/[0-9a-f-]{36}$\"D\n\x12WatchLeaseResponse\x12.\n\x05lease\x18\x01 \x01(\x0b\x32\x1f.cognateforge.exchange.v1.Lease*u\n\x0cResourceKind\x12\x1d\n\x19RESOURCE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11RESOURCE_KIND_CPU\x10\x01\x12\x18\n\x14RESOURCE_KIND_MEMORY\x10\x02\x12\x15\n\x11RESOURCE_KIND_GPU\x10\x03*r\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12LEASE_STATE_ACTIVE\x10\x01\x12\x18\n\x14LEASE_STATE_REVOKING\x10\x02\x12\x15\n\x11LEASE_STATE_ENDED\x10\x03\x32\x83\x05\n\x0fResourceService\x12\x88\x01\n\x0fGetAvailability\x12\x30.cognateforge.exchange.v1.GetAvailabilityRequest\x1a\x31.cognateforge.exchange.v1.GetAvailabilityResponse\"\x10\x90\x02\x01\xaa\xbb\x18\t\n\x03\x01\x02\x03\x10\x01\x18\x01\x12z\n\x0c\x41\x63quireLease\x12-.cognateforge.exchange.v1.AcquireLeaseRequest\x1a..cognateforge.exchange.v1.AcquireLeaseResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x03\x10\x02\x18\x01\x12t\n\nRenewLease\x12+.cognateforge.exchange.v1.RenewLeaseRequest\x1a,.cognateforge.exchange.v1.RenewLeaseResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x03\x10\x02\x18\x01\x12z\n\x0cReleaseLease\x12-.cognateforge.exchange.v1.ReleaseLeaseRequest\x1a..cognateforge.exchange.v1.ReleaseLeaseResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x03\x10\x02\x18\x01\x12w\n\nWatchLease\x12+.cognateforge.exchange.v1.WatchLeaseRequest\x1a,.cognateforge.exchange.v1.WatchLeaseResponse\"\x0c\x90\x02\x01\xaa\xbb\x18\x05\n\x01\x03\x10\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CAPACITY'].fields_by_name['total']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_CAPACITY'].fields_by_name['held']._loaded_options = None
   _globals['_CAPACITY'].fields_by_name['held']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_CAPACITY'].fields_by_name['lent']._loaded_options = None
+  _globals['_CAPACITY'].fields_by_name['lent']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_CAPACITY'].fields_by_name['available']._loaded_options = None
+  _globals['_CAPACITY'].fields_by_name['available']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_GETAVAILABILITYRESPONSE'].fields_by_name['capacities']._loaded_options = None
   _globals['_GETAVAILABILITYRESPONSE'].fields_by_name['capacities']._serialized_options = b'\272H\005\222\001\002\020\020'
   _globals['_GETAVAILABILITYRESPONSE'].fields_by_name['running_jobs']._loaded_options = None
@@ -53,6 +57,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEASE'].fields_by_name['state']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_LEASE'].fields_by_name['fencing_token']._loaded_options = None
   _globals['_LEASE'].fields_by_name['fencing_token']._serialized_options = b'\272H\004\"\002(\001'
+  _globals['_LEASE'].fields_by_name['kind']._loaded_options = None
+  _globals['_LEASE'].fields_by_name['kind']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_LEASE'].fields_by_name['amount']._loaded_options = None
+  _globals['_LEASE'].fields_by_name['amount']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_ACQUIRELEASEREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_ACQUIRELEASEREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_ACQUIRELEASEREQUEST'].fields_by_name['kind']._loaded_options = None
@@ -87,34 +95,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOURCESERVICE'].methods_by_name['ReleaseLease']._serialized_options = b'\252\273\030\007\n\001\003\020\002\030\001'
   _globals['_RESOURCESERVICE'].methods_by_name['WatchLease']._loaded_options = None
   _globals['_RESOURCESERVICE'].methods_by_name['WatchLease']._serialized_options = b'\220\002\001\252\273\030\005\n\001\003\020\001'
-  _globals['_RESOURCEKIND']._serialized_start=1631
-  _globals['_RESOURCEKIND']._serialized_end=1748
-  _globals['_LEASESTATE']._serialized_start=1750
-  _globals['_LEASESTATE']._serialized_end=1864
-  _globals['_CAPACITY']._serialized_start=200
-  _globals['_CAPACITY']._serialized_end=323
-  _globals['_GETAVAILABILITYREQUEST']._serialized_start=325
-  _globals['_GETAVAILABILITYREQUEST']._serialized_end=349
-  _globals['_GETAVAILABILITYRESPONSE']._serialized_start=352
-  _globals['_GETAVAILABILITYRESPONSE']._serialized_end=504
-  _globals['_LEASE']._serialized_start=507
-  _globals['_LEASE']._serialized_end=752
-  _globals['_ACQUIRELEASEREQUEST']._serialized_start=755
-  _globals['_ACQUIRELEASEREQUEST']._serialized_end=958
-  _globals['_ACQUIRELEASERESPONSE']._serialized_start=960
-  _globals['_ACQUIRELEASERESPONSE']._serialized_end=1030
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1033
-  _globals['_RENEWLEASEREQUEST']._serialized_end=1220
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1222
-  _globals['_RENEWLEASERESPONSE']._serialized_end=1290
-  _globals['_RELEASELEASEREQUEST']._serialized_start=1293
-  _globals['_RELEASELEASEREQUEST']._serialized_end=1421
-  _globals['_RELEASELEASERESPONSE']._serialized_start=1423
-  _globals['_RELEASELEASERESPONSE']._serialized_end=1493
-  _globals['_WATCHLEASEREQUEST']._serialized_start=1495
-  _globals['_WATCHLEASEREQUEST']._serialized_end=1559
-  _globals['_WATCHLEASERESPONSE']._serialized_start=1561
-  _globals['_WATCHLEASERESPONSE']._serialized_end=1629
-  _globals['_RESOURCESERVICE']._serialized_start=1867
-  _globals['_RESOURCESERVICE']._serialized_end=2510
+  _globals['_RESOURCEKIND']._serialized_start=1818
+  _globals['_RESOURCEKIND']._serialized_end=1935
+  _globals['_LEASESTATE']._serialized_start=1937
+  _globals['_LEASESTATE']._serialized_end=2051
+  _globals['_CAPACITY']._serialized_start=201
+  _globals['_CAPACITY']._serialized_end=375
+  _globals['_GETAVAILABILITYREQUEST']._serialized_start=377
+  _globals['_GETAVAILABILITYREQUEST']._serialized_end=401
+  _globals['_GETAVAILABILITYRESPONSE']._serialized_start=404
+  _globals['_GETAVAILABILITYRESPONSE']._serialized_end=556
+  _globals['_LEASE']._serialized_start=559
+  _globals['_LEASE']._serialized_end=939
+  _globals['_ACQUIRELEASEREQUEST']._serialized_start=942
+  _globals['_ACQUIRELEASEREQUEST']._serialized_end=1145
+  _globals['_ACQUIRELEASERESPONSE']._serialized_start=1147
+  _globals['_ACQUIRELEASERESPONSE']._serialized_end=1217
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1220
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1407
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1409
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1477
+  _globals['_RELEASELEASEREQUEST']._serialized_start=1480
+  _globals['_RELEASELEASEREQUEST']._serialized_end=1608
+  _globals['_RELEASELEASERESPONSE']._serialized_start=1610
+  _globals['_RELEASELEASERESPONSE']._serialized_end=1680
+  _globals['_WATCHLEASEREQUEST']._serialized_start=1682
+  _globals['_WATCHLEASEREQUEST']._serialized_end=1746
+  _globals['_WATCHLEASERESPONSE']._serialized_start=1748
+  _globals['_WATCHLEASERESPONSE']._serialized_end=1816
+  _globals['_RESOURCESERVICE']._serialized_start=2054
+  _globals['_RESOURCESERVICE']._serialized_end=2697
 # @@protoc_insertion_point(module_scope)

@@ -82,22 +82,30 @@ class Capacity(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    LENT_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FIELD_NUMBER: _builtins.int
     kind: Global___ResourceKind.ValueType
     """Which resource."""
     total: _builtins.int
     """Cores, bytes or devices in all."""
     held: _builtins.int
     """Of these, held by Cognate's jobs."""
+    lent: _builtins.int
+    """Of these, lent to others by leases."""
+    available: _builtins.int
+    """Of these, what a lease can have now: idle, and not kept back by the settings."""
     def __init__(
         self,
         *,
         kind: Global___ResourceKind.ValueType = ...,
         total: _builtins.int = ...,
         held: _builtins.int = ...,
+        lent: _builtins.int = ...,
+        available: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "kind", b"kind", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "held", b"held", "kind", b"kind", "lent", b"lent", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -163,12 +171,19 @@ class Lease(_message.Message):
     FENCING_TOKEN_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     REVOKE_TIME_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"leases/" and a UUID."""
     state: Global___LeaseState.ValueType
     """What it stands at."""
     fencing_token: _builtins.int
-    """Grows with every lease of the same resource. A write with an older token is refused."""
+    """Grows with every lease of the same resource. A renewal or release with another token than the lease's is refused."""
+    kind: Global___ResourceKind.ValueType
+    """Which resource."""
+    amount: _builtins.int
+    """Cores, bytes or devices."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When it ends unless it is renewed."""
@@ -176,6 +191,12 @@ class Lease(_message.Message):
     @_builtins.property
     def revoke_time(self) -> _timestamp_pb2.Timestamp:
         """Until when a revoked borrower must have let go. Absent before."""
+
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """Time that was left, when the answer was written, until expire_time or revoke_time, whichever is sooner. A borrower
+        counts it on its own clock from the moment at which it asked. 0 once it has ended.
+        """
 
     def __init__(
         self,
@@ -185,10 +206,13 @@ class Lease(_message.Message):
         fencing_token: _builtins.int = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         revoke_time: _timestamp_pb2.Timestamp | None = ...,
+        remaining: _duration_pb2.Duration | None = ...,
+        kind: Global___ResourceKind.ValueType = ...,
+        amount: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "revoke_time", b"revoke_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "remaining", b"remaining", "revoke_time", b"revoke_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "fencing_token", b"fencing_token", "name", b"name", "revoke_time", b"revoke_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "expire_time", b"expire_time", "fencing_token", b"fencing_token", "kind", b"kind", "name", b"name", "remaining", b"remaining", "revoke_time", b"revoke_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

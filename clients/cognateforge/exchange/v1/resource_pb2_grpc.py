@@ -77,40 +77,42 @@ class ResourceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AcquireLease(self, request, context):
-        """Borrows capacity for a while. The fencing token goes with every later write of the borrower.
+        """Borrows idle capacity for a while. The borrower renews the lease in time, and stops using the capacity before it
+        ends. Of those who want the same capacity at once exactly one gets it.
 
         Callers: agent service. Repeat: by request_id.
-        Reasons: RESOURCE_EXHAUSTED, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+        Reasons: CAPACITY_TAKEN, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RenewLease(self, request, context):
-        """Keeps a lease for longer.
+        """Keeps a lease for longer. One that is REVOKING is returned as it is: the borrower learns that it must let go.
 
         Callers: agent service. Repeat: by request_id.
-        Reasons: NOT_IMPLEMENTED.
+        Reasons: LEASE_NOT_FOUND, LEASE_ENDED, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseLease(self, request, context):
-        """Gives a lease back.
+        """Gives a lease back. One that has ended is returned as it is.
 
         Callers: agent service. Repeat: by request_id.
-        Reasons: NOT_IMPLEMENTED.
+        Reasons: LEASE_NOT_FOUND, LEASE_ENDED, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchLease(self, request, context):
-        """Streams what becomes of one lease: a borrower learns here that it must give capacity back, and until when.
+        """Streams what becomes of one lease: the lease as it is, then after every change, until it has ENDED. A borrower
+        learns here that it must give capacity back, and within what time. While nothing happens the lease is sent again.
 
         Callers: agent service. Repeat: safe.
-        Reasons: NOT_IMPLEMENTED.
+        Reasons: LEASE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

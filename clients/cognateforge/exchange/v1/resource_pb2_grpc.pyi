@@ -40,28 +40,30 @@ class ResourceServiceStub:
     Reasons: none of its own.
     """
     AcquireLease: _grpc.UnaryUnaryMultiCallable[_resource_pb2.AcquireLeaseRequest, _resource_pb2.AcquireLeaseResponse]
-    """Borrows capacity for a while. The fencing token goes with every later write of the borrower.
+    """Borrows idle capacity for a while. The borrower renews the lease in time, and stops using the capacity before it
+    ends. Of those who want the same capacity at once exactly one gets it.
 
     Callers: agent service. Repeat: by request_id.
-    Reasons: RESOURCE_EXHAUSTED, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+    Reasons: CAPACITY_TAKEN, REQUEST_ID_REUSED.
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_resource_pb2.RenewLeaseRequest, _resource_pb2.RenewLeaseResponse]
-    """Keeps a lease for longer.
+    """Keeps a lease for longer. One that is REVOKING is returned as it is: the borrower learns that it must let go.
 
     Callers: agent service. Repeat: by request_id.
-    Reasons: NOT_IMPLEMENTED.
+    Reasons: LEASE_NOT_FOUND, LEASE_ENDED, REQUEST_ID_REUSED.
     """
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_resource_pb2.ReleaseLeaseRequest, _resource_pb2.ReleaseLeaseResponse]
-    """Gives a lease back.
+    """Gives a lease back. One that has ended is returned as it is.
 
     Callers: agent service. Repeat: by request_id.
-    Reasons: NOT_IMPLEMENTED.
+    Reasons: LEASE_NOT_FOUND, LEASE_ENDED, REQUEST_ID_REUSED.
     """
     WatchLease: _grpc.UnaryStreamMultiCallable[_resource_pb2.WatchLeaseRequest, _resource_pb2.WatchLeaseResponse]
-    """Streams what becomes of one lease: a borrower learns here that it must give capacity back, and until when.
+    """Streams what becomes of one lease: the lease as it is, then after every change, until it has ENDED. A borrower
+    learns here that it must give capacity back, and within what time. While nothing happens the lease is sent again.
 
     Callers: agent service. Repeat: safe.
-    Reasons: NOT_IMPLEMENTED.
+    Reasons: LEASE_NOT_FOUND.
     """
 
 @_typing.type_check_only
@@ -76,28 +78,30 @@ class ResourceServiceAsyncStub(ResourceServiceStub):
     Reasons: none of its own.
     """
     AcquireLease: _aio.UnaryUnaryMultiCallable[_resource_pb2.AcquireLeaseRequest, _resource_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
-    """Borrows capacity for a while. The fencing token goes with every later write of the borrower.
+    """Borrows idle capacity for a while. The borrower renews the lease in time, and stops using the capacity before it
+    ends. Of those who want the same capacity at once exactly one gets it.
 
     Callers: agent service. Repeat: by request_id.
-    Reasons: RESOURCE_EXHAUSTED, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+    Reasons: CAPACITY_TAKEN, REQUEST_ID_REUSED.
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_resource_pb2.RenewLeaseRequest, _resource_pb2.RenewLeaseResponse]  # type: ignore[assignment]
-    """Keeps a lease for longer.
+    """Keeps a lease for longer. One that is REVOKING is returned as it is: the borrower learns that it must let go.
 
     Callers: agent service. Repeat: by request_id.
-    Reasons: NOT_IMPLEMENTED.
+    Reasons: LEASE_NOT_FOUND, LEASE_ENDED, REQUEST_ID_REUSED.
     """
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_resource_pb2.ReleaseLeaseRequest, _resource_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
-    """Gives a lease back.
+    """Gives a lease back. One that has ended is returned as it is.
 
     Callers: agent service. Repeat: by request_id.
-    Reasons: NOT_IMPLEMENTED.
+    Reasons: LEASE_NOT_FOUND, LEASE_ENDED, REQUEST_ID_REUSED.
     """
     WatchLease: _aio.UnaryStreamMultiCallable[_resource_pb2.WatchLeaseRequest, _resource_pb2.WatchLeaseResponse]  # type: ignore[assignment]
-    """Streams what becomes of one lease: a borrower learns here that it must give capacity back, and until when.
+    """Streams what becomes of one lease: the lease as it is, then after every change, until it has ENDED. A borrower
+    learns here that it must give capacity back, and within what time. While nothing happens the lease is sent again.
 
     Callers: agent service. Repeat: safe.
-    Reasons: NOT_IMPLEMENTED.
+    Reasons: LEASE_NOT_FOUND.
     """
 
 class ResourceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -121,10 +125,11 @@ class ResourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _resource_pb2.AcquireLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_resource_pb2.AcquireLeaseResponse, _abc.Awaitable[_resource_pb2.AcquireLeaseResponse]]:
-        """Borrows capacity for a while. The fencing token goes with every later write of the borrower.
+        """Borrows idle capacity for a while. The borrower renews the lease in time, and stops using the capacity before it
+        ends. Of those who want the same capacity at once exactly one gets it.
 
         Callers: agent service. Repeat: by request_id.
-        Reasons: RESOURCE_EXHAUSTED, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+        Reasons: CAPACITY_TAKEN, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -133,10 +138,10 @@ class ResourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _resource_pb2.RenewLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_resource_pb2.RenewLeaseResponse, _abc.Awaitable[_resource_pb2.RenewLeaseResponse]]:
-        """Keeps a lease for longer.
+        """Keeps a lease for longer. One that is REVOKING is returned as it is: the borrower learns that it must let go.
 
         Callers: agent service. Repeat: by request_id.
-        Reasons: NOT_IMPLEMENTED.
+        Reasons: LEASE_NOT_FOUND, LEASE_ENDED, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -145,10 +150,10 @@ class ResourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _resource_pb2.ReleaseLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_resource_pb2.ReleaseLeaseResponse, _abc.Awaitable[_resource_pb2.ReleaseLeaseResponse]]:
-        """Gives a lease back.
+        """Gives a lease back. One that has ended is returned as it is.
 
         Callers: agent service. Repeat: by request_id.
-        Reasons: NOT_IMPLEMENTED.
+        Reasons: LEASE_NOT_FOUND, LEASE_ENDED, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -157,10 +162,11 @@ class ResourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _resource_pb2.WatchLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_resource_pb2.WatchLeaseResponse], _abc.AsyncIterator[_resource_pb2.WatchLeaseResponse]]:
-        """Streams what becomes of one lease: a borrower learns here that it must give capacity back, and until when.
+        """Streams what becomes of one lease: the lease as it is, then after every change, until it has ENDED. A borrower
+        learns here that it must give capacity back, and within what time. While nothing happens the lease is sent again.
 
         Callers: agent service. Repeat: safe.
-        Reasons: NOT_IMPLEMENTED.
+        Reasons: LEASE_NOT_FOUND.
         """
 
 def add_ResourceServiceServicer_to_server(servicer: ResourceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

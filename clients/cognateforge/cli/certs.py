@@ -1,0 +1,106 @@
+"""Certificates for development: `forge certs`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from cognateforge.cli.session import Session, command, print_line
+
+if TYPE_CHECKING:
+    from cognateforge.certificates import Issued
+
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+class _First(NamedTuple):
+    """A certificate that `init` makes: its hosts, and its roles at each service."""
+
+    name: str
+    hosts: tuple[str, ...]
+    at_cognate: tuple[str, ...]
+    at_agent: tuple[str, ...]
+
+
+_FIRST = (
+    _First("cognate", _LOCAL_HOSTS, (), ()),
+    _First("agent", _LOCAL_HOSTS, ("agent_service",), ()),
+    _First("operator", (), ("operator", "viewer"), ("operator", "viewer")),
+    _First("viewer", (), ("viewer",), ("viewer",)),
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the authority.")]
+Days = Annotated[float, typer.Option(min=0.0001, help="Days until the certificate expires.")]
+Hosts = Annotated[
+    list[str] | None, typer.Option("--host", help="DNS name or address that it serves as. May be repeated.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    certs = typer.Typer(help="Make certificates for development.", no_args_is_help=True)
+    app.add_typer(certs, name="certs")
+
+    @command(certs)
+    def init(
+        session: Session,
+        folder: Folder,
+        trust_domain: Annotated[str, typer.Option(help="First part of every SPIFFE id.")] = "cognateforge.local",
+        days: Days = 30.0,
+    ) -> None:
+        """Make an authority, and certificates for both services, an operator and a viewer on this machine."""
+        from cognateforge.certificates import Authority
+
+        authority = Authority.create(folder, trust_domain)
+        for first in _FIRST:
+            _tell(session, authority.issue(first.name, hosts=first.hosts, days=days))
+        if not session.as_json:
+            print_line("\n# settings of the Cognate service")
+            _print_server(folder, "cognate", {f.name: f.at_cognate for f in _FIRST}, trust_domain)
+            print_line("\n# settings of the agent service")
+            _print_server(folder, "agent", {f.name: f.at_agent for f in _FIRST}, trust_domain)
+            _print_section("cognate.tls", folder, ca_file="ca.pem", cert_file="agent.pem", key_file="agent.key")
+
+    @command(certs)
+    def issue(
+        session: Session,
+        folder: Folder,
+        name: Annotated[str, typer.Argument(metavar="NAME", help="The id is spiffe://TRUST_DOMAIN/NAME.")],
+        host: Hosts = None,
+        days: Days = 30.0,
+    ) -> None:
+        """Make a certificate, or replace the one of this name: who uses its files reads them again."""
+        from cognateforge.certificates import Authority
+
+        _tell(session, Authority.open(folder).issue(name, hosts=host or (), days=days))
+
+
+def _print_server(folder: Path, name: str, roles: Mapping[str, tuple[str, ...]], trust_domain: str) -> None:
+    _print_section("security.tls", folder, cert_file=f"{name}.pem", key_file=f"{name}.key", client_ca_file="ca.pem")
+    print_line("[security.roles]")
+    for caller, played in roles.items():
+        if played:
+            print_line(f'"spiffe://{trust_domain}/{caller}" = {json.dumps(played)}')
+
+
+def _print_section(section: str, folder: Path, **files: str) -> None:
+    print_line(f"[{section}]")
+    for key, file in files.items():
+        print_line(f"{key} = {json.dumps(str((folder / file).resolve()))}")
+
+
+def _tell(session: Session, issued: Issued) -> None:
+    row = {
+        "spiffe_id": issued.spiffe_id,
+        "cert": str(issued.cert),
+        "key": str(issued.key),
+        "expires": issued.expires.isoformat(),
+    }
+    if session.as_json:
+        session.emit(row)
+    else:
+        print_line(f"{issued.spiffe_id}  {issued.cert}  {issued.key}  expires {issued.expires:%Y-%m-%d %H:%M} UTC")

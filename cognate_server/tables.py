@@ -1,0 +1,38 @@
+"""Cognate's own tables, beside the common ones: leases of its capacity."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, String, Table
+
+from training_common.store.tables import KEY
+from training_common.store.tables import metadata as common
+
+metadata = MetaData(naming_convention=common.naming_convention)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("id", KEY, primary_key=True, autoincrement=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("holder", String(255), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("fencing_token", BigInteger, nullable=False),
+    # Grows with every change of any lease; those who watch wait for it.
+    Column("revision", BigInteger, nullable=False, index=True),
+    Column("create_us", BigInteger, nullable=False),
+    Column("expire_us", BigInteger, nullable=False),
+    Column("revoke_us", BigInteger),
+    Column("end_us", BigInteger),
+    Column("end_reason", String(16), nullable=False, default=""),
+    Index("ix_leases_state_kind", "state", "kind"),
+)
+
+# One row. Every change of a lease takes its number here first, so changes happen one after the other.
+lease_clock = Table(
+    "lease_clock",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("revision", BigInteger, nullable=False),
+)

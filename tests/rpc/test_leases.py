@@ -1,0 +1,317 @@
+"""Leases of Cognate's capacity: one winner, an end that holds, and a way back for Cognate's own jobs."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import duration_pb2
+
+import cognate_server.migrations
+from cognate_server.leases import LeaseState, LeaseStore, Resource
+from cognateforge.client import AsyncCognateClient
+from cognateforge.cognate.v1 import pretraining_pb2
+from cognateforge.exceptions import (
+    CapacityTakenError,
+    InvalidFieldError,
+    LeaseEndedError,
+    LeaseNotFoundError,
+    RequestIdReusedError,
+)
+from cognateforge.exchange.v1 import resource_pb2 as pb
+from tests.support.certificates import authority, files, server_tls, spiffe
+from tests.support.servers import running_cognate
+from training_common.jobs.store import JobStore
+from training_common.store.database import Database
+
+GPU = pb.RESOURCE_KIND_GPU
+
+
+@pytest.fixture(autouse=True)
+def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def seconds(value: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromMilliseconds(round(value * 1000))
+    return duration
+
+
+async def acquire(
+    client: AsyncCognateClient, *, amount: int = 1, ttl_s: float = 60, kind: Any = GPU, request_id: str = ""
+) -> pb.Lease:
+    request = pb.AcquireLeaseRequest(request_id=request_id or new_id(), kind=kind, amount=amount, ttl=seconds(ttl_s))
+    return (await client.resources.AcquireLease(request)).lease
+
+
+async def renew(client: AsyncCognateClient, lease: pb.Lease, *, ttl_s: float = 60, token: int = 0) -> pb.Lease:
+    request = pb.RenewLeaseRequest(
+        request_id=new_id(), name=lease.name, fencing_token=token or lease.fencing_token, ttl=seconds(ttl_s)
+    )
+    return (await client.resources.RenewLease(request)).lease
+
+
+async def release(client: AsyncCognateClient, lease: pb.Lease, *, token: int = 0) -> pb.Lease:
+    request = pb.ReleaseLeaseRequest(request_id=new_id(), name=lease.name, fencing_token=token or lease.fencing_token)
+    return (await client.resources.ReleaseLease(request)).lease
+
+
+async def capacity(client: AsyncCognateClient, kind: Any) -> pb.Capacity:
+    answer = await client.resources.GetAvailability(pb.GetAvailabilityRequest())
+    return next(one for one in answer.capacities if one.kind == kind)
+
+
+async def until(check: Callable[[], Awaitable[bool]], timeout_s: float = 20) -> None:
+    """Ask until the answer is yes."""
+    end = time.monotonic() + timeout_s
+    while not await check():
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.02)
+
+
+def left_s(lease: pb.Lease) -> float:
+    return float(lease.remaining.ToTimedelta().total_seconds())
+
+
+async def test_what_is_lent_is_gone_until_it_is_given_back(tmp_path: Path) -> None:
+    """Acquire, renew, release: the availability follows, and tokens grow."""
+    async with (
+        running_cognate(tmp_path, lending={"gpus": 2, "keep_gpus": 1}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        before = await capacity(client, GPU)
+        assert (2, 0, 0, 1) == (before.total, before.held, before.lent, before.available)
+        first = await acquire(client, ttl_s=10)
+        assert (pb.LEASE_STATE_ACTIVE, GPU, 1) == (first.state, first.kind, first.amount)
+        assert 9 < left_s(first) <= 10
+        lent = await capacity(client, GPU)
+        assert (1, 0) == (lent.lent, lent.available)
+        with pytest.raises(CapacityTakenError, match="1 of GPU cannot be borrowed now, but 0") as taken:
+            await acquire(client)
+        assert {"available": "0"} == taken.value.metadata
+        longer = await renew(client, first, ttl_s=50)
+        assert 49 < left_s(longer) <= 50
+        assert left_s(await renew(client, first, ttl_s=1)) > 40, "a shorter renewal shortens nothing"
+        ended = await release(client, first)
+        assert (pb.LEASE_STATE_ENDED, 0) == (ended.state, left_s(ended))
+        second = await acquire(client)
+        assert second.fencing_token > first.fencing_token
+
+
+async def test_a_lease_ends_at_its_time_and_nothing_of_it_works_after(tmp_path: Path) -> None:
+    """Expiry needs nobody to write it down; renewal of it fails and release changes nothing."""
+    async with (
+        running_cognate(tmp_path, lending={"gpus": 1}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        lease = await acquire(client, ttl_s=1)
+        watched = [frame.lease async for frame in client.resources.WatchLease(pb.WatchLeaseRequest(name=lease.name))]
+        assert [pb.LEASE_STATE_ACTIVE, pb.LEASE_STATE_ENDED] == [frame.state for frame in watched]
+        with pytest.raises(LeaseEndedError, match="has ended"):
+            await renew(client, lease)
+        assert pb.LEASE_STATE_ENDED == (await release(client, lease)).state
+        other = await acquire(client)
+        with pytest.raises(LeaseEndedError, match="is not that of"):
+            await release(client, other, token=lease.fencing_token)
+        with pytest.raises(LeaseEndedError, match="is not that of"):
+            await renew(client, other, token=lease.fencing_token)
+        assert 1 == (await capacity(client, GPU)).lent
+
+
+async def test_acquiring_is_idempotent(tmp_path: Path) -> None:
+    """The same id brings the same lease, another payload is refused, and a refusal stores nothing."""
+    async with (
+        running_cognate(tmp_path, lending={"gpus": 2}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        wish = new_id()
+        first = await acquire(client, request_id=wish)
+        assert first == await acquire(client, request_id=wish)
+        with pytest.raises(RequestIdReusedError):
+            await acquire(client, request_id=wish, amount=2)
+        assert 1 == (await capacity(client, GPU)).lent
+        refused = new_id()
+        with pytest.raises(CapacityTakenError):
+            await acquire(client, request_id=refused, amount=2)
+        await release(client, first)
+        assert 2 == (await acquire(client, request_id=refused, amount=2)).amount
+
+
+async def test_an_ask_for_longer_than_is_lent_gets_the_longest(tmp_path: Path) -> None:
+    """And what no rule allows is refused by name."""
+    async with (
+        running_cognate(tmp_path, lending={"gpus": 1, "longest_ttl_s": 5}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        lease = await acquire(client, ttl_s=80_000)
+        assert 4 < left_s(lease) <= 5
+        assert left_s(await renew(client, lease, ttl_s=80_000)) <= 5
+        for wrong in ({"ttl_s": 0.5}, {"ttl_s": 90_000}, {"amount": 0}, {"amount": -1}, {"kind": 0}, {"kind": 9}):
+            with pytest.raises(InvalidFieldError):
+                await acquire(client, **wrong)  # type: ignore[arg-type]
+        for name in ("leases/x", f"leases/{'0' * 36}"):
+            with pytest.raises((InvalidFieldError, LeaseNotFoundError)):
+                await renew(client, pb.Lease(name=name, fencing_token=1))
+
+
+async def test_a_lease_is_its_holders_alone(tmp_path: Path) -> None:
+    """Another agent service can neither see, keep nor end it."""
+    certs = tmp_path / "certs"
+    authority(certs, "one", "two")
+    security = {"tls": server_tls(certs), "roles": {spiffe(name): ("agent_service",) for name in ("one", "two")}}
+    async with (
+        running_cognate(tmp_path / "server", security=security, lending={"gpus": 1}) as server,
+        AsyncCognateClient(server.address, tls=files(certs, "one")) as one,
+        AsyncCognateClient(server.address, tls=files(certs, "two")) as two,
+    ):
+        lease = await acquire(one)
+        for call in (renew, release):
+            with pytest.raises(LeaseNotFoundError):
+                await call(two, lease)
+        with pytest.raises(LeaseNotFoundError):
+            await two.resources.WatchLease(pb.WatchLeaseRequest(name=lease.name)).read()
+        await renew(one, lease)
+
+
+@pytest.mark.slow
+async def test_of_many_who_want_one_device_exactly_one_gets_it(tmp_path: Path) -> None:
+    """64 callers at once over real connections, round after round. The bench `leases` does a thousand rounds."""
+    rounds, callers = 30, 64
+    winners, tokens = [], []
+    async with running_cognate(tmp_path, lending={"gpus": 1}) as server:
+        clients = [await AsyncCognateClient(server.address).__aenter__() for _ in range(4)]
+
+        async def want(number: int) -> pb.Lease | None:
+            try:
+                return await acquire(clients[number % len(clients)])
+            except CapacityTakenError:
+                return None
+
+        for _ in range(rounds):
+            answers = await asyncio.gather(*(want(number) for number in range(callers)))
+            won = [lease for lease in answers if lease is not None]
+            winners.append(len(won))
+            tokens.append(won[0].fencing_token)
+            await release(clients[0], won[0])
+        for client in clients:
+            await client.close()
+    print(f"{callers} callers, {rounds} rounds, winners in each: {sorted(set(winners))}")
+    assert [1] * rounds == winners
+    assert sorted(set(tokens)) == tokens
+
+
+def submit(folder: Path) -> str:
+    """Put a job into the queue of a server."""
+    database = Database(f"sqlite:///{folder / 'store.db'}")
+    plan = pretraining_pb2.PretrainingPlan(total_steps=9)
+    with database.write() as connection:
+        job = JobStore(database).submit(connection, plan=plan.SerializeToString(), total_steps=9, caller="t")
+    database.close()
+    return job.name
+
+
+async def test_a_job_of_ours_takes_back_what_is_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The borrower is told and has its grace; the job says what it waits for, and starts when the capacity is back."""
+    monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 4)
+    started: list[Any] = []
+    monkeypatch.setattr("training_common.engines.local.LocalEngine.launch", lambda *a, **k: started.append(a) or "1:0")
+    cpu = pb.RESOURCE_KIND_CPU
+    workers = {"slots": 1, "threads": 2}
+    async with (
+        running_cognate(tmp_path, workers=workers, lending={"grace_s": 600}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        small, large = (
+            await acquire(client, kind=cpu, ttl_s=3600),
+            await acquire(client, kind=cpu, amount=3, ttl_s=3600),
+        )
+        watch = client.resources.WatchLease(pb.WatchLeaseRequest(name=large.name))
+        assert pb.LEASE_STATE_ACTIVE == (await watch.read()).lease.state
+        job = submit(tmp_path)
+        told = (await watch.read()).lease
+        assert pb.LEASE_STATE_REVOKING == told.state
+        assert 590 < left_s(told) <= 600
+        assert told.HasField("revoke_time")
+        assert pb.LEASE_STATE_REVOKING == (await renew(client, large, ttl_s=3600)).state
+        assert pb.LEASE_STATE_ACTIVE == (await renew(client, small, ttl_s=3600)).state, "one was enough"
+        with pytest.raises(CapacityTakenError):
+            await acquire(client, kind=cpu)
+        assert [] == started
+        await release(client, large)
+        await until(lambda: _is_true(bool(started)))
+        watching = client.watch_job(job)
+        notes = []
+        async for frame in watching:
+            if frame.event.HasField("note"):
+                notes.append(frame.event.note)
+            if frame.event.HasField("attempt_started"):
+                break
+        assert ["waiting_for_capacity"] == [note.kind for note in notes]
+        assert "waits up to 600 s for 3 cores that are lent to local" == notes[0].message
+
+
+async def _is_true(value: bool) -> bool:
+    return value
+
+
+async def test_a_borrower_that_does_not_let_go_loses_it_at_the_end_of_its_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job starts then, and the borrower's renewal is refused: it is fenced out."""
+    monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 2)
+    started: list[Any] = []
+    monkeypatch.setattr("training_common.engines.local.LocalEngine.launch", lambda *a, **k: started.append(a) or "1:0")
+    async with (
+        running_cognate(tmp_path, workers={"slots": 1}, lending={"grace_s": 0.5}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        lease = await acquire(client, kind=pb.RESOURCE_KIND_CPU, amount=2, ttl_s=3600)
+        submit(tmp_path)
+        await until(lambda: _is_true(bool(started)))
+        with pytest.raises(LeaseEndedError):
+            await renew(client, lease)
+        assert pb.LEASE_STATE_ENDED == (await release(client, lease)).state
+
+
+async def test_what_a_waiting_job_needs_is_not_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the moment a job waits for a free slot its share is its own."""
+    monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 4)
+    monkeypatch.setattr("training_common.jobs.scheduler.Scheduler.tick", lambda self: None)
+    cpu = pb.RESOURCE_KIND_CPU
+    async with (
+        running_cognate(tmp_path, workers={"slots": 1, "threads": 3}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        submit(tmp_path)
+        assert 1 == (await capacity(client, cpu)).available
+        with pytest.raises(CapacityTakenError):
+            await acquire(client, kind=cpu, amount=2)
+        await acquire(client, kind=cpu)
+
+
+def test_leases_survive_a_restart(tmp_path: Path) -> None:
+    """They are rows: the next server knows who holds what."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    first = Database(url)
+    first.upgrade(Path(cognate_server.migrations.__file__).parent)
+    with first.write() as connection:
+        lease = LeaseStore(first).acquire(
+            connection, holder="h", kind=Resource.GPU, amount=1, available=1, ttl_us=60_000_000
+        )
+    first.close()
+    second = Database(url)
+    assert lease == LeaseStore(second).find(lease.name, "h")
+    with second.write() as connection:
+        assert (
+            LeaseState.ENDED
+            is LeaseStore(second).release(connection, lease.name, holder="h", token=lease.fencing_token).state
+        )
+    second.close()
