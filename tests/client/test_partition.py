@@ -284,7 +284,7 @@ async def test_an_agent_job_waits_for_cognate_and_goes_on(tmp_path: Path) -> Non
         finally:
             await asyncio.to_thread(services.stop)
             proxy.close()
-    assert waits[0].message.startswith("waits for Cognate and is tried again at ")
+    assert waits[0].message.startswith("waits for Cognate and is not tried again before ")
     assert paused is not None
     assert paused.state == job_pb2.JOB_STATE_PAUSED
     # Cognate has no such model: that answer is what the job went on for.
