@@ -9,6 +9,7 @@ import structlog
 
 from agent_server import metrics, migrations
 from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.borrowing import Borrower
 from agent_server.rpc import convert
 from agent_server.rpc.agents import AgentServicer
 from agent_server.rpc.training import TrainingServicer
@@ -63,6 +64,10 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         TrainingServicer(jobs, factory=factory, data=settings.data, cognate=settings.cognate, info=info), server
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
+    borrower = Borrower(
+        store, scheduler, slots=settings.workers.slots, endpoint=settings.cognate, settings=settings.borrow
+    )
+    borrowing = [borrower.run()] if settings.borrow.cores else []
     return RunningServer(
         listener,
         settings=settings,
@@ -70,5 +75,5 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         health=health,
         database=database,
         lock=lock,
-        tasks=[scheduler.run(), events.run()],
+        tasks=[scheduler.run(), events.run(), *borrowing],
     )

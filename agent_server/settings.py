@@ -42,12 +42,24 @@ class CognateEndpoint(Section):
     )
 
 
+class BorrowSettings(Section):
+    """Processor cores of Cognate's host that it leaves idle, for jobs that find no slot of our own.
+
+    The local engine starts workers on this host, so borrow only where it is Cognate's as well.
+    """
+
+    cores: int = Field(default=0, ge=0, le=1024, description="cores to borrow for one more worker; 0 borrows nothing")
+    workers: int = Field(default=1, ge=1, le=64, description="workers on borrowed cores at the same time")
+    ttl_s: float = Field(default=30.0, ge=3, le=86_400, description="length of a lease; it is renewed at a third of it")
+
+
 class AgentSettings(ServiceSettings):
     """What the agent service is told."""
 
     address: str = "127.0.0.1:7102"
     data_dir: Path = Path("var/agent")
     cognate: CognateEndpoint = CognateEndpoint()
+    borrow: BorrowSettings = BorrowSettings()
 
 
 def load_settings(file: Path | None) -> AgentSettings:

@@ -38,7 +38,7 @@ from cognateforge.exceptions import (
     IntegrityCheckFailedError,
     TrainingDivergedError,
 )
-from training_common.attempt import Attempt, AttemptStopped, Json, StopKind
+from training_common.attempt import Attempt, AttemptStopped, Json
 
 # Rows that the merge and the export are checked on: one batch, over in a fraction of a second.
 _PROBE_ROWS = 32
@@ -227,7 +227,7 @@ class _Run:
         kind = self.attempt.stop_requested()
         if kind is None:
             return
-        if kind is StopKind.PAUSE:
+        if kind.saves:
             self._save()
         raise AttemptStopped(kind)
 

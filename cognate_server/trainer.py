@@ -25,7 +25,7 @@ from cognate_server.run import (
 from cognate_server.stream import TokenStream
 from cognate_server.tracker import CognateProgressTracker, StepOutcome, measurement, validation_metrics
 from cognate_server.validation import ValidationReport, first_rows, row_losses, validate
-from training_common.attempt import Attempt, AttemptStopped, Json, StopKind
+from training_common.attempt import Attempt, AttemptStopped, Json
 from training_common.models.cognate_v1 import CognateV1, CognateV1Config, config_to_json, save_state
 
 __all__ = [
@@ -122,7 +122,7 @@ class _Pretraining:
         kind = self.attempt.stop_requested()
         if kind is None:
             return
-        if kind is StopKind.PAUSE and self.run.step != self.saved_step:
+        if kind.saves and self.run.step != self.saved_step:
             self.run.save(self.attempt, planned=False)
         raise AttemptStopped(kind)
 

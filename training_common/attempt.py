@@ -22,11 +22,19 @@ class StopKind(enum.StrEnum):
 
     PAUSE = "pause"
     CANCEL = "cancel"
+    # What it runs on is wanted back: it goes on elsewhere.
+    YIELD = "yield"
+    # The job is no longer this attempt's.
     REVOKED = "revoked"
+
+    @property
+    def saves(self) -> bool:
+        """Whether the attempt saves a checkpoint first."""
+        return self in (StopKind.PAUSE, StopKind.YIELD)
 
 
 class AttemptStopped(Exception):  # noqa: N818 - an instruction, not an error
-    """The attempt must end now; for PAUSE the trainer has saved a checkpoint before it raises this."""
+    """The attempt must end now; the trainer has saved a checkpoint before it raises this, if the kind `saves`."""
 
     def __init__(self, kind: StopKind) -> None:
         super().__init__(kind.value)

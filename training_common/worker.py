@@ -178,10 +178,14 @@ def main(
     parser.add_argument("--job", required=True)
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--token", type=int, required=True)
+    parser.add_argument("--threads", type=int, help="instead of the setting, for instance on borrowed capacity")
     options = parser.parse_args(argv)
     logs.configure()
     structlog.contextvars.bind_contextvars(job=options.job, attempt=options.attempt)
     settings = load_settings(options.settings)
+    if options.threads is not None:
+        workers = settings.workers.model_copy(update={"threads": options.threads})
+        settings = settings.model_copy(update={"workers": workers})
     database = Database(settings.database_url, patience_s=_STORE_PATIENCE_S)
     try:
         store = JobStore(database).attempt(options.job, options.attempt, options.token)
@@ -204,9 +208,12 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
     try:
         _work_or_wait(context, work)
     except AttemptStopped:
-        # The wish may have changed from pause to cancel since the trainer saw it: the newest one counts.
-        if store.heartbeat() == StopKind.CANCEL:
+        # The wish may have changed since the trainer saw it, for instance from pause to cancel: the newest one counts.
+        wish = store.heartbeat()
+        if wish == StopKind.CANCEL:
             store.move(JobState.CANCELLED, message="cancelled on request")
+        elif wish == StopKind.YIELD:
+            store.move(JobState.RECOVERING, message="gave borrowed capacity back; goes on from its checkpoint")
         else:
             store.move(JobState.PAUSED, message="paused")
     except FencedOutError:

@@ -156,7 +156,7 @@ async def test_an_ask_for_longer_than_is_lent_gets_the_longest(tmp_path: Path) -
         assert left_s(await renew(client, lease, ttl_s=80_000)) <= 5
         for wrong in ({"ttl_s": 0.5}, {"ttl_s": 90_000}, {"amount": 0}, {"amount": -1}, {"kind": 0}, {"kind": 9}):
             with pytest.raises(InvalidFieldError):
-                await acquire(client, **wrong)  # type: ignore[arg-type]
+                await acquire(client, **wrong)
         for name in ("leases/x", f"leases/{'0' * 36}"):
             with pytest.raises((InvalidFieldError, LeaseNotFoundError)):
                 await renew(client, pb.Lease(name=name, fencing_token=1))
@@ -218,11 +218,22 @@ def submit(folder: Path) -> str:
     return job.name
 
 
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Start no worker, and return where each start is recorded."""
+    started: list[Any] = []
+
+    def launch(_engine: Any, arguments: Any, **_: Any) -> str:
+        started.append(arguments)
+        return "1:0"
+
+    monkeypatch.setattr("training_common.engines.local.LocalEngine.launch", launch)
+    return started
+
+
 async def test_a_job_of_ours_takes_back_what_is_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The borrower is told and has its grace; the job says what it waits for, and starts when the capacity is back."""
     monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 4)
-    started: list[Any] = []
-    monkeypatch.setattr("training_common.engines.local.LocalEngine.launch", lambda *a, **k: started.append(a) or "1:0")
+    started = record_launches(monkeypatch)
     cpu = pb.RESOURCE_KIND_CPU
     workers = {"slots": 1, "threads": 2}
     async with (
@@ -233,10 +244,10 @@ async def test_a_job_of_ours_takes_back_what_is_lent(tmp_path: Path, monkeypatch
             await acquire(client, kind=cpu, ttl_s=3600),
             await acquire(client, kind=cpu, amount=3, ttl_s=3600),
         )
-        watch = client.resources.WatchLease(pb.WatchLeaseRequest(name=large.name))
-        assert pb.LEASE_STATE_ACTIVE == (await watch.read()).lease.state
+        watch = aiter(client.resources.WatchLease(pb.WatchLeaseRequest(name=large.name)))
+        assert pb.LEASE_STATE_ACTIVE == (await anext(watch)).lease.state
         job = submit(tmp_path)
-        told = (await watch.read()).lease
+        told = (await anext(watch)).lease
         assert pb.LEASE_STATE_REVOKING == told.state
         assert 590 < left_s(told) <= 600
         assert told.HasField("revoke_time")
@@ -267,8 +278,7 @@ async def test_a_borrower_that_does_not_let_go_loses_it_at_the_end_of_its_grace(
 ) -> None:
     """The job starts then, and the borrower's renewal is refused: it is fenced out."""
     monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 2)
-    started: list[Any] = []
-    monkeypatch.setattr("training_common.engines.local.LocalEngine.launch", lambda *a, **k: started.append(a) or "1:0")
+    started = record_launches(monkeypatch)
     async with (
         running_cognate(tmp_path, workers={"slots": 1}, lending={"grace_s": 0.5}) as server,
         AsyncCognateClient(server.address) as client,

@@ -46,7 +46,9 @@ def work(context: WorkerContext[ToySettings]) -> None:
     while step < plan["steps"]:
         stop = attempt.stop_requested()
         if stop is not None:
-            if stop is StopKind.PAUSE:
+            if stop is StopKind.YIELD and plan.get("keeps_going"):
+                time.sleep(3600)
+            if stop.saves:
                 attempt.save_checkpoint(step=step, write=write)
             raise AttemptStopped(stop)
         if step == plan.get("raise_at"):

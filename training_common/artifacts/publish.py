@@ -38,7 +38,7 @@ def publish_and_succeed(
         "code": {"version": version("cognateforge"), "digest": code_digest(*code)},
     }
     store = attempt.store
-    with attempt.moving(), registry.database.write() as connection:
+    with attempt.moving(), store.writing() as connection:
         row = registry.publish(connection, family=family, state=state, job=store.job.name, files=files, body=whole)
         append_event(
             connection,

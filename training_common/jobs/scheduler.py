@@ -14,7 +14,7 @@ from typing import Protocol
 
 import structlog
 
-from training_common.jobs.store import AttemptRow, JobRow, JobStore
+from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan
 from training_common.settings import WorkerSettings
 from training_common.store.database import now_us
 
@@ -101,8 +101,8 @@ class Scheduler:
             self._look_at(job, attempt)
         if self._clock() < self._launch_again_at:
             return
-        for _ in range(self._settings.slots - len(held)):
-            if not self._start_next():
+        for _ in range(self._settings.slots - sum(not job.lease for job, _ in held)):
+            if not self._may_start() or self._start() is None:
                 return
 
     def _look_at(self, job: JobRow, attempt: AttemptRow) -> None:
@@ -121,14 +121,25 @@ class Scheduler:
             if observed != job.observed:
                 self._store.set_observed(job, observed)
 
-    def _start_next(self) -> bool:
-        if not self._may_start():
-            return False
-        job = self._store.begin_attempt(self._engine.name)
+    def start_on(self, loan: Loan) -> JobRow | None:
+        """Give the next waiting job a worker on borrowed capacity, or return None. Its slot is none of our own."""
+        return None if self._clock() < self._launch_again_at else self._start(loan)
+
+    def give_up(self, job: JobRow, attempt: AttemptRow, message: str) -> None:
+        """End a worker and take its job away: the job goes on elsewhere, and its retry budget is not touched."""
+        handle = attempt.handle or self._launched.get(attempt.id, "")
+        if handle:
+            self._engine.kill(handle)
+        self._cut(job, attempt, message, counted=False)
+
+    def _start(self, loan: Loan | None = None) -> JobRow | None:
+        job = self._store.begin_attempt(self._engine.name, loan)
         if job is None:
             self.last_launch_failed = False  # nothing waits that could show whether workers start again
-            return False
+            return None
         arguments = ["--job", job.name, "--attempt", str(job.attempt), "--token", str(job.fencing_token)]
+        if loan is not None:
+            arguments += ["--threads", str(loan.amount)]
         if self._settings_file is not None:
             arguments += ["--settings", str(self._settings_file)]
         _, attempt = next(pair for pair in self._store.held() if pair[0].id == job.id)
@@ -147,11 +158,11 @@ class Scheduler:
                 f"attempt {attempt.number}: the worker could not be started: {error.strerror}",
                 counted=False,
             )
-            return False
+            return None
         self.last_launch_failed = False
         self._launch_pause_s = LAUNCH_PAUSE_S
-        log.info("worker started", job=job.name, attempt=job.attempt)
-        return True
+        log.info("worker started", job=job.name, attempt=job.attempt, lease=job.lease)
+        return job
 
     def _cut(self, job: JobRow, attempt: AttemptRow, message: str, *, counted: bool = True) -> None:
         self._launched.pop(attempt.id, None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import random
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -58,6 +59,9 @@ class JobRow:
     not_before_us: int
     waits: int
     waiting_since_us: int | None
+    lease: str
+    lease_token: int
+    lease_until_us: int | None
     create_us: int
     start_us: int | None
     end_us: int | None
@@ -111,8 +115,24 @@ class CheckpointRow:
     available: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loan:
+    """Borrowed capacity for one attempt. until_us: when the lease ends on this machine's clock, if not renewed."""
+
+    lease: str
+    token: int
+    amount: int
+    until_us: int
+
+
 # What a job had to wait for is there.
 _NO_WAIT: Mapping[str, Any] = {"not_before_us": 0, "waits": 0, "waiting_since_us": None}
+
+
+def _may_write(token: int) -> sa.ColumnElement[bool]:
+    """Whether a worker with this token may write: the job is still its own, and so is what it runs on."""
+    until = t.jobs.c.lease_until_us
+    return (t.jobs.c.fencing_token == token) & (until.is_(None) | (until > now_us()))
 
 
 def _is_due() -> sa.ColumnElement[bool]:
@@ -138,7 +158,7 @@ def append_event(
     """
     condition = t.jobs.c.id == job_id
     if only_token is not None:
-        condition &= t.jobs.c.fencing_token == only_token
+        condition &= _may_write(only_token)
     statement = (
         sa.update(t.jobs)
         .where(condition)
@@ -377,10 +397,10 @@ class JobStore:
             for row in rows
         ]
 
-    def begin_attempt(self, engine: str) -> JobRow | None:
+    def begin_attempt(self, engine: str, loan: Loan | None = None) -> JobRow | None:
         """Take the oldest waiting job whose time has come for a new attempt, or return None.
 
-        The worker is launched after the commit.
+        The worker is launched after the commit. loan: borrowed capacity that it runs on.
         """
         with self.database.write() as connection:
             job = self.next_due(connection)
@@ -395,6 +415,9 @@ class JobStore:
                 fencing_token=token,
                 start_us=job.start_us or now,
                 observed=True,
+                lease=loan.lease if loan else "",
+                lease_token=loan.token if loan else 0,
+                lease_until_us=loan.until_us if loan else None,
             )
             connection.execute(
                 sa.insert(t.attempts).values(
@@ -444,6 +467,21 @@ class JobStore:
         with self.database.write() as connection:
             connection.execute(sa.update(t.jobs).filter_by(id=job.id).values(observed=observed))
 
+    def extend_lease(self, job: JobRow, until_us: int) -> None:
+        """Let the worker of a job on borrowed capacity write until then, if the job still has that lease."""
+        with self.database.write() as connection:
+            connection.execute(sa.update(t.jobs).filter_by(id=job.id, lease=job.lease).values(lease_until_us=until_us))
+
+    def ask_back(self, job: JobRow, message: str) -> bool:
+        """Ask the worker of a job on borrowed capacity to yield, once, and say so. Returns whether it was asked now."""
+        with self.database.write() as connection:
+            asked = connection.execute(
+                sa.update(t.jobs).filter_by(id=job.id, lease=job.lease, wish="").values(wish="yield")
+            ).rowcount
+            if asked:
+                self.note(connection, job.id, "capacity_asked_back", message, {"lease": job.lease})
+            return bool(asked)
+
     def attempt(self, name: str, number: int, fencing_token: int) -> AttemptStore:
         """Return the worker's view of one attempt. Errors: JobNotFoundError, FencedOutError."""
         with self.database.read() as connection:
@@ -483,9 +521,20 @@ class AttemptStore:
         self.job = job
         self.attempt = attempt
 
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """Open a transaction of this attempt. Errors: FencedOutError, also when its lease ends before the commit.
+
+        A worker that is stopped between a statement and the commit would otherwise write after the end.
+        """
+        with self.database.write() as connection:
+            yield connection
+            if self.job.lease:
+                self._check(connection)
+
     def register(self, handle: str) -> None:
         """Tell the scheduler by which handle it can see this worker."""
-        with self.database.write() as connection:
+        with self.writing() as connection:
             self._check(connection)
             connection.execute(
                 sa.update(t.attempts).filter_by(id=self.attempt.id).values(handle=handle, heartbeat_us=now_us())
@@ -493,14 +542,14 @@ class AttemptStore:
 
     def heartbeat(self) -> str:
         """Give a sign of life and return the owner's wish: "pause", "cancel" or nothing. Errors: FencedOutError."""
-        with self.database.write() as connection:
+        with self.writing() as connection:
             job = self._check(connection)
             connection.execute(sa.update(t.attempts).filter_by(id=self.attempt.id).values(heartbeat_us=now_us()))
             return job.wish
 
     def append(self, kind: str, payload: Mapping[str, Json], **changes: Any) -> JobRow:
         """Record an event, with changes of the job. Errors: FencedOutError."""
-        with self.database.write() as connection:
+        with self.writing() as connection:
             return append_event(
                 connection,
                 self.job.id,
@@ -512,13 +561,13 @@ class AttemptStore:
 
     def move(self, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
         """Move the job. Errors: FencedOutError, IllegalTransitionError."""
-        with self.database.write() as connection:
+        with self.writing() as connection:
             return self.move_in(connection, to, message=message, **changes)
 
     def move_in(self, connection: sa.Connection, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
-        """Move the job in the caller's transaction; a final or a resting state ends the attempt too."""
+        """Move the job in the caller's transaction; a state that holds no worker ends the attempt too."""
         job = self._check(connection)
-        if to in FINAL or to is JobState.PAUSED:
+        if to not in HELD:
             JobStore._end_attempt(connection, self.attempt.id)
             changes = {"wish": "", **changes}
         return move(connection, job, to, message=message, only_token=self.attempt.fencing_token, **changes)
@@ -529,7 +578,7 @@ class AttemptStore:
         The retry budget is not touched. Errors: FencedOutError; IllegalTransitionError, when the owner wished for a
         stop meanwhile.
         """
-        with self.database.write() as connection:
+        with self.writing() as connection:
             job, now = self._check(connection), now_us()
             if job.state not in MAY_WAIT:
                 raise IllegalTransitionError(f"{job.name} is {job.state} and cannot wait for {wait.what}")
@@ -565,7 +614,7 @@ class AttemptStore:
 
     def set_facts(self, facts: Mapping[str, str]) -> None:
         """Add facts that the service tells about the job."""
-        with self.database.write() as connection:
+        with self.writing() as connection:
             job = self._check(connection)
             merged = {**job.facts, **facts}
             connection.execute(sa.update(t.jobs).filter_by(id=self.job.id).values(facts=merged))
@@ -574,7 +623,7 @@ class AttemptStore:
         """Record a durable checkpoint and its event."""
         now = now_us()
         payload: dict[str, Json] = {"step": step, "digest": digest, "size_bytes": size_bytes, "create_us": now}
-        with self.database.write() as connection:
+        with self.writing() as connection:
             job = append_event(connection, self.job.id, "checkpoint", payload, only_token=self.attempt.fencing_token)
             connection.execute(
                 sa.insert(t.checkpoints).values(
@@ -594,14 +643,15 @@ class AttemptStore:
 
     def drop_checkpoint(self, row: CheckpointRow, *, kind: str, message: str) -> None:
         """Mark a checkpoint's files as gone or damaged, and tell so."""
-        with self.database.write() as connection:
+        with self.writing() as connection:
             payload = {"kind": kind, "message": message[:MAX_TEXT_CHARS], "facts": {"step": str(row.step)}}
             append_event(connection, self.job.id, "note", payload, only_token=self.attempt.fencing_token)
             connection.execute(sa.update(t.checkpoints).filter_by(id=row.id).values(available=False))
 
     def _check(self, connection: sa.Connection) -> JobRow:
-        query = sa.select(t.jobs).filter_by(id=self.job.id, fencing_token=self.attempt.fencing_token)
+        query = sa.select(t.jobs).where(t.jobs.c.id == self.job.id, _may_write(self.attempt.fencing_token))
         row = connection.execute(query.with_for_update()).mappings().one_or_none()
         if row is None:
-            raise FencedOutError(f"{self.job.name}: fencing token {self.attempt.fencing_token} is no longer current")
+            token = self.attempt.fencing_token
+            raise FencedOutError(f"{self.job.name}: fencing token {token} is not current, or its lease has ended")
         return _job(row)

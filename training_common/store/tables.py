@@ -56,6 +56,10 @@ jobs = Table(
     Column("not_before_us", BigInteger, nullable=False, default=0, server_default="0"),
     Column("waits", Integer, nullable=False, default=0, server_default="0"),
     Column("waiting_since_us", BigInteger),
+    # An attempt on borrowed capacity: its lease, and until when its worker may write. Only renewals move that on.
+    Column("lease", String(64), nullable=False, default="", server_default=""),
+    Column("lease_token", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("lease_until_us", BigInteger),
     Column("create_us", BigInteger, nullable=False),
     Column("start_us", BigInteger),
     Column("end_us", BigInteger),
