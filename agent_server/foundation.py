@@ -18,7 +18,8 @@ from pathlib import Path
 
 from agent_server.architectures.factory import FoundationRequirement
 from agent_server.settings import CognateEndpoint
-from cognateforge.client import CognateClient, ConsulDiscovery, StaticDiscovery, TlsFiles, deadline_within
+from cognateforge.client import CognateClient, ConsulDiscovery, TlsFiles, deadline_within
+from cognateforge.client.discovery import discovery_for
 from cognateforge.client.manifest import MANIFEST_NAME
 from cognateforge.client.patience import BREAKS, GIVE_UP_AFTER_S
 from cognateforge.exceptions import (
@@ -61,7 +62,7 @@ def connect(endpoint: CognateEndpoint) -> Iterator[CognateClient]:
     tls = None
     if endpoint.tls is not None:
         tls = TlsFiles(ca=endpoint.tls.ca_file, cert=endpoint.tls.cert_file, key=endpoint.tls.key_file)
-    found = ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else StaticDiscovery(endpoint.address)
+    found = ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else discovery_for(endpoint.address)
     name = endpoint.tls.server_name if endpoint.tls else ""
     try:
         with CognateClient(found, tls=tls, tls_server_name=name or None) as client:
@@ -108,16 +109,23 @@ def fetch(
 
 
 def refusal(
-    endpoint: CognateEndpoint, name: str, *, accept_experimental: bool, required: FoundationRequirement | None
+    endpoint: CognateEndpoint,
+    name: str,
+    *,
+    accept_experimental: bool,
+    required: FoundationRequirement | None,
+    caller_left_s: float | None = None,
 ) -> PreconditionError | None:
     """Return what speaks against a plan's foundation, or None.
 
     Also None where Cognate gives no answer in time: a job may be submitted while Cognate is down, and waits for it.
+    caller_left_s: what is left of the deadline of who submits. Half of it stays for the submission itself.
     """
-    if not endpoint.ask_within_s:
+    within_s = endpoint.ask_within_s if caller_left_s is None else min(endpoint.ask_within_s, caller_left_s / 2)
+    if within_s <= 0:
         return None
     try:
-        with deadline_within(endpoint.ask_within_s), connect(endpoint) as client:
+        with deadline_within(within_s), connect(endpoint) as client:
             model = client.models.GetModel(pb.GetModelRequest(name=name)).model
             check_compatible(client, model, required=required, accept_experimental=accept_experimental)
     except ModelNotFoundError as error:

@@ -43,7 +43,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan = with_defaults(request.plan)
         caller = current_caller().name
-        refused = await asyncio.to_thread(self._ask_cognate, plan)
+        refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
 
         def submit(connection: sa.Connection) -> JobRow:
             # Not before: a repeated start is answered as the first time, even when the data is gone by now.
@@ -62,7 +62,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         )
         return pb.StartTrainingResponse.FromString(answer)
 
-    def _ask_cognate(self, plan: pb.TrainingPlan) -> PreconditionError | None:
+    def _ask_cognate(self, plan: pb.TrainingPlan, caller_left_s: float | None) -> PreconditionError | None:
         architecture = self._factory.architectures.get(plan.architecture)
         if architecture is None:
             return None
@@ -71,6 +71,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
             plan.foundation.name,
             accept_experimental=plan.foundation.accept_experimental,
             required=architecture.required_architecture,
+            caller_left_s=caller_left_s,
         )
 
     async def EvaluateAgent(self, request: pb.EvaluateAgentRequest, context: Context) -> Any:

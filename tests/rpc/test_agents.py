@@ -1,6 +1,7 @@
 """The agent service over a real connection: what it takes in, what it refuses, and the registry of agents."""
 
 import asyncio
+import socket
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -292,6 +293,16 @@ async def test_a_foundation_that_cognate_does_not_have_is_refused_while_it_answe
             await agents.training.StartTraining(request)
         assert ["plan.foundation.name"] == [violation.field for violation in caught.value.violations]
         assert 1 == await jobs_stored(agents)
+
+
+async def test_a_silent_cognate_does_not_use_up_the_callers_deadline(tmp_path: Path) -> None:
+    """The question takes half of what is left of it at most, and the submission is taken in."""
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts, and says nothing
+    away = {"address": f"127.0.0.1:{silent.getsockname()[1]}", "ask_within_s": 60.0}
+    async with running_agent(tmp_path / "agent", cognate=away) as server, AsyncAgentClient(server.address) as agents:
+        started = await agents.training.StartTraining(start(), timeout=3.0)
+        assert job_pb2.JOB_STATE_QUEUED == started.job.job.state
+    silent.close()
 
 
 async def test_the_same_request_returns_the_first_answer(agents: AsyncAgentClient) -> None:
