@@ -11,7 +11,6 @@ from agent_server import foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.plan import require_feasible, with_defaults
 from agent_server.rpc import convert
-from agent_server.settings import CognateEndpoint
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
@@ -31,7 +30,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         *,
         factory: AgentArchitectureFactory,
         data: DataSettings,
-        cognate: CognateEndpoint,
+        cognate: foundation.CognateLink,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
@@ -83,4 +82,9 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         return pb.ListArchitecturesResponse(architectures=[convert.architecture(item) for item in self._factory])
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> Any:
-        return pb.GetServerInfoResponse(info=self._info)
+        info = job_pb2.ServerInfo(
+            version=self._info.version,
+            capabilities=self._info.capabilities,
+            peers=[convert.peer(self._cognate.snapshot())],
+        )
+        return pb.GetServerInfoResponse(info=info)

@@ -16,7 +16,7 @@ import pytest
 from grpc_status import rpc_status
 
 from agent_server.architectures.factory import FoundationRequirement
-from agent_server.foundation import AWAY, Foundation, connect, fetch, holds, refusal
+from agent_server.foundation import AWAY, CognateLink, Foundation, connect, fetch, holds, refusal
 from agent_server.settings import CognateEndpoint
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.client import CognateClient, deadline_within
@@ -218,7 +218,9 @@ def test_a_plan_is_refused_with_its_field(
     """FAILED_PRECONDITION at the submission instead of a job that fails a moment later."""
     registry.publish(3, pb.MODEL_STATE_EXPERIMENTAL)
     asked: dict[str, Any] = {"name": "cognate-25m@3", "accept_experimental": False, "required": REQUIRED} | changes
-    answer = refusal(CognateEndpoint(address=client.addresses[0], ask_within_s=10.0), **asked)
+    link = CognateLink(CognateEndpoint(address=client.addresses[0], ask_within_s=10.0))
+    answer = refusal(link, **asked)
+    link.close()
     assert (kind, [field] if field else []) == (type(answer), [v.field for v in answer.violations] if answer else [])
 
 
@@ -256,12 +258,14 @@ def test_cognate_is_found_in_consul(client: CognateClient, monkeypatch: pytest.M
         endpoint = CognateEndpoint(consul_service="cognate", ask_within_s=0.3)
         with pytest.raises(AWAY), deadline_within(0.1), connect(endpoint):
             raise AssertionError
-        assert refusal(endpoint, "cognate-25m@9", accept_experimental=False, required=None) is None
+        link = CognateLink(endpoint)
+        assert refusal(link, "cognate-25m@9", accept_experimental=False, required=None) is None
         consul.put_instances("cognate", *client.addresses)
         with connect(endpoint) as found:
             assert found.addresses == client.addresses
-        endpoint = CognateEndpoint(consul_service="cognate", ask_within_s=10)
-        refused = refusal(endpoint, "cognate-25m@9", accept_experimental=False, required=None)
+        link = CognateLink(CognateEndpoint(consul_service="cognate", ask_within_s=10))
+        refused = refusal(link, "cognate-25m@9", accept_experimental=False, required=None)
+        link.close()
         assert isinstance(refused, FoundationNotFoundError)
     finally:
         consul.close()

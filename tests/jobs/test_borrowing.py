@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from agent_server.borrowing import Borrower
+from agent_server.foundation import CognateLink
 from agent_server.settings import BorrowSettings, CognateEndpoint
 from cognateforge.client import AsyncCognateClient
 from cognateforge.cognate.v1 import pretraining_pb2
@@ -43,11 +44,12 @@ class Sides:
         self.cognate, self.folder = cognate, folder
         (folder / "toy").mkdir()
         self.toy = ToyService(folder / "toy", slots=slots)
+        self.link = CognateLink(CognateEndpoint(address=cognate.address))
         self.borrower = Borrower(
             self.toy.store,
             self.toy.scheduler,
+            self.link,
             slots=slots,
-            endpoint=CognateEndpoint(address=cognate.address),
             settings=BorrowSettings(cores=2, ttl_s=ttl_s),
         )
 
@@ -92,7 +94,7 @@ async def sides(folder: Path, *, grace_s: float = 30, **options: Any) -> AsyncIt
         try:
             yield both
         finally:
-            both.borrower.close()
+            both.link.close()
             both.toy.database.close()
 
 
@@ -241,12 +243,11 @@ async def test_a_restarted_service_keeps_its_leases(tmp_path: Path) -> None:
         await both.until(lambda: both.now(job).step >= 5)
         until_us = both.now(job).lease_until_us or 0
         both.toy.restart()
-        both.borrower.close()
         both.borrower = Borrower(
             both.toy.store,
             both.toy.scheduler,
+            both.link,
             slots=0,
-            endpoint=CognateEndpoint(address=both.cognate.address),
             settings=BorrowSettings(cores=2, ttl_s=3),
         )
         await both.until(lambda: now_us() > until_us + 500_000)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from typer.testing import CliRunner
 
 from agent_server import tables
 from cognateforge.agent.v1 import agent_pb2, training_pb2
 from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.cli.app import app
 from cognateforge.client import AsyncAgentClient
 from cognateforge.exceptions import (
     AgentNotFoundError,
@@ -369,6 +371,31 @@ async def test_the_server_tells_what_it_can_do(agents: AsyncAgentClient) -> None
     )
     info = (await agents.training.GetServerInfo(pb.GetServerInfoRequest())).info
     assert ["engine.local", "task.classification"] == list(info.capabilities)
+    assert [("cognate", job_pb2.CIRCUIT_CLOSED, 0)] == [(p.name, p.circuit, p.failed) for p in info.peers]
+
+
+async def test_the_circuit_to_cognate_is_told(tmp_path: Path) -> None:
+    """Submissions while Cognate is away: they are taken, the circuit opens, and the server says so."""
+    away = {"address": f"unix:{tmp_path / 'nobody'}", "ask_within_s": 5}
+    async with (
+        running_agent(tmp_path / "agent", cognate=away) as server,
+        AsyncAgentClient(server.address, timeout_s=60) as client,
+    ):
+        for _ in range(8):
+            await client.training.StartTraining(start())
+        [peer] = (await client.training.GetServerInfo(pb.GetServerInfoRequest())).info.peers
+        assert (job_pb2.CIRCUIT_OPEN, 5, 5, 3, 1) == (
+            peer.circuit,
+            peer.admitted,
+            peer.failed,
+            peer.refused,
+            peer.opened,
+        )
+        assert 8 == await jobs_stored(client)
+        run = CliRunner().invoke
+        where = ["--cognate", server.address, "--agent-server", server.address]
+        shown = await asyncio.to_thread(run, app, ["status", *where])
+        assert "circuit to cognate open (5 of 5 calls failed, 3 held back, opened 1 times)" in shown.output
 
 
 async def test_evaluation_on_request_says_that_it_is_not_served(agents: AsyncAgentClient) -> None:
