@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,8 @@ class Database:
             raise SettingsError(f"store_url: {error.filename}: {error.strerror}") from error
         # SQLite goes on with an open file that was removed or replaced: only a new connection tells.
         self._probe = sa.create_engine(url, poolclass=sa.NullPool) if self._sqlite else self.engine
+        self._brief = threading.local()
+        self._kept_connection: sa.Connection | None = None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="store-write")
         self._pinger = ThreadPoolExecutor(1, thread_name_prefix="store-ping")
@@ -82,6 +85,10 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """Open a transaction that sees one state of the database and changes nothing."""
+        kept: sa.Connection | None = getattr(self._brief, "connection", None)
+        if kept is not None:
+            yield kept
+            return
         with self.engine.connect() as connection, connection.begin():
             yield connection
 
@@ -127,9 +134,30 @@ class Database:
         """Do store work that only reads a row or two by their keys.
 
         On SQLite it is done at once: readers of a write-ahead log wait for no writer, and one row takes less time than
-        the way to a thread and back. Any other database may be far away, so there it is `run`.
+        the way to a thread and back. Each statement is a transaction of its own, over a connection that is kept: to get
+        one from the pool, begin and end costs more than the row. Any other database may be far away, so there it is
+        `run`.
         """
-        return work(*args) if self._sqlite else await self.run(work, *args)
+        if not self._sqlite:
+            return await self.run(work, *args)
+        try:
+            self._brief.connection = self._kept()
+            return work(*args)
+        except sa.exc.OperationalError:
+            self._let_go_of_kept()
+            raise
+        finally:
+            self._brief.connection = None
+
+    def _kept(self) -> sa.Connection:
+        if self._kept_connection is None:
+            self._kept_connection = self.engine.connect().execution_options(forge_autocommit=True)
+        return self._kept_connection
+
+    def _let_go_of_kept(self) -> None:
+        if self._kept_connection is not None:
+            self._kept_connection.close()
+            self._kept_connection = None
 
     def upgrade(self, migrations: Path) -> None:
         """Bring the schema to the newest revision of the service's migrations. Servers that start at once take turns.
@@ -164,6 +192,7 @@ class Database:
         """Close threads and connections."""
         for threads in (self._readers, self._writers, self._pinger):
             threads.shutdown(wait=True)
+        self._let_go_of_kept()
         self.engine.dispose()
 
 
@@ -179,5 +208,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    write = connection.get_execution_options().get("forge_write", False)
+    options = connection.get_execution_options()
+    if options.get("forge_autocommit", False):
+        return
+    write = options.get("forge_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
