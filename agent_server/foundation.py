@@ -193,7 +193,7 @@ def check_compatible(
             metadata={m.field: m.model_value for m in answer.mismatches},
         )
     # A Cognate without kinds compares all that a request of this release can ask.
-    if answer.compared and (unseen := _asked(request) - set(answer.compared)):
+    if answer.compared and (unseen := asked_kinds(request) - set(answer.compared)):
         names = ", ".join(sorted(Kind.Name(kind).removeprefix("MISMATCH_KIND_") for kind in unseen))
         raise IncompatibleError(f"Cognate did not compare {names} of {model.name}: use a newer release of Cognate")
     if answer.model_digest != model.digest:
@@ -209,7 +209,7 @@ def _experimental(model: pb.FoundationModel) -> ModelExperimentalError:
     )
 
 
-def _asked(request: pb.CheckCompatibilityRequest) -> set[Kind.ValueType]:
+def asked_kinds(request: pb.CheckCompatibilityRequest) -> set[Kind.ValueType]:
     """Return the parts that a request asks Cognate to compare."""
     asked = {
         Kind.MISMATCH_KIND_ARCHITECTURE_NAME: request.architecture.name,

@@ -101,7 +101,9 @@ def _ended(session: Session, name: str, end: job_pb2.End, artifact: str) -> Exit
     if not session.as_json:
         print_line(f"{name} {word} {artifact}".rstrip())
     if end.HasField("failure") and session.as_json:
-        session.report(BY_REASON.get(end.failure.reason, JobFailedError)(end.failure.message))
+        error = BY_REASON.get(end.failure.reason, JobFailedError)(end.failure.message)
+        error.unknown_reason = end.failure.reason if end.failure.reason not in BY_REASON else ""
+        session.report(error)
     elif end.HasField("failure"):
         say(f"error: {end.failure.reason}: {end.failure.message}")
     return Exit.OK if end.state == job_pb2.JOB_STATE_SUCCEEDED else Exit.JOB_FAILED
