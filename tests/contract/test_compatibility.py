@@ -369,11 +369,10 @@ def all_outcomes(contract: Contract, fill: Callable[[Any], Any]) -> dict[str, st
             "CognatePretrainingService": cognate.pretraining,
             "ModelService": cognate.models,
             "ResourceService": cognate.resources,
+            "AgentForgeTrainingService": agent.training,
+            "AgentService": agent.agents,
         }
-        found = outcomes(stubs, fill)
-        return found | outcomes(
-            agent, {"AgentForgeTrainingService": agent.training, "AgentService": agent.agents}, fill
-        )
+        return outcomes(stubs, fill)
 
 
 def test_the_client_library_calls_servers_of_every_version(version: Contract) -> None:
@@ -466,8 +465,8 @@ def test_a_watch_of_models_goes_on_over_frames_and_events_of_new_kinds() -> None
     assert (4, "cognate-25m@3") == (published.sequence, published.published.name)
 
 
-def artifact(kind: str, **more: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the JSON form of an artifact, and of the frames of its fetch with unknown ones among them."""
+def artifact(kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the JSON form of an artifact, and of the frames of its fetch."""
 
     def b64(data: bytes) -> str:
         return base64.b64encode(data).decode()
@@ -478,38 +477,66 @@ def artifact(kind: str, **more: Any) -> tuple[dict[str, Any], list[dict[str, Any
         "digest": f"sha256:{hashlib.sha256(PAYLOAD).hexdigest()}",
     }
     manifest = json.dumps({"files": [file]}).encode()
-    body = {"name": "cognate-25m@1", "digest": f"sha256:{hashlib.sha256(manifest).hexdigest()}", **more}
+    body = {"name": "cognate-25m@1", "digest": f"sha256:{hashlib.sha256(manifest).hexdigest()}"}
     half = len(PAYLOAD) // 2
     frames = [
-        {"new_frame": "x"},
         {"header": {kind: body, "manifest": b64(manifest)}},
         {"chunk": {"offset_bytes": 0, "data": b64(PAYLOAD[:half])}},
-        {"new_frame": "x"},
         {"chunk": {"offset_bytes": half, "data": b64(PAYLOAD[half:])}},
     ]
     return body, frames
 
 
-def test_a_fetch_goes_on_over_frames_of_new_kinds(tmp_path: Path) -> None:
-    """Only digests decide whether an artifact is whole, so a frame that is not understood does no harm."""
+def fetch_both(contract: Contract, folder: Path, *, between: list[dict[str, Any]]) -> list[bytes]:
+    """Fetch a model and an agent, and return their payloads. between: frames around those of the fetch."""
     model, model_frames = artifact("model")
     agent, agent_frames = artifact("agent")
     answers: dict[str, Answer] = {
         "ModelService/GetModel": {"model": model},
-        "ModelService/FetchModel": model_frames,
+        "ModelService/FetchModel": [part for frame in model_frames for part in [*between, frame]],
         "AgentService/GetAgent": {"agent": agent},
-        "AgentService/FetchAgent": agent_frames,
+        "AgentService/FetchAgent": [part for frame in agent_frames for part in [*between, frame]],
     }
     with (
-        serving(contracts.newer(), answers) as address,
+        serving(contract, answers) as address,
         CognateClient(address) as cognate,
         AgentClient(address) as agents,
     ):
         fetched = [
-            cognate.fetch_model("cognate-25m", tmp_path / "model"),
-            agents.fetch_agent("intent-router", tmp_path / "agent"),
+            cognate.fetch_model("cognate-25m", folder / "model"),
+            agents.fetch_agent("intent-router", folder / "agent"),
         ]
-    assert [PAYLOAD, PAYLOAD] == [(one.path / "payload.bin").read_bytes() for one in fetched]
+    return [(one.path / "payload.bin").read_bytes() for one in fetched]
+
+
+def test_artifacts_are_fetched_from_servers_of_every_version(version: Contract, tmp_path: Path) -> None:
+    """Model and agent land whole."""
+    assert [PAYLOAD, PAYLOAD] == fetch_both(version, tmp_path, between=[])
+
+
+def test_a_fetch_goes_on_over_frames_of_new_kinds(tmp_path: Path) -> None:
+    """Only digests decide whether an artifact is whole, so a frame that is not understood does no harm."""
+    assert [PAYLOAD, PAYLOAD] == fetch_both(contracts.newer(), tmp_path, between=[{"new_frame": "x"}])
+
+
+def test_jobs_and_models_are_watched_on_servers_of_every_version(version: Contract) -> None:
+    """A job to its end, and models where the server has that; where it has not, the error says so at once."""
+    frames = [job_event(1, state_change={"to": "JOB_STATE_RUNNING"}), job_event(2, note={}), ended(2)]
+    published = [{"event": {"sequence": 1, "published": {"name": "cognate-25m@1"}}}]
+    with (
+        serving(version, {WATCH: frames, "ModelService/WatchModels": published}) as address,
+        CognateClient(address) as client,
+    ):
+        assert [1, 2, 0] == [frame.event.sequence for frame in client.watch_job(JOB)]
+        news = client.watch_models()
+        if "ModelService/WatchModels" in version:
+            event = next(news)
+            assert isinstance(event, model_pb2.ModelEvent)
+            assert "cognate-25m@1" == event.published.name
+            news.close()
+        else:
+            with pytest.raises(NotImplementedByServerError):
+                next(news)
 
 
 @pytest.mark.parametrize(
@@ -523,9 +550,12 @@ def test_a_fetch_goes_on_over_frames_of_new_kinds(tmp_path: Path) -> None:
 def test_an_unknown_reason_is_the_nearest_class(code: int, kind: type[ForgeError]) -> None:
     """The status decides, and the reason is not lost."""
     answers = {"CognatePretrainingService/GetServerInfo": new_reason(code)}
-    with serving(contracts.newer(), answers) as address, CognateClient(address) as client:
-        with pytest.raises(kind) as caught:
-            client.pretraining.GetServerInfo(pretraining_pb2.GetServerInfoRequest())
+    with (
+        serving(contracts.newer(), answers) as address,
+        CognateClient(address) as client,
+        pytest.raises(kind) as caught,
+    ):
+        client.pretraining.GetServerInfo(pretraining_pb2.GetServerInfoRequest())
     error = caught.value
     assert (kind, "SOMETHING_NEW", {"fact": "7"}) == (type(error), error.unknown_reason, error.metadata)
     assert error.message == "it is not to be"
