@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -265,7 +265,7 @@ class Caller:
 
 
 # What a server of another version answers: a message's JSON form, a stream's, or an error.
-Answer = Mapping[str, Any] | Sequence[Mapping[str, Any]] | ForgeError | status_pb2.Status
+Answer: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]] | ForgeError | status_pb2.Status
 
 
 def new_reason(code: int, reason: str = "SOMETHING_NEW", message: str = "it is not to be") -> status_pb2.Status:
@@ -367,7 +367,7 @@ def filled(message: Message, depth: int = 6) -> Message:
     return message
 
 
-def _sample(field: FieldDescriptor) -> Any:
+def _sample(field: Any) -> Any:
     if field.enum_type is not None:
         return field.enum_type.values[-1].number
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
