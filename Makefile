@@ -8,7 +8,7 @@ PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install -
 CODE := clients training_common cognate_server agent_server tests tools deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-run demo up test unit lint format proto proto-breaking docs bench clean
+.PHONY: help install install-run demo up test unit fuzz lint format proto proto-breaking docs bench clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +39,9 @@ test: lint unit ## Everything that CI runs: lint, then the tests, fast ones firs
 
 unit: $(VENV)/.dev ## The tests alone.
 	$(BIN)/python -m pytest $(TESTS)
+
+fuzz: $(VENV)/.dev ## Press every RPC with 20,000 requests out of its descriptor; make fuzz FUZZ="COUNT SEED".
+	$(BIN)/python -m tests.fuzz.run $(FUZZ)
 
 lint: $(VENV)/.dev ## Style, types, floors and the contract's own rules.
 	$(BIN)/ruff check $(CODE)

@@ -10,19 +10,16 @@ that was stopped or cut off, with or without this service, writes nothing once i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from agent_server import foundation
-from agent_server.settings import BorrowSettings, CognateEndpoint
-from cognateforge.client import CognateClient
+from agent_server.settings import BorrowSettings
 from cognateforge.exceptions import CapacityTakenError, ForgeError, LeaseEndedError, LeaseNotFoundError
 from cognateforge.exchange.v1 import resource_pb2 as pb
 from training_common.jobs.scheduler import Scheduler
@@ -42,16 +39,19 @@ class Borrower:
     """Borrows, keeps and gives back. It keeps nothing that a restart could lose: leases stand in the jobs' rows."""
 
     def __init__(
-        self, store: JobStore, scheduler: Scheduler, *, slots: int, endpoint: CognateEndpoint, settings: BorrowSettings
+        self,
+        store: JobStore,
+        scheduler: Scheduler,
+        link: foundation.CognateLink,
+        *,
+        slots: int,
+        settings: BorrowSettings,
     ) -> None:
         self._store = store
         self._scheduler = scheduler
         self._slots = slots
-        self._endpoint = endpoint
         self._settings = settings
-        self._open = contextlib.ExitStack()
-        self._client: CognateClient | None = None
-        self._opening = threading.Lock()
+        self._link = link
         self._tokens: dict[str, int] = {}
         self._renew_at_s: dict[str, float] = {}
         self._ask_at_s = 0.0
@@ -70,9 +70,9 @@ class Borrower:
                         log.warning("leases not looked after", error=f"{type(error).__name__}: {error}")
                     await loop.run_in_executor(thread, self._wake.wait, _TICK_S)
             finally:
+                # Leases of running workers stay, for the next start of this service.
                 self._closed = True
                 self._wake.set()
-                self.close()
 
     def tick(self) -> None:
         """Keep what is in use, give back what is not, and borrow where a job waits in vain."""
@@ -85,11 +85,6 @@ class Borrower:
         own_are_full = sum(not job.lease for job, _ in held) >= self._slots
         if own_are_full and len(on_loan) < self._settings.workers and time.monotonic() >= self._ask_at_s:
             self._borrow()
-
-    def close(self) -> None:
-        """Let go of the connection. Leases of running workers stay, for the next start of this service."""
-        self._open.close()
-        self._client = None
 
     def _keep(self, job: JobRow, attempt: AttemptRow) -> None:
         if job.lease not in self._tokens:
@@ -107,8 +102,7 @@ class Borrower:
             request_id=str(uuid.uuid4()), name=job.lease, fencing_token=job.lease_token, ttl=self._ttl()
         )
         try:
-            with self._cognate() as client:
-                lease = client.resources.RenewLease(request).lease
+            lease = self._link.client().resources.RenewLease(request).lease
         except (LeaseEndedError, LeaseNotFoundError) as error:
             self._scheduler.give_up(job, attempt, f"attempt {attempt.number}: {error.message}")
             return
@@ -131,8 +125,7 @@ class Borrower:
                 continue
             request = pb.ReleaseLeaseRequest(request_id=str(uuid.uuid4()), name=name, fencing_token=token)
             try:
-                with self._cognate() as client:
-                    client.resources.ReleaseLease(request)
+                self._link.client().resources.ReleaseLease(request)
             except ForgeError as error:  # it ends by itself, with its time
                 log.warning("lease not released", lease=name, error=error.message)
             del self._tokens[name]
@@ -148,8 +141,7 @@ class Borrower:
             request_id=str(uuid.uuid4()), kind=pb.RESOURCE_KIND_CPU, amount=self._settings.cores, ttl=self._ttl()
         )
         try:
-            with self._cognate() as client:
-                lease = client.resources.AcquireLease(request).lease
+            lease = self._link.client().resources.AcquireLease(request).lease
         except CapacityTakenError:
             return
         except ForgeError as error:
@@ -180,12 +172,11 @@ class Borrower:
             last = pb.LEASE_STATE_ACTIVE
             while name in self._tokens and not self._closed:
                 try:
-                    with self._cognate() as client:
-                        for frame in client.resources.WatchLease(pb.WatchLeaseRequest(name=name)):
-                            if frame.lease.state != last and name in self._renew_at_s:
-                                last = frame.lease.state
-                                self._renew_at_s[name] = 0.0
-                                self._wake.set()
+                    for frame in self._link.client().resources.WatchLease(pb.WatchLeaseRequest(name=name)):
+                        if frame.lease.state != last and name in self._renew_at_s:
+                            last = frame.lease.state
+                            self._renew_at_s[name] = 0.0
+                            self._wake.set()
                     return  # it has ended
                 except LeaseNotFoundError:
                     return
@@ -193,12 +184,3 @@ class Borrower:
                     time.sleep(_TICK_S)  # renewals tell as well, only later
 
         threading.Thread(target=listen, name=f"watch-{name}", daemon=True).start()
-
-    @contextlib.contextmanager
-    def _cognate(self) -> Iterator[CognateClient]:
-        """Hold a client of Cognate, opened when first needed. Errors: ForgeError, also when it cannot be found."""
-        with self._opening:
-            if self._client is None:
-                self._client = self._open.enter_context(foundation.connect(self._endpoint))
-            client = self._client
-        yield client

@@ -1,23 +1,37 @@
 """Get a foundation model from Cognate: resolve, shake hands, fetch once.
 
-The only module of the agent service that speaks to Cognate. The cache holds a folder per model, named after its digest,
-so it needs no invalidation: a folder is either the model of that digest or is thrown away.
+With agent_server.borrowing the only module of the agent service that speaks to Cognate. The cache holds a folder per
+model, named after its digest, so it needs no invalidation: a folder is either the model of that digest or is thrown
+away.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from agent_server.architectures.factory import FoundationRequirement
 from agent_server.settings import CognateEndpoint
-from cognateforge.client import CognateClient, ConsulDiscovery, StaticDiscovery, TlsFiles, deadline_within
+from cognateforge.client import (
+    CallBreaker,
+    CognateClient,
+    ConsulDiscovery,
+    TlsFiles,
+    deadline_within,
+    remaining_budget_s,
+)
+from cognateforge.client.breaker import BreakerSnapshot, BreakerState
+from cognateforge.client.discovery import discovery_for
 from cognateforge.client.manifest import MANIFEST_NAME
 from cognateforge.client.patience import BREAKS, GIVE_UP_AFTER_S
 from cognateforge.exceptions import (
@@ -29,8 +43,11 @@ from cognateforge.exceptions import (
     ModelExperimentalError,
     ModelNotFoundError,
     PreconditionError,
+    UnavailableError,
 )
 from cognateforge.exchange.v1 import model_pb2 as pb
+
+log = structlog.get_logger(__name__)
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 # 1 MiB, the exchange's own chunk: enough that hashing, not reading, decides the speed.
@@ -54,8 +71,62 @@ class Foundation:
 AWAY = BREAKS
 
 
+# What rpc/convert reads of the circuit to Cognate.
+CircuitSnapshot = BreakerSnapshot
+
+
+class CognateLink:
+    """This service's own connection to Cognate, with one circuit breaker for all of its calls.
+
+    It is opened when first needed. Workers have connections of their own.
+    """
+
+    def __init__(self, endpoint: CognateEndpoint) -> None:
+        self.endpoint = endpoint
+        self._breaker = CallBreaker("cognate", on_state_change=_log_circuit)
+        self._lock = threading.Lock()
+        self._open = contextlib.ExitStack()
+        self._client: CognateClient | None = None
+
+    def client(self) -> CognateClient:
+        """Return the client. May block for as long as Consul takes for a first answer, or the deadline allows.
+
+        Errors: UnavailableError, when Cognate cannot be found.
+        """
+        left_s = remaining_budget_s()
+        if not self._lock.acquire(timeout=-1 if left_s is None else max(0.0, left_s)):
+            raise UnavailableError("Cognate is still being looked for")
+        try:
+            if self._client is None:
+                self._client = self._open.enter_context(connect(self.endpoint, self._breaker))
+            return self._client
+        finally:
+            self._lock.release()
+
+    def snapshot(self) -> BreakerSnapshot:
+        """Return how the calls fare."""
+        return self._breaker.snapshot()
+
+    async def keep(self) -> None:
+        """Hold the connection until cancelled."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        with self._lock:
+            self._open.close()
+            self._client = None
+
+
+def _log_circuit(name: str, before: BreakerState, after: BreakerState) -> None:
+    log.warning("circuit changed", peer=name, before=before, after=after)
+
+
 @contextlib.contextmanager
-def connect(endpoint: CognateEndpoint) -> Iterator[CognateClient]:
+def connect(endpoint: CognateEndpoint, breaker: CallBreaker | None = None) -> Iterator[CognateClient]:
     """Open a client of Cognate. Nothing is dialled before the first call.
 
     Errors: UnavailableError, when Consul names no instance within the time that is left.
@@ -63,10 +134,10 @@ def connect(endpoint: CognateEndpoint) -> Iterator[CognateClient]:
     tls = None
     if endpoint.tls is not None:
         tls = TlsFiles(ca=endpoint.tls.ca_file, cert=endpoint.tls.cert_file, key=endpoint.tls.key_file)
-    found = ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else StaticDiscovery(endpoint.address)
+    found = ConsulDiscovery(endpoint.consul_service) if endpoint.consul_service else discovery_for(endpoint.address)
     name = endpoint.tls.server_name if endpoint.tls else ""
     try:
-        with CognateClient(found, tls=tls, tls_server_name=name or None) as client:
+        with CognateClient(found, tls=tls, tls_server_name=name or None, breaker=breaker) as client:
             yield client
     finally:
         found.close()
@@ -110,16 +181,26 @@ def fetch(
 
 
 def refusal(
-    endpoint: CognateEndpoint, name: str, *, accept_experimental: bool, required: FoundationRequirement | None
+    link: CognateLink,
+    name: str,
+    *,
+    accept_experimental: bool,
+    required: FoundationRequirement | None,
+    caller_left_s: float | None = None,
 ) -> PreconditionError | None:
     """Return what speaks against a plan's foundation, or None.
 
     Also None where Cognate gives no answer in time: a job may be submitted while Cognate is down, and waits for it.
+    caller_left_s: what is left of the deadline of who submits. Half of it stays for the submission itself.
     """
-    if not endpoint.ask_within_s:
+    within_s = link.endpoint.ask_within_s
+    if caller_left_s is not None:
+        within_s = min(within_s, caller_left_s / 2)
+    if within_s <= 0:
         return None
     try:
-        with deadline_within(endpoint.ask_within_s), connect(endpoint) as client:
+        with deadline_within(within_s):
+            client = link.client()
             model = client.models.GetModel(pb.GetModelRequest(name=name)).model
             check_compatible(client, model, required=required, accept_experimental=accept_experimental)
     except ModelNotFoundError as error:

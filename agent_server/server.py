@@ -10,6 +10,7 @@ import structlog
 from agent_server import metrics, migrations
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.borrowing import Borrower
+from agent_server.foundation import CognateLink
 from agent_server.rpc import convert
 from agent_server.rpc.agents import AgentServicer
 from agent_server.rpc.training import TrainingServicer
@@ -59,14 +60,13 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
     )
+    link = CognateLink(settings.cognate)
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
-        TrainingServicer(jobs, factory=factory, data=settings.data, cognate=settings.cognate, info=info), server
+        TrainingServicer(jobs, factory=factory, data=settings.data, cognate=link, info=info), server
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
-    borrower = Borrower(
-        store, scheduler, slots=settings.workers.slots, endpoint=settings.cognate, settings=settings.borrow
-    )
+    borrower = Borrower(store, scheduler, link, slots=settings.workers.slots, settings=settings.borrow)
     borrowing = [borrower.run()] if settings.borrow.cores else []
     return RunningServer(
         listener,
@@ -75,5 +75,5 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         health=health,
         database=database,
         lock=lock,
-        tasks=[scheduler.run(), events.run(), *borrowing],
+        tasks=[scheduler.run(), events.run(), link.keep(), *borrowing],
     )

@@ -82,7 +82,9 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
     attempt, endpoint = context.attempt, context.settings.cognate
     architecture = AgentArchitectureFactory().get(plan.architecture)
     name = attempt.store.job.facts.get("foundation") or plan.foundation.name
-    hold_until, progressed = time.monotonic() + endpoint.hold_slot_s, False
+    # Who waited before holds no slot for it again: one look is enough.
+    hold_s = 0.0 if attempt.store.job.waits else endpoint.hold_slot_s
+    hold_until, progressed = time.monotonic() + hold_s, False
 
     def on_progress(_arrived: int, _total: int) -> None:
         nonlocal hold_until, progressed

@@ -45,6 +45,15 @@ def test_every_key_has_a_default(tmp_path: Path) -> None:
         ("[data]\nhub = 'perhaps'", "data.hub: Input should be a valid boolean"),
         ("[limits]\nmax_request_bytes = -1", "limits.max_request_bytes: "),
         ("address = '0.0.0.0:7101'", "address '0.0.0.0:7101' is not loopback"),
+        ("address = 'unix:/s'\n[consul]\nservice = 'c'", "consul.advertise is missing: nobody can dial 'unix:/s'"),
+        ("address = 'unix:/s'\n[consul]\nservice = 'c'\nadvertise = 'h'", "consul.advertise 'h' has no port"),
+        (
+            "address = '[::]:7101'\n[consul]\nservice = 'c'\n"
+            "[security.tls]\ncert_file = 'c'\nkey_file = 'k'\nclient_ca_file = 'a'",
+            "consul.advertise is missing: nobody can dial '[::]:7101'",
+        ),
+        ("[consul]\nttl_s = 0.5", "consul.ttl_s: "),
+        ("[consul]\nderegister_critical_after_s = 59", "consul.deregister_critical_after_s: "),
     ],
 )
 def test_a_wrong_key_of_the_file_is_named(tmp_path: Path, toml: str, named: str) -> None:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _SEPARATOR = "__"
+_WILDCARDS = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - told apart here, never bound
+_PORT = re.compile(r"(?:^[^:]+|\]):\d+$")
+# Keys that hold lists: comma-separated in the environment.
+_LISTS = ("roles", "tags")
 S = TypeVar("S", bound="ServiceSettings")
 
 
@@ -96,6 +101,26 @@ class LimitSettings(Section):
     )
 
 
+class ConsulSettings(Section):
+    """Where the service is registered, for clients to find it. Without a service name it is not."""
+
+    service: str = Field(default="", description="name to register under; empty: no registration")
+    host: str = Field(default="", description="Consul agent's host; empty: CONSUL_HTTP_ADDR's, or 127.0.0.1")
+    port: int = Field(default=0, ge=0, le=65535, description="Consul agent's port; 0: CONSUL_HTTP_ADDR's, or 8500")
+    scheme: Literal["", "http", "https"] = Field(default="", description="empty: CONSUL_HTTP_ADDR's, or http")
+    token: str = Field(default="", repr=False, description="ACL token with service:write; empty: CONSUL_HTTP_TOKEN's")
+    ttl_s: float = Field(
+        default=15.0, ge=1, le=3600, description="silence after which Consul calls this server critical"
+    )
+    deregister_critical_after_s: float = Field(
+        default=600.0, ge=60, description="seconds of being critical after which Consul drops it; its floor is a minute"
+    )
+    tags: tuple[str, ...] = Field(default=(), description="tags of this instance")
+    advertise: str = Field(
+        default="", description="host or host:port that clients dial; empty: the address, if that is no wildcard"
+    )
+
+
 class ServiceSettings(Section):
     """What both services are told."""
 
@@ -108,6 +133,7 @@ class ServiceSettings(Section):
     data: DataSettings = DataSettings()
     security: SecuritySettings = SecuritySettings()
     limits: LimitSettings = LimitSettings()
+    consul: ConsulSettings = ConsulSettings()
     audit: AuditSettings = AuditSettings()
 
     @model_validator(mode="after")
@@ -117,6 +143,19 @@ class ServiceSettings(Section):
                 f"address {self.address!r} is not loopback, and plaintext stays on this machine: "
                 "use 127.0.0.1, [::1], localhost or unix:PATH, or set security.tls"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_found(self) -> Self:
+        host = self.address.rpartition(":")[0].strip("[]")
+        nowhere = self.address.startswith("unix:") or host in _WILDCARDS
+        if self.consul.service and not self.consul.advertise and nowhere:
+            raise ValueError(
+                f"consul.advertise is missing: nobody can dial {self.address!r} from elsewhere; give the host or "
+                "host:port under which clients reach this server"
+            )
+        if self.consul.service and self.address.startswith("unix:") and not _PORT.search(self.consul.advertise):
+            raise ValueError(f"consul.advertise {self.consul.advertise!r} has no port, and {self.address!r} has none")
         return self
 
     @property
@@ -187,6 +226,6 @@ def _place(values: dict[str, Any], path: list[str], text: str) -> bool:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             return False
-    # Lists are comma-separated in the environment; every other type is parsed from its text by pydantic.
-    values[path[-1]] = [part.strip() for part in text.split(",")] if path[-1].endswith("roles") else text
+    # Every other type is parsed from its text by pydantic.
+    values[path[-1]] = [part.strip() for part in text.split(",")] if path[-1].endswith(_LISTS) else text
     return True

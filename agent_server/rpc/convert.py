@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from agent_server.architectures.factory import AgentArchitecture
+from agent_server.foundation import CircuitSnapshot
 from cognateforge.agent.v1 import agent_pb2, training_pb2
+from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.registry import ArtifactRow
 from training_common.jobs.store import JobRow
 from training_common.rpc import convert
@@ -41,6 +43,18 @@ def agent(row: ArtifactRow, aliases: Iterable[str]) -> agent_pb2.Agent:
         total_parameters=body["parameters"]["total"],
         evaluations=[agent_pb2.Evaluation(**evaluation) for evaluation in body["evaluations"]],
         data=convert.data_sources(row),
+    )
+
+
+def peer(snapshot: CircuitSnapshot) -> job_pb2.Peer:
+    """Return how the calls to another service fare."""
+    return job_pb2.Peer(
+        name=snapshot.name,
+        circuit=job_pb2.Circuit.Value(f"CIRCUIT_{snapshot.state.upper().replace('-', '_')}"),
+        admitted=snapshot.admitted,
+        failed=snapshot.failed,
+        refused=snapshot.refused,
+        opened=snapshot.opened,
     )
 
 

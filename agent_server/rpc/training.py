@@ -11,7 +11,6 @@ from agent_server import foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.plan import require_feasible, with_defaults
 from agent_server.rpc import convert
-from agent_server.settings import CognateEndpoint
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
@@ -31,7 +30,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         *,
         factory: AgentArchitectureFactory,
         data: DataSettings,
-        cognate: CognateEndpoint,
+        cognate: foundation.CognateLink,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
@@ -43,7 +42,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan = with_defaults(request.plan)
         caller = current_caller().name
-        refused = await asyncio.to_thread(self._ask_cognate, plan)
+        refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
 
         def submit(connection: sa.Connection) -> JobRow:
             # Not before: a repeated start is answered as the first time, even when the data is gone by now.
@@ -62,7 +61,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         )
         return pb.StartTrainingResponse.FromString(answer)
 
-    def _ask_cognate(self, plan: pb.TrainingPlan) -> PreconditionError | None:
+    def _ask_cognate(self, plan: pb.TrainingPlan, caller_left_s: float | None) -> PreconditionError | None:
         architecture = self._factory.architectures.get(plan.architecture)
         if architecture is None:
             return None
@@ -71,6 +70,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
             plan.foundation.name,
             accept_experimental=plan.foundation.accept_experimental,
             required=architecture.required_architecture,
+            caller_left_s=caller_left_s,
         )
 
     async def EvaluateAgent(self, request: pb.EvaluateAgentRequest, context: Context) -> Any:
@@ -82,4 +82,9 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         return pb.ListArchitecturesResponse(architectures=[convert.architecture(item) for item in self._factory])
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> Any:
-        return pb.GetServerInfoResponse(info=self._info)
+        info = job_pb2.ServerInfo(
+            version=self._info.version,
+            capabilities=self._info.capabilities,
+            peers=[convert.peer(self._cognate.snapshot())],
+        )
+        return pb.GetServerInfoResponse(info=info)

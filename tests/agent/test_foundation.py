@@ -16,10 +16,10 @@ import pytest
 from grpc_status import rpc_status
 
 from agent_server.architectures.factory import FoundationRequirement
-from agent_server.foundation import Foundation, connect, fetch, holds, refusal
+from agent_server.foundation import AWAY, CognateLink, Foundation, connect, fetch, holds, refusal
 from agent_server.settings import CognateEndpoint
 from cognateforge.artifact.v1 import artifact_pb2
-from cognateforge.client import CognateClient
+from cognateforge.client import CognateClient, deadline_within
 from cognateforge.exceptions import (
     ArtifactCorruptError,
     ForgeError,
@@ -31,6 +31,7 @@ from cognateforge.exceptions import (
 )
 from cognateforge.exchange.v1 import model_pb2 as pb
 from cognateforge.exchange.v1 import model_pb2_grpc
+from tests.support.consul_double import ConsulDouble
 
 FILES = {"model.safetensors": b"weights" * 40_000, "config.json": b"{}", "tokenizer.json": b"{ }"}
 FINGERPRINT = "sha256:" + "a" * 64
@@ -217,7 +218,9 @@ def test_a_plan_is_refused_with_its_field(
     """FAILED_PRECONDITION at the submission instead of a job that fails a moment later."""
     registry.publish(3, pb.MODEL_STATE_EXPERIMENTAL)
     asked: dict[str, Any] = {"name": "cognate-25m@3", "accept_experimental": False, "required": REQUIRED} | changes
-    answer = refusal(CognateEndpoint(address=client.addresses[0], ask_within_s=10.0), **asked)
+    link = CognateLink(CognateEndpoint(address=client.addresses[0], ask_within_s=10.0))
+    answer = refusal(link, **asked)
+    link.close()
     assert (kind, [field] if field else []) == (type(answer), [v.field for v in answer.violations] if answer else [])
 
 
@@ -245,6 +248,27 @@ def test_an_incompatible_model_is_refused_with_every_mismatch(
 def test_an_architecture_without_requirements_takes_any_model(client: CognateClient, tmp_path: Path) -> None:
     """No requirement, no handshake."""
     assert get(client, tmp_path, required=None).name == "cognate-25m@1"
+
+
+def test_cognate_is_found_in_consul(client: CognateClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name that the settings give; where none passes, that is Cognate being away, and known within the time."""
+    consul = ConsulDouble()
+    monkeypatch.setenv("CONSUL_HTTP_ADDR", f"127.0.0.1:{consul.port}")
+    try:
+        endpoint = CognateEndpoint(consul_service="cognate", ask_within_s=0.3)
+        with pytest.raises(AWAY), deadline_within(0.1), connect(endpoint):
+            raise AssertionError
+        link = CognateLink(endpoint)
+        assert refusal(link, "cognate-25m@9", accept_experimental=False, required=None) is None
+        consul.put_instances("cognate", *client.addresses)
+        with connect(endpoint) as found:
+            assert found.addresses == client.addresses
+        link = CognateLink(CognateEndpoint(consul_service="cognate", ask_within_s=10))
+        refused = refusal(link, "cognate-25m@9", accept_experimental=False, required=None)
+        link.close()
+        assert isinstance(refused, FoundationNotFoundError)
+    finally:
+        consul.close()
 
 
 def test_an_unknown_model_keeps_its_class(client: CognateClient, tmp_path: Path) -> None:

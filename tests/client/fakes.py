@@ -515,9 +515,9 @@ class Fake:
         self.server.stop(None).wait()
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
     """Wait for something that another thread does."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)

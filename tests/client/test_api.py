@@ -14,6 +14,7 @@ def test_exported_names_are_frozen() -> None:
         "AgentClient",
         "AsyncAgentClient",
         "AsyncCognateClient",
+        "BreakerSnapshot",
         "CallBreaker",
         "CognateClient",
         "ConsulDiscovery",

@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 
 from cognateforge import exceptions
-from cognateforge.client import CallBreaker
+from cognateforge.client import BreakerSnapshot, CallBreaker
 from cognateforge.client.breaker import FAILURES
 from tests.client.fakes import Driver, Fake, driver
 
@@ -166,6 +166,64 @@ async def test_a_stream_that_ends_at_its_own_deadline_does_not_count(kind: str, 
             await client.stream(timeout=0.3)
         assert client.cognate.breaker_state == "closed"
     fake.history.pause_before_end.set()
+
+
+async def test_every_change_of_state_is_told(kind: str, fake: Fake) -> None:
+    """In order, with the breaker's name, and outside its locks: the callback may ask the breaker and even call."""
+    told: list[tuple[str, str, str]] = []
+    asked: list[str] = []
+
+    def on_state_change(name: str, before: str, after: str) -> None:
+        told.append((name, before, after))
+        asked.append(one.snapshot().state)
+        raise RuntimeError("a metric that is broken breaks no call")
+
+    one = CallBreaker("cognate", fail_max=3, reset_timeout_s=RESET_S, on_state_change=on_state_change)
+    async with driver(kind, fake.address, breaker=one) as client:
+        await trip(client, fake)
+        await until_half_open()
+        with pytest.raises(exceptions.InternalError):
+            await client.get_job()
+        fake.script.always = None
+        await until_half_open()
+        await client.get_job()
+    half = [("cognate", "open", "half-open"), ("cognate", "half-open", "open")]
+    ends = [("cognate", "open", "half-open"), ("cognate", "half-open", "closed")]
+    assert told == [("cognate", "closed", "open"), *half, *ends]
+    assert asked == ["open", "half-open", "open", "half-open", "closed"]
+
+
+async def test_counts_can_be_exported(kind: str, fake: Fake) -> None:
+    """What was sent, refused, failed and probed; the server saw exactly what counts as admitted."""
+    async with driver(kind, fake.address, breaker=breaker()) as client:
+        assert client.cognate.breaker_snapshot() == BreakerSnapshot(name="test", state="closed", failures_in_a_row=0)
+        await client.get_job()
+        await trip(client, fake)
+        for call in (client.get_job, client.stream):
+            with pytest.raises(exceptions.CircuitOpenError):
+                await call()
+        expected = BreakerSnapshot(
+            name="test", state="open", failures_in_a_row=3, admitted=4, refused=2, failed=3, opened=1
+        )
+        assert client.cognate.breaker_snapshot() == expected
+        fake.script.always = None
+        await until_half_open()
+        await client.get_job()
+        counts = client.cognate.breaker_snapshot()
+        assert (counts.state, counts.admitted, counts.probes, counts.failures_in_a_row) == ("closed", 5, 1, 0)
+        assert counts.admitted == len(fake.script.calls)
+
+
+def test_clients_that_were_held_back_together_do_not_probe_together() -> None:
+    """Each breaker draws its own pause every time that it opens, never longer than the reset timeout."""
+    drawn = []
+    for _ in range(20):
+        one = CallBreaker(fail_max=1, reset_timeout_s=10)
+        one.admit().failed(failure())
+        drawn.append(one._breaker.reset_timeout)
+    assert len(set(drawn)) == 20
+    assert min(drawn) >= 8
+    assert max(drawn) <= 10
 
 
 def test_calls_run_side_by_side(fake: Fake) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlparse
 
 import grpc
 import pytest
@@ -21,6 +17,7 @@ from cognateforge import exceptions
 from cognateforge.client import AsyncCognateClient, CognateClient, ConsulDiscovery, StaticDiscovery
 from cognateforge.client.channel import is_local, target_of
 from tests.client.fakes import Fake, driver, until
+from tests.support.consul_double import ConsulDouble
 
 
 @pytest.mark.parametrize(
@@ -119,70 +116,18 @@ def test_an_asyncio_client_says_when_it_is_not_open() -> None:
         client.pretraining.GetJob(None)  # type: ignore[arg-type]
 
 
-class ConsulDouble:
-    """Consul's /v1/health/service with blocking queries, over real HTTP."""
-
-    def __init__(self) -> None:
-        self.index = 10
-        self.nodes: list[tuple[str, int]] = []
-        self.queries: list[dict[str, str]] = []
-        self.broken = False
-        self._changed = threading.Condition()
-        double = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                url = urlparse(self.path)
-                query = {key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
-                double.answer(self, url.path, query)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
-        self.port = self._server.server_port
-
-    def answer(self, handler: BaseHTTPRequestHandler, path: str, query: dict[str, str]) -> None:
-        with self._changed:
-            self.queries.append({**query, "path": path})
-            if "index" in query and not self.broken:
-                wait_s = float(query["wait"].removesuffix("ms")) / 1000
-                self._changed.wait_for(lambda: self.index > int(query["index"]) or self.broken, wait_s)
-            broken, index, nodes = self.broken, self.index, list(self.nodes)
-        body = json.dumps(
-            [{"Node": {"Address": host}, "Service": {"Address": "", "Port": port}} for host, port in nodes]
-        ).encode()
-        with contextlib.suppress(BrokenPipeError):
-            handler.send_response(500 if broken else 200)
-            handler.send_header("X-Consul-Index", str(index))
-            handler.send_header("Content-Length", str(len(body)))
-            handler.end_headers()
-            handler.wfile.write(body)
-
-    def change(self, *addresses: str, index: int | None = None, broken: bool = False) -> None:
-        """Register exactly these, and wake every query that waits."""
-        with self._changed:
-            pairs = [address.rpartition(":") for address in addresses]
-            self.nodes, self.broken = [(host, int(port)) for host, _, port in pairs], broken
-            self.index = self.index + 1 if index is None else index
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        self.change(broken=True)
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
-
-
 @pytest.fixture
 def consul() -> Iterator[ConsulDouble]:
     """A Consul that knows nothing yet."""
     double = ConsulDouble()
     yield double
     double.close()
+
+
+async def asked_again(consul: ConsulDouble) -> None:
+    """Wait until the watch has asked twice from now on: the answer to the first is then known."""
+    seen = len(consul.queries)
+    await until(lambda: len(consul.queries) > seen + 1)
 
 
 def discovery(consul: ConsulDouble, **kwargs: Any) -> ConsulDiscovery:
@@ -192,7 +137,7 @@ def discovery(consul: ConsulDouble, **kwargs: Any) -> ConsulDiscovery:
 
 async def test_a_client_moves_with_its_service(kind: str, fake: Fake, consul: ConsulDouble) -> None:
     """New calls go to the new address, a call that runs finishes at the old one."""
-    consul.change(fake.address)
+    consul.put_instances("cognate", fake.address)
     other, found = Fake(), discovery(consul)
     try:
         async with driver(kind, found) as client:
@@ -200,7 +145,7 @@ async def test_a_client_moves_with_its_service(kind: str, fake: Fake, consul: Co
             fake.script.gate = threading.Event()
             running = asyncio.create_task(client.get_job())
             assert await asyncio.to_thread(fake.script.arrived.acquire, timeout=5)
-            consul.change(other.address)
+            consul.put_instances("cognate", other.address)
             await until(lambda: client.cognate.addresses == (other.address,))
             await client.get_job()
             assert other.script.count("GetJob") == 1
@@ -214,34 +159,40 @@ async def test_a_client_moves_with_its_service(kind: str, fake: Fake, consul: Co
 
 async def test_consul_is_asked_with_wait_and_passing(fake: Fake, consul: ConsulDouble) -> None:
     """Only passing instances, and never a blocking query without an end."""
-    consul.change(fake.address)
-    found = discovery(consul, tag="blue")
+    consul.put_instances("cognate", fake.address)
+    found = discovery(consul)
     try:
         assert found.addresses() == (fake.address,)
         await until(lambda: len(consul.queries) >= 2)
-        assert {"/v1/health/service/cognate"} == {query["path"] for query in consul.queries}
-        first, second = consul.queries[:2]
-        assert (first["passing"], first["tag"], "index" in first) == ("1", "blue", False)
-        assert (second["passing"], second["index"], second["wait"]) == ("1", "11", "500ms")
+        assert {("GET", "/v1/health/service/cognate")} == {(method, path) for method, path, _ in consul.queries}
+        (_, _, first), (_, _, second) = consul.queries[:2]
+        assert (first["passing"], "index" in first) == ("1", False)
+        assert (second["passing"], second["wait"]) == ("1", "500ms")
+        assert int(second["index"]) > 1
     finally:
         found.close()
 
 
 async def test_known_addresses_outlive_a_consul_that_forgets(fake: Fake, consul: ConsulDouble) -> None:
     """Empty lists, errors, and an index that goes back change nothing; the next list does."""
-    consul.change(fake.address)
+    consul.put_instances("cognate", fake.address)
     found = discovery(consul)
     seen: list[tuple[str, ...]] = []
     found.subscribe(seen.append)
     try:
         assert found.addresses() == (fake.address,)
-        forgetful: list[dict[str, Any]] = [{}, {"broken": True}, {"index": 1}]
-        for change in forgetful:
-            consul.queries.clear()
-            consul.change(**change)
-            await until(lambda: len(consul.queries) > 1)
+        consul.put_instances("cognate")
+        await asked_again(consul)
+        assert found.addresses() == (fake.address,)
+        with consul.breakage():
+            await asked_again(consul)
             assert found.addresses() == (fake.address,)
-        consul.change("127.0.0.1:9")
+        consul.stop()
+        consul.forget()
+        consul.start()
+        await asked_again(consul)
+        assert found.addresses() == (fake.address,)
+        consul.put_instances("cognate", "127.0.0.1:9")
         await until(lambda: found.addresses() == ("127.0.0.1:9",))
         assert seen[-1] == ("127.0.0.1:9",)
     finally:
@@ -258,11 +209,11 @@ def test_a_service_that_consul_does_not_know_is_unavailable(consul: ConsulDouble
 
 async def test_a_far_address_from_consul_is_refused_without_tls(fake: Fake, consul: ConsulDouble) -> None:
     """A registry cannot talk a client into plaintext over the network: it stays where it was."""
-    consul.change(fake.address)
+    consul.put_instances("cognate", fake.address)
     found = discovery(consul)
     try:
         async with driver("sync", found) as client:
-            consul.change("10.1.2.3:7101")
+            consul.put_instances("cognate", "10.1.2.3:7101")
             await until(lambda: found.addresses() == ("10.1.2.3:7101",))
             await client.get_job()
             assert client.cognate.addresses == (fake.address,)

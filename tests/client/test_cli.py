@@ -25,6 +25,7 @@ from cognateforge.cli.exits import MEANING, Exit, exit_for
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.job.v1 import job_pb2
 from tests.client.fakes import AGENT_JOB, JOB, Fake, progress_events
+from tests.support.consul_double import ConsulDouble
 
 
 class Forge:
@@ -320,6 +321,33 @@ def test_status_shows_both_services(forge: Forge) -> None:
     assert cognate["health"] == agent["health"] == "SERVING"
     assert (cognate["version"], cognate["capabilities"], cognate["breaker"]) == ("9.9", ["generated-data"], "closed")
     assert "  capabilities generated-data  breaker closed\n" in forge("status").stdout
+
+
+def test_services_are_found_in_consul(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """consul://SERVICE stands wherever an address may, with or without a tag."""
+    consul = ConsulDouble()
+    try:
+        consul.put_instances("Cognate_1", fake.address)
+        monkeypatch.setenv("CONSUL_HTTP_ADDR", f"127.0.0.1:{consul.port}")
+        (line, _) = Forge("consul://Cognate_1").json("status")
+        assert (line["health"], line["address"]) == ("SERVING", fake.address)
+        assert Forge(fake.address)("jobs", "--cognate", "consul://Cognate_1").exit_code == 0
+        away = Forge("consul://Cognate_1?tag=blue")("jobs", "--timeout", "0.2")
+        assert (away.exit_code, "no passing instance of Cognate_1" in away.stderr) == (4, True)
+        assert {"blue"} == {query["tag"] for _, _, query in consul.queries if "tag" in query}
+    finally:
+        consul.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["consul://", "consul://a/b", "consul://a:8500", "consul://a?tags=b", "consul://a?tag=", "consul://a?tag=b&tag=c"],
+)
+def test_a_url_that_names_no_service_is_refused(url: str) -> None:
+    """With the forms that are taken."""
+    result = Forge(url)("jobs", "--cognate", url)
+    assert result.exit_code == exit_for(exceptions.ClientSetupError(""))
+    assert "write consul://SERVICE or consul://SERVICE?tag=TAG" in result.stderr
 
 
 def test_a_service_that_is_away_is_exit_code_4(fake: Fake) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from agent_server.borrowing import Borrower
+from agent_server.foundation import CognateLink
 from agent_server.settings import BorrowSettings, CognateEndpoint
 from cognateforge.client import AsyncCognateClient
 from cognateforge.cognate.v1 import pretraining_pb2
@@ -44,11 +45,12 @@ class Sides:
         self.cognate, self.folder = cognate, folder
         (folder / "toy").mkdir()
         self.toy = ToyService(folder / "toy", slots=slots)
+        self.link = CognateLink(CognateEndpoint(address=cognate.address))
         self.borrower = Borrower(
             self.toy.store,
             self.toy.scheduler,
+            self.link,
             slots=slots,
-            endpoint=CognateEndpoint(address=cognate.address),
             settings=BorrowSettings(cores=2, ttl_s=ttl_s),
         )
 
@@ -93,7 +95,7 @@ async def sides(folder: Path, *, grace_s: float = 30, **options: Any) -> AsyncIt
         try:
             yield both
         finally:
-            both.borrower.close()
+            both.link.close()
             both.toy.database.close()
 
 
@@ -229,17 +231,18 @@ async def test_a_lease_in_an_unknown_state_is_yielded(tmp_path: Path) -> None:
         await both.until(lambda: both.now(job).step >= 5)
         lease = {"name": both.now(job).lease, "state": "LEASE_STATE_NEW", "remaining": "20s", "amount": 2}
         with serving(newer(), {"ResourceService/RenewLease": {"lease": lease}}) as address:
+            newer_cognate = CognateLink(CognateEndpoint(address=address))
             both.borrower = Borrower(
                 both.toy.store,
                 both.toy.scheduler,
+                newer_cognate,
                 slots=0,
-                endpoint=CognateEndpoint(address=address),
                 settings=BorrowSettings(cores=2, ttl_s=30),
             )
             await both.until(lambda: "capacity_asked_back" in both.notes(job))
             await both.until(lambda: both.now(job).state is JobState.RECOVERING)
             assert 0 == both.now(job).retries_without_progress
-            both.borrower.close()
+            newer_cognate.close()
 
 
 async def test_when_cognate_is_gone_the_lease_ends_here_in_time(tmp_path: Path) -> None:
@@ -262,12 +265,11 @@ async def test_a_restarted_service_keeps_its_leases(tmp_path: Path) -> None:
         await both.until(lambda: both.now(job).step >= 5)
         until_us = both.now(job).lease_until_us or 0
         both.toy.restart()
-        both.borrower.close()
         both.borrower = Borrower(
             both.toy.store,
             both.toy.scheduler,
+            both.link,
             slots=0,
-            endpoint=CognateEndpoint(address=both.cognate.address),
             settings=BorrowSettings(cores=2, ttl_s=3),
         )
         await both.until(lambda: now_us() > until_us + 500_000)

@@ -1,5 +1,6 @@
 """Jobs that need what is away: they give their slot back, say until when they wait, and go on when it is there."""
 
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,11 @@ def service(tmp_path: Path) -> Iterator[ToyService]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits as often as always, with shorter pauses. Workers read the constants of their own process."""
+    shorten_pauses(monkeypatch)
+
+
+def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for hundredths of a second from now on."""
     monkeypatch.setattr(jobs_store, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(jobs_store, "LONGEST_WAIT_S", 0.02)
 
@@ -62,7 +68,7 @@ async def test_a_job_that_waits_lets_another_have_its_slot(service: ToyService, 
     assert [expected_result(20)] == [e.payload["message"] for e in events if e.payload.get("kind") == "result"]
     assert list(range(1, older.last_sequence + 1)) == [event.sequence for event in events]
     told = next(event.payload for event in events if event.payload.get("kind") == "waiting_for_cognate")
-    assert "waits for Cognate and is tried again at " in told["message"]
+    assert "waits for Cognate and is not tried again before " in told["message"]
     assert "connection refused" in told["message"]
     assert datetime.fromisoformat(told["facts"]["until"]).tzinfo is not None
 
@@ -158,6 +164,23 @@ def test_patience_is_counted_from_the_first_wait_without_progress(service: ToySe
     assert service.store.get(job.name).end_us is not None
 
 
+def test_many_waiting_jobs_cost_one_look_at_a_time(service: ToyService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look in vain is in vain for all; one that finds what was away lets all others go on at once."""
+    jobs = [service.submit(steps=1) for _ in range(5)]
+    for _ in jobs:
+        begin(service).wait(AttemptWaits("Cognate", message="away"))
+    shorten_pauses(monkeypatch)
+    for looks in range(1, 4):
+        row = until_taken(service).wait(AttemptWaits("Cognate", message="away"))
+        now = [service.store.get(job.name) for job in jobs]
+        assert all(job.not_before_us >= row.not_before_us for job in now)
+        assert len(jobs) + looks == sum(job.waits for job in now)
+    first = until_taken(service)
+    first.move(JobState.RUNNING)
+    others = [job.name for job in jobs if job.name != first.job.name]
+    assert others == [begin(service).job.name for _ in others]
+
+
 def test_no_pause_is_longer_than_the_patience(service: ToyService) -> None:
     """A job that gives up after a tenth of a second is tried once more then, and not two seconds later."""
     service.submit(steps=1)
@@ -171,3 +194,4 @@ def until_taken(service: ToyService) -> AttemptStore:
         job = JobStore(service.database).begin_attempt("here")
         if job is not None:
             return service.store.attempt(job.name, job.attempt, job.fencing_token)
+        time.sleep(0.002)

@@ -1,17 +1,19 @@
 """The agent service over a real connection: what it takes in, what it refuses, and the registry of agents."""
 
 import asyncio
+import socket
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from typer.testing import CliRunner
 
 from agent_server import tables
 from cognateforge.agent.v1 import agent_pb2, training_pb2
 from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.cli.app import app
 from cognateforge.client import AsyncAgentClient
 from cognateforge.exceptions import (
     AgentNotFoundError,
@@ -28,23 +30,14 @@ from cognateforge.exceptions import (
     UnknownFieldError,
 )
 from cognateforge.job.v1 import job_pb2
+from tests.support.published import FILES, FOUNDATION, PAYLOAD, open_registry, publish_agent
 from tests.support.servers import running_agent, running_cognate
-from training_common.artifacts.blobs import BlobStore
-from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.artifacts.registry import ArtifactRow
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobStore
 from training_common.models.fingerprints import COGNATE_V1_25M
 from training_common.store.database import Database
 from training_common.worker import WorkerAttempt
-
-FOUNDATION = f"sha256:{'f' * 64}"
-FILES = {
-    "adapter.safetensors": bytes(range(256)) * 6_000,
-    "card.md": b"# card\n",
-    "empty.bin": b"",
-    "tail.bin": b"tail",
-}
-PAYLOAD = b"".join(FILES.values())
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +205,18 @@ async def test_a_field_that_the_contract_does_not_have_is_refused(agents: AsyncA
     assert 0 == await jobs_stored(agents)
 
 
+async def test_many_unknown_fields_are_counted_and_not_listed(
+    agents: AsyncAgentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million bytes of them would keep the event loop for seconds if each were looked at."""
+    monkeypatch.delattr("training_common.rpc.interceptor.UnknownFieldSet")
+    request = start()
+    request.MergeFromString(b"\x98\x3f\x01" * 300_000)
+    with pytest.raises(UnknownFieldError, match="900000 bytes in fields that this server does not know"):
+        await agents.training.StartTraining(request)
+    assert 0 == await jobs_stored(agents)
+
+
 async def test_an_architecture_that_is_not_installed_is_refused(agents: AsyncAgentClient) -> None:
     """FAILED_PRECONDITION, with what there is."""
     with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate") as caught:
@@ -294,6 +299,16 @@ async def test_a_foundation_that_cognate_does_not_have_is_refused_while_it_answe
         assert 1 == await jobs_stored(agents)
 
 
+async def test_a_silent_cognate_does_not_use_up_the_callers_deadline(tmp_path: Path) -> None:
+    """The question takes half of what is left of it at most, and the submission is taken in."""
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts, and says nothing
+    away = {"address": f"127.0.0.1:{silent.getsockname()[1]}", "ask_within_s": 60.0}
+    async with running_agent(tmp_path / "agent", cognate=away) as server, AsyncAgentClient(server.address) as agents:
+        started = await agents.training.StartTraining(start(), timeout=3.0)
+        assert job_pb2.JOB_STATE_QUEUED == started.job.job.state
+    silent.close()
+
+
 async def test_the_same_request_returns_the_first_answer(agents: AsyncAgentClient) -> None:
     """Also when the job has moved on since; another plan under the same id is refused."""
     request = start()
@@ -356,6 +371,31 @@ async def test_the_server_tells_what_it_can_do(agents: AsyncAgentClient) -> None
     )
     info = (await agents.training.GetServerInfo(pb.GetServerInfoRequest())).info
     assert ["engine.local", "task.classification"] == list(info.capabilities)
+    assert [("cognate", job_pb2.CIRCUIT_CLOSED, 0)] == [(p.name, p.circuit, p.failed) for p in info.peers]
+
+
+async def test_the_circuit_to_cognate_is_told(tmp_path: Path) -> None:
+    """Submissions while Cognate is away: they are taken, the circuit opens, and the server says so."""
+    away = {"address": f"unix:{tmp_path / 'nobody'}", "ask_within_s": 5}
+    async with (
+        running_agent(tmp_path / "agent", cognate=away) as server,
+        AsyncAgentClient(server.address, timeout_s=60) as client,
+    ):
+        for _ in range(8):
+            await client.training.StartTraining(start())
+        [peer] = (await client.training.GetServerInfo(pb.GetServerInfoRequest())).info.peers
+        assert (job_pb2.CIRCUIT_OPEN, 5, 5, 3, 1) == (
+            peer.circuit,
+            peer.admitted,
+            peer.failed,
+            peer.refused,
+            peer.opened,
+        )
+        assert 8 == await jobs_stored(client)
+        run = CliRunner().invoke
+        where = ["--cognate", server.address, "--agent-server", server.address]
+        shown = await asyncio.to_thread(run, app, ["status", *where])
+        assert "circuit to cognate open (5 of 5 calls failed, 3 held back, opened 1 times)" in shown.output
 
 
 async def test_evaluation_on_request_says_that_it_is_not_served(agents: AsyncAgentClient) -> None:
@@ -370,35 +410,6 @@ async def test_evaluation_on_request_says_that_it_is_not_served(agents: AsyncAge
 
 
 # --- the registry
-
-
-def open_registry(folder: Path) -> ArtifactRegistry:
-    return ArtifactRegistry(Database(f"sqlite:///{folder / 'store.db'}"), BlobStore(folder / "artifacts"))
-
-
-def publish(
-    folder: Path, *, family: str = "intent-router", labels: Sequence[str] = ("greeting", "farewell")
-) -> ArtifactRow:
-    """Publish an agent straight into a service's store: these tests are about serving, not about training."""
-    registry = open_registry(folder)
-    files = []
-    for name, content in FILES.items():
-        source = folder / name
-        source.write_bytes(content)
-        files.append(registry.blobs.put(source, name))
-    body = {
-        "architecture": "cognate",
-        "task": "classification",
-        "labels": list(labels),
-        "parent": {"name": "cognate-25m@1", "digest": FOUNDATION},
-        "parameters": {"trainable": 7, "total": 11},
-        "evaluations": [{"metric": "accuracy_after", "dataset": "forge-intents/test", "value": 0.5, "rows": 4}],
-        "data": [{"name": "forge-intents", "kind": "generated", "rows": 9, "digest": f"sha256:{'d' * 64}"}],
-    }
-    with registry.database.write() as connection:
-        row = registry.publish(connection, family=family, state="PUBLISHED", job="jobs/x", files=files, body=body)
-    registry.database.close()
-    return row
 
 
 @pytest.fixture
@@ -429,8 +440,8 @@ def moves(store: Path) -> list[tuple[Any, ...]]:
 
 async def test_a_published_agent_tells_its_lineage(agents: AsyncAgentClient, store: Path) -> None:
     """By version or by its family alone, which stands for the newest version."""
-    publish(store)
-    newest = publish(store)
+    publish_agent(store)
+    newest = publish_agent(store)
     agent = await get(agents, "intent-router")
     assert agent == await get(agents, "intent-router@2")
     assert ("intent-router@2", newest.digest, len(PAYLOAD)) == (agent.name, agent.digest, agent.size_bytes)
@@ -443,7 +454,7 @@ async def test_a_published_agent_tells_its_lineage(agents: AsyncAgentClient, sto
 
 async def test_an_unknown_agent_is_told_by_name(agents: AsyncAgentClient, store: Path) -> None:
     """No family, no version, no alias of that name."""
-    publish(store)
+    publish_agent(store)
     for name in ("translator", "intent-router@2", "intent-router@production"):
         with pytest.raises(AgentNotFoundError, match=name):
             await get(agents, name)
@@ -456,7 +467,7 @@ async def test_agents_with_many_labels_are_listed_without_them(agents: AsyncAgen
     """A page of the longest label lists is one message that a client takes; each agent has its labels."""
     labels = [f"{number:04d}{'x' * 120}" for number in range(4096)]
     for _ in range(8):
-        publish(store, labels=labels)
+        publish_agent(store, labels=labels)
     listed = (await agents.agents.ListAgents(agent_pb2.ListAgentsRequest())).agents
     assert [[]] * 8 == [list(agent.labels) for agent in listed]
     assert labels == list((await get(agents, "intent-router@8")).labels)
@@ -465,7 +476,7 @@ async def test_agents_with_many_labels_are_listed_without_them(agents: AsyncAgen
 async def test_agents_are_paged_newest_first_and_tokens_are_bound(agents: AsyncAgentClient, store: Path) -> None:
     """Pages neither lose nor repeat an agent; a family's token is not another's."""
     for family in ("intent-router", "translator", "intent-router", "intent-router"):
-        publish(store, family=family)
+        publish_agent(store, family=family)
     everything = (await agents.agents.ListAgents(agent_pb2.ListAgentsRequest())).agents
     assert ["intent-router@3", "intent-router@2", "translator@1", "intent-router@1"] == [a.name for a in everything]
     request = agent_pb2.ListAgentsRequest(page_size=2, family="intent-router")
@@ -482,8 +493,8 @@ async def test_agents_are_paged_newest_first_and_tokens_are_bound(agents: AsyncA
 
 async def test_an_alias_moves_and_every_move_is_kept(agents: AsyncAgentClient, store: Path) -> None:
     """The alias is found by every call that takes a name, and its history stays."""
-    publish(store)
-    publish(store)
+    publish_agent(store)
+    publish_agent(store)
     ids = [new_id() for _ in range(3)]
     assert ["production"] == list((await alias(agents, "production", "intent-router@1", ids[0])).aliases)
     assert "intent-router@1" == (await get(agents, "intent-router@production")).name
@@ -505,8 +516,8 @@ async def test_an_alias_moves_and_every_move_is_kept(agents: AsyncAgentClient, s
 
 async def test_a_repeated_move_is_made_once(agents: AsyncAgentClient, store: Path) -> None:
     """A repeat that comes late does not move the alias back; another move under the same id is refused."""
-    publish(store)
-    publish(store)
+    publish_agent(store)
+    publish_agent(store)
     request_id = new_id()
     await alias(agents, "production", "intent-router@1", request_id)
     await alias(agents, "production", "intent-router@2")
@@ -520,7 +531,7 @@ async def test_a_repeated_move_is_made_once(agents: AsyncAgentClient, store: Pat
 async def test_racing_moves_leave_one_chain(agents: AsyncAgentClient, store: Path) -> None:
     """Each move starts where the one before it ended, and the alias is where the last one went."""
     for _ in range(4):
-        publish(store)
+        publish_agent(store)
     await asyncio.gather(*(alias(agents, "production", f"intent-router@{1 + n % 4}") for n in range(12)))
     chain = [(row[2], row[3]) for row in moves(store)]
     assert [None, *(to for _, to in chain[:-1])] == [before for before, _ in chain]
@@ -529,7 +540,7 @@ async def test_racing_moves_leave_one_chain(agents: AsyncAgentClient, store: Pat
 
 async def test_an_alias_points_at_a_published_version_only(agents: AsyncAgentClient, store: Path) -> None:
     """A version that is not there, an alias that looks like one, and a name without a version are refused."""
-    publish(store)
+    publish_agent(store)
     with pytest.raises(AgentNotFoundError, match="intent-router@2"):
         await alias(agents, "production", "intent-router@2")
     for name, word, field in (
@@ -547,7 +558,7 @@ async def test_an_alias_points_at_a_published_version_only(agents: AsyncAgentCli
 
 async def test_a_fetch_starts_at_any_byte_and_not_beyond_the_end(agents: AsyncAgentClient, store: Path) -> None:
     """The payload is the files one after the other; a fetch goes on inside any of them, and at the very end."""
-    row = publish(store)
+    row = publish_agent(store)
     first, last = len(FILES["adapter.safetensors"]), len(PAYLOAD)
     for offset in (0, 1, 1 << 20, first - 1, first, first + 3, last - 1, last):
         request = agent_pb2.FetchAgentRequest(name=row.name, offset_bytes=offset)
@@ -566,7 +577,7 @@ async def test_a_fetched_agent_is_the_published_one_or_an_error(
     agents: AsyncAgentClient, store: Path, tmp_path: Path
 ) -> None:
     """Whole files under their names; a byte that flipped, bytes that are missing and a lost file are told."""
-    row = publish(store)
+    row = publish_agent(store)
     fetched = await agents.fetch_agent("intent-router", tmp_path / "out")
     assert row.digest == fetched.digest
     assert FILES == {name: (fetched.path / name).read_bytes() for name in FILES}
@@ -656,7 +667,7 @@ async def test_what_a_worker_publishes_is_served_in_whole(
 
 async def test_a_repeated_move_gets_the_first_answer(agents: AsyncAgentClient, store: Path) -> None:
     """Whatever has moved since."""
-    publish(store)
+    publish_agent(store)
     request_id = new_id()
     first = await alias(agents, "production", "intent-router@1", request_id)
     await alias(agents, "candidate", "intent-router@1")
@@ -666,7 +677,7 @@ async def test_a_repeated_move_gets_the_first_answer(agents: AsyncAgentClient, s
 
 async def test_one_alias_too_many_is_refused(agents: AsyncAgentClient, store: Path) -> None:
     """An agent with more than the contract allows could not be told to anybody."""
-    publish(store)
+    publish_agent(store)
     for number in range(64):
         await alias(agents, f"a{number}", "intent-router@1")
     with pytest.raises(TooManyAliasesError, match="64 aliases already"):

@@ -28,9 +28,8 @@ from cognateforge.exceptions import (
 )
 from cognateforge.exchange.v1 import model_pb2, resource_pb2
 from cognateforge.job.v1 import job_pb2
+from tests.support.published import publish_model
 from tests.support.servers import running_cognate
-from training_common.artifacts.blobs import BlobStore
-from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.jobs.store import JobStore
 from training_common.rpc.paging import make_token
 from training_common.rpc.server import RunningServer
@@ -313,37 +312,11 @@ async def test_availability_is_measured(cognate: AsyncCognateClient) -> None:
     assert all(capacity.total > 0 and capacity.held == 0 for capacity in now.capacities)
 
 
-def publish(folder: Path, *, state: str = "READY", payload: bytes = b"weights" * 1000) -> ArtifactRow:
-    """Publish a model straight into a service's store: these tests are about serving, not about training."""
-    database = Database(f"sqlite:///{folder / 'store.db'}")
-    registry = ArtifactRegistry(database, BlobStore(folder / "artifacts"))
-    source = folder / "payload.bin"
-    source.write_bytes(payload)
-    body = {
-        "architecture": {
-            "name": "cognate_v1",
-            "fingerprint": f"sha256:{'a' * 64}",
-            "parameter_count": 24_998_668,
-            "act_version": 1,
-            "ltm_version": 1,
-        },
-        "tokenizer_digest": f"sha256:{'b' * 64}",
-        "data": [],
-        "checks": [],
-        "training": {"steps": 1, "tokens": 512},
-    }
-    file = registry.blobs.put(source, "model.safetensors")
-    with database.write() as connection:
-        row = registry.publish(connection, family="cognate-25m", state=state, job="jobs/x", files=[file], body=body)
-    database.close()
-    return row
-
-
 async def test_a_published_model_is_listed_fetched_and_watched(cognate: AsyncCognateClient, tmp_path: Path) -> None:
     """What was published comes back byte for byte, and the outbox tells of it in order."""
     rows = [
-        publish(tmp_path / "cognate"),
-        publish(tmp_path / "cognate", state="EXPERIMENTAL", payload=b"x" * 3_000_000),
+        publish_model(tmp_path / "cognate"),
+        publish_model(tmp_path / "cognate", state="EXPERIMENTAL", payload=b"x" * 3_000_000),
     ]
     listed = (await cognate.models.ListModels(model_pb2.ListModelsRequest())).models
     assert ["cognate-25m@2", "cognate-25m@1"] == [model.name for model in listed]
@@ -362,7 +335,7 @@ async def test_a_published_model_is_listed_fetched_and_watched(cognate: AsyncCog
 
 async def test_a_fetch_starts_at_any_byte_and_not_beyond_the_end(cognate: AsyncCognateClient, tmp_path: Path) -> None:
     """The end itself is a fine place: a client that has everything asks once more."""
-    row = publish(tmp_path / "cognate", payload=bytes(range(256)) * 20_000)
+    row = publish_model(tmp_path / "cognate", payload=bytes(range(256)) * 20_000)
     for offset in (0, 1, 1 << 20, row.size_bytes - 1, row.size_bytes):
         request = model_pb2.FetchModelRequest(name=row.name, offset_bytes=offset)
         chunks = [frame.chunk async for frame in cognate.models.FetchModel(request, timeout=10)][1:]
@@ -375,7 +348,7 @@ async def test_a_fetch_starts_at_any_byte_and_not_beyond_the_end(cognate: AsyncC
 
 async def test_a_handshake_names_every_mismatch(cognate: AsyncCognateClient, tmp_path: Path) -> None:
     """Fit, and each way not to fit."""
-    publish(tmp_path / "cognate", state="EXPERIMENTAL")
+    publish_model(tmp_path / "cognate", state="EXPERIMENTAL")
     wanted = model_pb2.Architecture(name="cognate_v1", fingerprint=f"sha256:{'c' * 64}", act_version=2)
     request = model_pb2.CheckCompatibilityRequest(name="cognate-25m", architecture=wanted)
     answer = await cognate.models.CheckCompatibility(request)

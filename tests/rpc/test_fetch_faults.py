@@ -24,9 +24,9 @@ from cognate_server import migrations
 from cognateforge.client import CognateClient, FetchedArtifact, deadline_within
 from cognateforge.exceptions import ForgeError
 from tests.benchmarks.cognate_process import cognate_process
-from tests.rpc.test_cognate import publish
 from tests.support.outbox import open_database
 from tests.support.proxy import FaultyProxy, flip_bits
+from tests.support.published import publish_model
 from training_common.artifacts.blobs import CHUNK_BYTES
 from training_common.artifacts.registry import ArtifactRow
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> ArtifactRow:
     """The model, published by the registry."""
-    return publish(folder, payload=PAYLOAD)
+    return publish_model(folder, payload=PAYLOAD)
 
 
 @pytest.fixture(scope="module")

@@ -207,6 +207,8 @@ def move(
         changes = {"end_us": now_us(), "wish": "", "observed": True, **changes}
     if to is JobState.RUNNING:
         changes = {**_NO_WAIT, **changes}
+        if job.waits:  # what it waited for is there, for the others too
+            connection.execute(_others_that_wait(None).values(not_before_us=0))
     payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
     return append_event(
         connection, job.id, "state_change", payload, only_token=only_token, changes={"state": to.value, **changes}
@@ -500,6 +502,12 @@ class JobStore:
         connection.execute(sa.update(t.attempts).filter_by(id=attempt_id).values(end_us=now_us()))
 
 
+def _others_that_wait(until_us: int | None) -> sa.Update:
+    """Return an update of the jobs that wait for what is away, and would not wait as long as that."""
+    waiting = (t.jobs.c.state == JobState.QUEUED.value) & (t.jobs.c.waits > 0)
+    return sa.update(t.jobs).where(waiting if until_us is None else waiting & (t.jobs.c.not_before_us < until_us))
+
+
 def _pause_s(waits: int) -> float:
     longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(waits, 10))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads jobs, guards nothing
@@ -584,7 +592,7 @@ class AttemptStore:
             pause_us = round(_pause_s(waits) * 1e6)
             until = now + (pause_us if patience_us is None else min(pause_us, patience_us))
             moment = datetime.fromtimestamp(until / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-            message = f"waits for {wait.what} and is tried again at {moment}; other jobs may go first: {wait.message}"
+            message = f"waits for {wait.what} and is not tried again before {moment}: {wait.message}"
             token = self.attempt.fencing_token
             note = {
                 "kind": f"waiting_for_{wait.what.lower()}",
@@ -593,6 +601,8 @@ class AttemptStore:
             }
             append_event(connection, job.id, "note", note, only_token=token)
             JobStore._end_attempt(connection, self.attempt.id)
+            # This attempt has looked for all that wait: however many they are, slots are spent on one look at a time.
+            connection.execute(_others_that_wait(until).values(not_before_us=until))
             payload = {"from": job.state.value, "to": JobState.QUEUED.value, "message": f"waits for {wait.what}"}
             changes = {
                 "state": JobState.QUEUED.value,

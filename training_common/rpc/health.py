@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import structlog
@@ -17,6 +18,8 @@ log = structlog.get_logger(__name__)
 # A store that does not answer in this time cannot serve calls whose deadlines are of the same size.
 _PING_TIMEOUT_S = 5.0
 _INTERVAL_S = 1.0
+# Two rounds that both wait for a slow store. Who has not checked for longer does not know.
+_STALE_AFTER_S = 2 * (_PING_TIMEOUT_S + _INTERVAL_S)
 
 
 class HealthMonitor:
@@ -35,7 +38,14 @@ class HealthMonitor:
         self._training = training
         self._other = other
         self._given_up = False
+        self._serving = False
+        self._checked = 0.0
         self._audit: AuditLog | None = None
+
+    @property
+    def serving(self) -> bool:
+        """Whether the last check found everything well, and was lately. May be read from any thread."""
+        return self._serving and time.monotonic() - self._checked < _STALE_AFTER_S
 
     def watch_audit(self, audit: AuditLog) -> None:
         """Report NOT_SERVING while the audit log cannot be written."""
@@ -57,6 +67,7 @@ class HealthMonitor:
         for service in self._other:
             await self._set(service, store)
         await self._set("", store and training)
+        self._serving, self._checked = store and training, time.monotonic()
 
     async def give_up(self) -> None:
         """Report NOT_SERVING from now on: a part of this process has ended that only a restart brings back."""
@@ -65,6 +76,7 @@ class HealthMonitor:
 
     async def drain(self) -> None:
         """Tell clients to go elsewhere, for good."""
+        self._given_up, self._serving = True, False
         await self.servicer.enter_graceful_shutdown()
 
     async def _store_answers(self) -> bool:

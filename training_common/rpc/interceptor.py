@@ -55,6 +55,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DESCRIPTION_CHARS = 300
 # For lists without a bound of their own, of which the contract has none.
 MAX_ITEMS = 10_000
+_LISTED_BYTES = 4096
 
 
 @dataclass(kw_only=True)
@@ -337,7 +338,22 @@ def _path(violation: Any) -> str:
     return ".".join(parts)
 
 
-def _refuse_unknown_fields(message: Message, path: str = "") -> None:
+def _refuse_unknown_fields(request: Message) -> None:
+    """Refuse a request that holds fields which this server does not know, and name the first."""
+    known = type(request)()
+    known.CopyFrom(request)
+    known.DiscardUnknownFields()
+    unknown_bytes = request.ByteSize() - known.ByteSize()
+    # Listing fields takes some microseconds for each, and a request can hold half a million of them.
+    if unknown_bytes > _LISTED_BYTES:
+        raise UnknownFieldError(
+            f"the request holds {unknown_bytes} bytes in fields that this server does not know: leave them out"
+        )
+    if unknown_bytes:
+        _refuse_first_unknown(request)
+
+
+def _refuse_first_unknown(message: Message, path: str = "") -> None:
     unknown = UnknownFieldSet(message)
     if len(unknown):
         number = unknown[0].field_number
@@ -352,4 +368,4 @@ def _refuse_unknown_fields(message: Message, path: str = "") -> None:
             continue
         inner = f"{path}.{field.name}" if path else field.name
         for item in value if field.is_repeated else (value,):
-            _refuse_unknown_fields(cast("Message", item), inner)
+            _refuse_first_unknown(cast("Message", item), inner)

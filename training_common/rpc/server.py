@@ -14,6 +14,7 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from training_common.discovery import Registration, register
 from training_common.folder_lock import FolderLock
 from training_common.rpc.address import require_free
 from training_common.rpc.audit import AuditLog
@@ -131,6 +132,7 @@ class RunningServer:
         self._standing = tasks
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
+        self._registration: Registration | None = None
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
         reflection.enable_server_reflection([*services, HEALTH, reflection.SERVICE_NAME], server)
 
@@ -148,6 +150,7 @@ class RunningServer:
         await self._health.check()
         await self._server.start()
         self._tasks = [asyncio.create_task(self._stand(task)) for task in (self._health.run(), *self._standing)]
+        self._registration = register(self._settings.consul, self.address, lambda: self._health.serving)
 
     async def _stand(self, task: Coroutine[Any, Any, None]) -> None:
         """Run a standing task. One that ends by itself takes health with it: jobs or watches would wait in vain."""
@@ -160,7 +163,9 @@ class RunningServer:
         await self._health.give_up()
 
     async def stop(self) -> None:
-        """Drain: tell health watchers, take no new call, let running ones end, then stop. Workers go on."""
+        """Drain: leave Consul, tell health watchers, take no new call, let running ones end, stop. Workers go on."""
+        if self._registration is not None:
+            await asyncio.to_thread(self._registration.close)
         await self._health.drain()
         await asyncio.sleep(_DRAIN_NOTICE_S)
         await self._server.stop(self._settings.drain_grace_s)

@@ -33,13 +33,22 @@ PANEL = "Connection and output"
 COMMON: Mapping[str, tuple[Any, Any]] = {
     "cognate": (
         Annotated[
-            str, typer.Option("--cognate", envvar="FORGE_COGNATE", rich_help_panel=PANEL, help="Cognate service.")
+            str,
+            typer.Option(
+                "--cognate",
+                envvar="FORGE_COGNATE",
+                rich_help_panel=PANEL,
+                help="Cognate service: host:port, unix:PATH or consul://SERVICE.",
+            ),
         ],
         "127.0.0.1:7101",
     ),
     "agent_server": (
         Annotated[
-            str, typer.Option("--agent-server", envvar="FORGE_AGENT", rich_help_panel=PANEL, help="Agent service.")
+            str,
+            typer.Option(
+                "--agent-server", envvar="FORGE_AGENT", rich_help_panel=PANEL, help="Agent service, in the same forms."
+            ),
         ],
         "127.0.0.1:7102",
     ),

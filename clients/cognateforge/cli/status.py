@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import Service
 from cognateforge.cli.session import Session, command, print_line, say
+
+if TYPE_CHECKING:
+    from cognateforge.job.v1.job_pb2 import Peer
 
 
 def register(app: typer.Typer) -> None:
@@ -73,4 +76,14 @@ def _status(session: Session, service: Service) -> dict[str, Any]:
         "version": info.version,
         "capabilities": list(info.capabilities),
         "breaker": client.breaker_state,
+        **{f"circuit to {peer.name}": _circuit(peer) for peer in info.peers},
     }
+
+
+def _circuit(peer: Peer) -> str:
+    from cognateforge.job.v1 import job_pb2
+
+    state = job_pb2.Circuit.Name(peer.circuit).removeprefix("CIRCUIT_").lower().replace("_", "-")
+    return (
+        f"{state} ({peer.failed} of {peer.admitted} calls failed, {peer.refused} held back, opened {peer.opened} times)"
+    )

@@ -8,7 +8,7 @@ fails with a class of `cognateforge.exceptions`.
 """
 
 from cognateforge.client.aio import AsyncAgentClient, AsyncCognateClient
-from cognateforge.client.breaker import CallBreaker
+from cognateforge.client.breaker import BreakerSnapshot, CallBreaker
 from cognateforge.client.deadline import deadline_budget, deadline_within, remaining_budget_s
 from cognateforge.client.discovery import ConsulDiscovery, Discovery, StaticDiscovery
 from cognateforge.client.fetch import FetchedArtifact
@@ -20,6 +20,7 @@ __all__ = [
     "AgentClient",
     "AsyncAgentClient",
     "AsyncCognateClient",
+    "BreakerSnapshot",
     "CallBreaker",
     "CognateClient",
     "ConsulDiscovery",

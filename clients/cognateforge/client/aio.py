@@ -15,9 +15,9 @@ from grpc_health.v1 import health_pb2
 
 from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
 from cognateforge.client import fetch, services, watch
-from cognateforge.client.breaker import BreakerState, CallBreaker
+from cognateforge.client.breaker import BreakerSnapshot, BreakerState, CallBreaker
 from cognateforge.client.channel import Addresses, AioSwappingChannel, Dialer
-from cognateforge.client.discovery import Discovery, StaticDiscovery, discovery_for
+from cognateforge.client.discovery import FIRST_ANSWER_S, Discovery, StaticDiscovery, discovery_for
 from cognateforge.client.fetch import FetchedArtifact, Landing, OnProgress, Reader, Wanted
 from cognateforge.client.interceptors import CallGuard
 from cognateforge.client.patience import GIVE_UP_AFTER_S
@@ -52,7 +52,8 @@ class _AsyncServiceClient:
         self._breaker = breaker or CallBreaker(", ".join(s.name for s in self._services[:1]))
         guard = CallGuard(breaker=self._breaker, timeout_s=timeout_s)
         dialer = Dialer(services=self._services, guard=guard, tls=tls, tls_server_name=tls_server_name)
-        self._discovery = discovery_for(where)
+        self._discovery = discovery_for(where, first_answer_s=min(timeout_s, FIRST_ANSWER_S))
+        self._owns_discovery = self._discovery is not where
         self._channel = AioSwappingChannel(dialer.dial_aio, dialer.rotation())
         self._unsubscribe: Callable[[], None] = lambda: None
         self._check_health = self._channel.unary_unary(
@@ -71,11 +72,19 @@ class _AsyncServiceClient:
         """Where the circuit breaker stands: closed, open or half-open."""
         return self._breaker.state
 
+    def breaker_snapshot(self) -> BreakerSnapshot:
+        """Return the circuit breaker's state and counts, for metrics."""
+        return self._breaker.snapshot()
+
     async def open(self) -> Self:
         """Find the service and dial it."""
         loop = asyncio.get_running_loop()
         static = isinstance(self._discovery, StaticDiscovery)
-        first = self._discovery.addresses() if static else await asyncio.to_thread(self._discovery.addresses)
+        try:
+            first = self._discovery.addresses() if static else await asyncio.to_thread(self._discovery.addresses)
+        except BaseException:
+            self._close_discovery()
+            raise
         self._channel.swap(first)
 
         def on_change(addresses: Addresses) -> None:
@@ -94,7 +103,12 @@ class _AsyncServiceClient:
     async def close(self) -> None:
         """End every call and let go of the connections."""
         self._unsubscribe()
+        self._close_discovery()
         await self._channel.close()
+
+    def _close_discovery(self) -> None:
+        if self._owns_discovery:
+            self._discovery.close()
 
     async def __aenter__(self) -> Self:
         return await self.open()

@@ -28,6 +28,10 @@ CLOSE_GRACE_S = 15.0
 # A connection whose certificate was replaced is still good: its calls go on for as long as a stream may live.
 ROTATION_GRACE_S = STREAM_LIFE_S + CLOSE_GRACE_S
 
+# A server that restarts is found again within seconds; gRPC's own ceiling is two minutes. With gRPC's jitter, a fifth,
+# it stays below a breaker's shortest pause: the first probe after a connection was possible again finds it made.
+MAX_RECONNECT_BACKOFF_MS = 3000
+
 ChannelT = TypeVar("ChannelT", grpc.Channel, grpc.aio.Channel)
 
 
@@ -124,9 +128,8 @@ class Dialer:
             ("grpc.service_config", service_config(self.services, balanced=len(addresses) > 1)),
             # Two clients in one process fail and recover independently of each other.
             ("grpc.use_local_subchannel_pool", 1),
-            # A server that restarts is found again within seconds; gRPC's own ceiling is two minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 3000),
+            ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
         ]
         if self.tls is None:
             options.append(("grpc.enable_http_proxy", 0))  # plaintext goes to this machine only, never to a proxy

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
 
+from cognateforge.client.deadline import remaining_budget_s
 from cognateforge.exceptions import ClientSetupError, UnavailableError
 
 logger = logging.getLogger(__name__)
+
+_CONSUL = "consul://"
+_SERVICE = re.compile(r"[A-Za-z0-9._-]+")
+FIRST_ANSWER_S = 10.0
 
 OnChange = Callable[[tuple[str, ...]], None]
 
@@ -66,12 +73,17 @@ class ConsulDiscovery:
         scheme: str | None = None,
         tag: str | None = None,
         wait_s: float = 30.0,
-        first_answer_s: float = 10.0,
+        first_answer_s: float = FIRST_ANSWER_S,
         retry_s: float = 1.0,
     ) -> None:
         self._service = service
-        self._query: dict[str, Any] = {"passing": True, "wait": f"{max(1, round(wait_s * 1000))}ms", "tag": tag}
-        self._connect: dict[str, Any] = {"host": host, "port": port, "token": token, "scheme": scheme}
+        self._query: dict[str, Any] = {
+            "passing": True,
+            "wait": f"{max(1, round(wait_s * 1000))}ms",
+            "tag": tag,
+            "token": token,  # with every query: py-consul prefers CONSUL_HTTP_TOKEN to a client's own
+        }
+        self._connect: dict[str, Any] = {"host": host, "port": port, "scheme": scheme}
         self._first_answer_s = first_answer_s
         self._retry_s = retry_s
         self._lock = threading.Lock()
@@ -82,12 +94,12 @@ class ConsulDiscovery:
         self._thread: threading.Thread | None = None
 
     def addresses(self) -> tuple[str, ...]:
-        """Return the addresses, after waiting for Consul's first answer."""
+        """Return the addresses, after waiting for Consul's first answer, but not beyond the caller's deadline."""
         self._start()
-        if not self._found.wait(self._first_answer_s):
-            raise UnavailableError(
-                f"Consul named no passing instance of {self._service} within {self._first_answer_s:g} s"
-            )
+        left_s = remaining_budget_s()
+        wait_s = self._first_answer_s if left_s is None else max(0.0, min(left_s, self._first_answer_s))
+        if not self._found.wait(wait_s):
+            raise UnavailableError(f"Consul named no passing instance of {self._service} within {wait_s:g} s")
         return self._addresses
 
     def subscribe(self, on_change: OnChange) -> Callable[[], None]:
@@ -147,6 +159,24 @@ def _address(node: dict[str, Any]) -> str:
     return f"[{host}]:{node['Service']['Port']}" if ":" in host else f"{host}:{node['Service']['Port']}"
 
 
-def discovery_for(where: str | Sequence[str] | Discovery) -> Discovery:
-    """Return a Discovery for addresses, or the one that was given."""
+def discovery_for(where: str | Sequence[str] | Discovery, *, first_answer_s: float = FIRST_ANSWER_S) -> Discovery:
+    """Return a Discovery for addresses or "consul://SERVICE", or the one that was given.
+
+    Errors: ClientSetupError.
+    """
+    if isinstance(where, str) and where.startswith(_CONSUL):
+        return _consul_discovery(where, first_answer_s)
     return StaticDiscovery(where) if isinstance(where, (str, Sequence)) else where
+
+
+def _consul_discovery(url: str, first_answer_s: float) -> ConsulDiscovery:
+    parts = urlsplit(url)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    tags = query.pop("tag", [])
+    fits = _SERVICE.fullmatch(parts.netloc) and parts.path in ("", "/") and not query and not parts.fragment
+    if not fits or len(tags) > 1 or "" in tags:
+        raise ClientSetupError(
+            f"{url!r} names no service: write consul://SERVICE or consul://SERVICE?tag=TAG; where Consul is stands in "
+            "CONSUL_HTTP_ADDR"
+        )
+    return ConsulDiscovery(parts.netloc, tag=tags[0] if tags else None, first_answer_s=first_answer_s)

@@ -14,9 +14,9 @@ from grpc_health.v1 import health_pb2
 
 from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
 from cognateforge.client import fetch, services, watch
-from cognateforge.client.breaker import BreakerState, CallBreaker
+from cognateforge.client.breaker import BreakerSnapshot, BreakerState, CallBreaker
 from cognateforge.client.channel import Addresses, Dialer, SwappingChannel
-from cognateforge.client.discovery import Discovery, discovery_for
+from cognateforge.client.discovery import FIRST_ANSWER_S, Discovery, discovery_for
 from cognateforge.client.fetch import FetchedArtifact, Landing, OnProgress, Reader, Wanted
 from cognateforge.client.interceptors import CallGuard
 from cognateforge.client.patience import GIVE_UP_AFTER_S
@@ -32,7 +32,8 @@ DEFAULT_TIMEOUT_S = 10.0
 class _ServiceClient:
     """A channel that follows discovery and whose calls pass the guard.
 
-    where: "host:port", several of them with commas or as a list, "unix:path", or a Discovery, which stays the caller's.
+    where: "host:port", several of them with commas or as a list, "unix:path", "consul://SERVICE" with or without
+        "?tag=TAG", or a Discovery, which stays the caller's.
     tls: credentials of the channel, or their files, which are read again when they change. Without them only loopback
     and unix addresses are dialled.
     timeout_s: deadline of unary calls that set none.
@@ -52,8 +53,13 @@ class _ServiceClient:
         self._breaker = breaker or CallBreaker(", ".join(s.name for s in self._services[:1]))
         guard = CallGuard(breaker=self._breaker, timeout_s=timeout_s)
         dialer = Dialer(services=self._services, guard=guard, tls=tls, tls_server_name=tls_server_name)
-        discovery = discovery_for(where)
-        self._channel = SwappingChannel(dialer.dial, discovery.addresses(), dialer.rotation())
+        discovery = discovery_for(where, first_answer_s=min(timeout_s, FIRST_ANSWER_S))
+        self._own_discovery = None if discovery is where else discovery
+        try:
+            self._channel = SwappingChannel(dialer.dial, discovery.addresses(), dialer.rotation())
+        except BaseException:
+            self._close_discovery()
+            raise
         self._unsubscribe = discovery.subscribe(self._channel.swap)
         self._channel.swap(discovery.addresses())  # a change between the first look and the subscription
         self._check_health = self._channel.unary_unary(
@@ -72,6 +78,10 @@ class _ServiceClient:
         """Where the circuit breaker stands: closed, open or half-open."""
         return self._breaker.state
 
+    def breaker_snapshot(self) -> BreakerSnapshot:
+        """Return the circuit breaker's state and counts, for metrics."""
+        return self._breaker.snapshot()
+
     def health(self) -> str:
         """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN, or UNKNOWN for any other."""
         status = self._check_health(health_pb2.HealthCheckRequest()).status
@@ -80,7 +90,12 @@ class _ServiceClient:
     def close(self) -> None:
         """End every call and let go of the connections."""
         self._unsubscribe()
+        self._close_discovery()
         self._channel.close()
+
+    def _close_discovery(self) -> None:
+        if self._own_discovery is not None:
+            self._own_discovery.close()
 
     def __enter__(self) -> Self:
         return self

@@ -78,6 +78,32 @@ JOB_STATE_RECOVERING: JobState.ValueType  # 11
 """Its worker was lost. The next attempt goes on from the newest checkpoint."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
+class _Circuit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CircuitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Circuit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CIRCUIT_UNSPECIFIED: _Circuit.ValueType  # 0
+    CIRCUIT_CLOSED: _Circuit.ValueType  # 1
+    """Calls pass."""
+    CIRCUIT_OPEN: _Circuit.ValueType  # 2
+    """Calls are held back after repeated failures."""
+    CIRCUIT_HALF_OPEN: _Circuit.ValueType  # 3
+    """One probe is under way, and decides."""
+
+class Circuit(_Circuit, metaclass=_CircuitEnumTypeWrapper):
+    """Where a circuit breaker stands."""
+
+CIRCUIT_UNSPECIFIED: Circuit.ValueType  # 0
+CIRCUIT_CLOSED: Circuit.ValueType  # 1
+"""Calls pass."""
+CIRCUIT_OPEN: Circuit.ValueType  # 2
+"""Calls are held back after repeated failures."""
+CIRCUIT_HALF_OPEN: Circuit.ValueType  # 3
+"""One probe is under way, and decides."""
+Global___Circuit: _TypeAlias = Circuit  # noqa: Y015
+
 @_typing.final
 class Failure(_message.Message):
     """Why a job failed."""
@@ -624,6 +650,48 @@ class MetricSeries(_message.Message):
 Global___MetricSeries: _TypeAlias = MetricSeries  # noqa: Y015
 
 @_typing.final
+class Peer(_message.Message):
+    """Another service that a server calls, and how its calls fare. Counts are since the server's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CIRCUIT_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    OPENED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """For instance "cognate"."""
+    circuit: Global___Circuit.ValueType
+    """Where the circuit to it stands."""
+    admitted: _builtins.int
+    """Calls that were sent."""
+    failed: _builtins.int
+    """Of these, failures that speak of an ill service."""
+    refused: _builtins.int
+    """Calls that were held back while the circuit was open."""
+    opened: _builtins.int
+    """How often the circuit has opened."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        circuit: Global___Circuit.ValueType = ...,
+        admitted: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        opened: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "circuit", b"circuit", "failed", b"failed", "name", b"name", "opened", b"opened", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Peer: _TypeAlias = Peer  # noqa: Y015
+
+@_typing.final
 class ServerInfo(_message.Message):
     """What a server is and can do."""
 
@@ -631,21 +699,27 @@ class ServerInfo(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the distribution."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of what this server serves beyond the plain contract, sorted. At most 64."""
 
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
+        """Services that this server calls. At most 8."""
+
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        peers: _abc.Iterable[Global___Peer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "peers", b"peers", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
