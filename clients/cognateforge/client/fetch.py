@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 from cognateforge.agent.v1 import agent_pb2
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.client.deadline import remaining_budget_s
+from cognateforge.client.flush import EarlyFlush
 from cognateforge.client.manifest import MANIFEST_NAME, Manifest, ManifestFile, check_digest, parse_manifest
 from cognateforge.client.patience import BREAKS, STREAM_LIFE_S, Patience
 from cognateforge.exceptions import (
@@ -181,6 +182,7 @@ class Landing:
                 part = data[: file.offset_bytes + file.size_bytes - self.offset_bytes]
                 # A disk that fills up takes a part and says so: what it took is what is hashed, and the next says why.
                 part = part[: self._file.write(part)]
+                self._flush.wrote(len(part))
                 self._hash.update(part)
                 self.offset_bytes += len(part)
                 data = data[len(part) :]
@@ -289,6 +291,7 @@ class Landing:
                     self.offset_bytes += len(block)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         self._file = os.fdopen(os.open(path, flags, 0o644), "wb", buffering=0)
+        self._flush = EarlyFlush(self._file.fileno())
 
     def _close_finished_files(self) -> None:
         """Check and close the file that is full, open the next; files of no bytes are passed on the way."""
@@ -301,7 +304,7 @@ class Landing:
             found = f"sha256:{self._hash.hexdigest()}"
             if found != file.digest:
                 raise ArtifactCorruptError(f"{file.path} of {self.wanted.name} has digest {found}, not {file.digest}")
-            os.fsync(self._file.fileno())
+            self._flush.finish()
             self._drop_file()
             self._index += 1
             if not self.complete:
@@ -338,6 +341,7 @@ class Landing:
 
     def _drop_file(self) -> None:
         if self._file is not None:
+            self._flush.stop()
             self._file.close()
             self._file = None
 
