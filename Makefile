@@ -62,7 +62,8 @@ proto: $(VENV)/.dev ## Generate the Python side of the contracts; commit what it
 proto-breaking: $(VENV)/.dev ## Compare the contracts with those of the last release.
 	$(BIN)/buf breaking protos --against protos/released.binpb
 
-docs: $(VENV)/.dev ## Write docs/metrics.md from the code's own tables; commit what it writes.
+docs: $(VENV)/.dev ## Write docs/reference.md and docs/metrics.md from contract and code; commit what it writes.
+	$(BIN)/python tools/contract_doc.py
 	$(BIN)/python tools/metrics_doc.py
 
 bench: $(VENV)/.dev ## One benchmark: make bench BENCH=train_step. Its last line is one JSON object.

@@ -112,7 +112,8 @@ class Borrower:
             return
         left_us = lease.remaining.ToMicroseconds()
         self._store.extend_lease(job, asked_us + left_us)
-        if lease.state == pb.LEASE_STATE_REVOKING:
+        # A state of a newer Cognate that this release does not know is no leave to go on: it is heard as REVOKING.
+        if lease.state != pb.LEASE_STATE_ACTIVE:
             left = f"{left_us / 1e6:.0f} s"
             message = f"Cognate asks {lease.amount} cores back within {left}: a checkpoint, then the queue"
             if self._store.ask_back(job, message):

@@ -53,6 +53,9 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 # 1 MiB, the exchange's own chunk: enough that hashing, not reading, decides the speed.
 _READ_BYTES = 1 << 20
 
+Kind = pb.MismatchKind
+_USABLE = frozenset({pb.MODEL_STATE_READY, pb.MODEL_STATE_EXPERIMENTAL})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Foundation:
@@ -233,14 +236,18 @@ def check_compatible(
 ) -> None:
     """Shake hands with Cognate over one model.
 
+    Only what this release understands is consent: a state or a verdict of a newer Cognate that it does not know, or a
+    part that Cognate did not look at, is a refusal.
+
     Errors: ModelExperimentalError, when that alone is in the way; IncompatibleError, naming every mismatch.
     """
     if model.state == pb.MODEL_STATE_EXPERIMENTAL and not accept_experimental:
-        failed = [check.name for check in model.checks if not check.passed]
-        why = f" (failed: {', '.join(failed)})" if failed else ""
-        raise ModelExperimentalError(
-            f"{model.name} is EXPERIMENTAL{why}; to use it all the same, set plan.foundation.accept_experimental "
-            "(forge train --accept-experimental)"
+        raise _experimental(model)
+    if model.state not in _USABLE:
+        raise IncompatibleError(
+            f"{model.name} is in state {model.state}, which this release does not know: use another model, or a newer "
+            "release of the agent service",
+            metadata={"state": str(model.state)},
         )
     if required is None:
         return
@@ -258,13 +265,43 @@ def check_compatible(
     )
     answer = client.models.CheckCompatibility(request)
     if answer.verdict != pb.VERDICT_COMPATIBLE:
+        # That alone is a matter of the plan. Every other kind, and one that this release does not know, is not.
+        if {mismatch.kind for mismatch in answer.mismatches} == {Kind.MISMATCH_KIND_EXPERIMENTAL}:
+            raise _experimental(model)
         reasons = "; ".join(f"{m.field} is {m.model_value}, wanted {m.wanted_value}" for m in answer.mismatches)
         raise IncompatibleError(
             f"{model.name} does not fit the agent architecture: {reasons or 'Cognate gave no reason'}",
             metadata={m.field: m.model_value for m in answer.mismatches},
         )
+    # A Cognate without kinds compares all that a request of this release can ask.
+    if answer.compared and (unseen := asked_kinds(request) - set(answer.compared)):
+        names = ", ".join(sorted(Kind.Name(kind).removeprefix("MISMATCH_KIND_") for kind in unseen))
+        raise IncompatibleError(f"Cognate did not compare {names} of {model.name}: use a newer release of Cognate")
     if answer.model_digest != model.digest:
         raise IncompatibleError(f"Cognate compared {answer.model_digest}, but {model.name} is {model.digest}")
+
+
+def _experimental(model: pb.FoundationModel) -> ModelExperimentalError:
+    failed = [check.name for check in model.checks if not check.passed]
+    why = f" (failed: {', '.join(failed)})" if failed else ""
+    return ModelExperimentalError(
+        f"{model.name} is EXPERIMENTAL{why}; to use it all the same, set plan.foundation.accept_experimental "
+        "(forge train --accept-experimental)"
+    )
+
+
+def asked_kinds(request: pb.CheckCompatibilityRequest) -> set[Kind.ValueType]:
+    """Return the parts that a request asks Cognate to compare."""
+    asked = {
+        Kind.MISMATCH_KIND_ARCHITECTURE_NAME: request.architecture.name,
+        Kind.MISMATCH_KIND_FINGERPRINT: request.architecture.fingerprint,
+        Kind.MISMATCH_KIND_PARAMETER_COUNT: request.architecture.parameter_count,
+        Kind.MISMATCH_KIND_ACT_VERSION: request.architecture.act_version,
+        Kind.MISMATCH_KIND_LTM_VERSION: request.architecture.ltm_version,
+        Kind.MISMATCH_KIND_TOKENIZER: request.tokenizer_digest,
+        Kind.MISMATCH_KIND_EXPERIMENTAL: not request.accept_experimental,
+    }
+    return {kind for kind, value in asked.items() if value}
 
 
 def holds(path: Path, model: pb.FoundationModel) -> bool:

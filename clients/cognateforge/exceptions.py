@@ -73,6 +73,8 @@ class ForgeError(Exception):
         self.violations = tuple(violations)[:MAX_VIOLATIONS]
         self.metadata = dict(metadata or {})
         self.request_id = request_id
+        # The reason of an answer whose reason this release does not know: the class is then the nearest by status.
+        self.unknown_reason = ""
         super().__init__(self.message)
 
     @classmethod
@@ -434,21 +436,29 @@ def _preconditions(error: PreconditionError) -> error_details_pb2.PreconditionFa
 
 
 def from_rpc_error(error: grpc.RpcError) -> ForgeError:
-    """Return the error that the server raised, or the nearest one where the answer is not from a server of ours."""
+    """Return the error that the server raised.
+
+    Where the answer is not from a server of ours, or has a reason that is newer than this release, it is the nearest
+    class by the gRPC status; `unknown_reason` then holds such a reason.
+    """
     code, message = error.code(), error.details() or error.code().name
     cls, violations, metadata, request_id = _class_of_code(code, message), [], {}, ""
+    unknown_reason = ""
     for detail in _details(error):
         info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
         bad, unmet = error_details_pb2.BadRequest(), error_details_pb2.PreconditionFailure()
         if detail.Unpack(info) and info.domain == DOMAIN:
-            cls, metadata = BY_REASON.get(info.reason, cls), dict(info.metadata)
+            metadata = dict(info.metadata)
+            cls, unknown_reason = BY_REASON.get(info.reason, cls), "" if info.reason in BY_REASON else info.reason
         elif detail.Unpack(bad):
             violations = [FieldViolation(field=v.field, description=v.description) for v in bad.field_violations]
         elif detail.Unpack(unmet):
             violations = [FieldViolation(field=v.subject, description=v.description) for v in unmet.violations]
         elif detail.Unpack(request):
             request_id = request.request_id
-    return cls(message, violations=violations, metadata=metadata, request_id=request_id)
+    made = cls(message, violations=violations, metadata=metadata, request_id=request_id)
+    made.unknown_reason = unknown_reason
+    return made
 
 
 def _details(error: grpc.RpcError) -> Sequence[any_pb2.Any]:

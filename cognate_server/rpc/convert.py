@@ -5,6 +5,7 @@ from __future__ import annotations
 from google.protobuf import duration_pb2
 
 from cognate_server.leases import LeaseRow, Resource
+from cognate_server.models import Comparison
 from cognate_server.resources import Amounts
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.cognate.v1 import pretraining_pb2
@@ -16,6 +17,8 @@ from training_common.store.database import now_us
 
 _STATE = "MODEL_STATE_"
 _RESOURCE = "RESOURCE_KIND_"
+# The contract's bound on the values of a mismatch.
+_VALUE_CHARS = 255
 
 
 def job(row: JobRow) -> pretraining_pb2.PretrainingJob:
@@ -51,6 +54,25 @@ def model(row: ArtifactRow) -> model_pb2.FoundationModel:
         checks=[artifact_pb2.Check(**check) for check in body["checks"]],
         steps=body["training"]["steps"],
         tokens=body["training"]["tokens"],
+    )
+
+
+def compatibility(row: ArtifactRow, comparisons: list[Comparison]) -> model_pb2.CheckCompatibilityResponse:
+    """Return the verdict over a model, with every mismatch."""
+    mismatches = [
+        model_pb2.Mismatch(
+            kind=one.kind,
+            field=one.field,
+            model_value=one.model_value[:_VALUE_CHARS],
+            wanted_value=one.wanted_value[:_VALUE_CHARS],
+        )
+        for one in comparisons
+        if not one.fits
+    ]
+    verdict = model_pb2.VERDICT_INCOMPATIBLE if mismatches else model_pb2.VERDICT_COMPATIBLE
+    compared = [one.kind for one in comparisons]
+    return model_pb2.CheckCompatibilityResponse(
+        verdict=verdict, mismatches=mismatches, model_digest=row.digest, compared=compared
     )
 
 

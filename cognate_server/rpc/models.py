@@ -6,7 +6,7 @@ import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
-from cognate_server.models import Wanted, compare, find_model
+from cognate_server.models import ARCHITECTURE, Wanted, compare, find_model
 from cognate_server.rpc import convert
 from cognateforge.exceptions import SequenceOutOfRangeError
 from cognateforge.exchange.v1 import model_pb2 as pb
@@ -21,7 +21,6 @@ from training_common.rpc.jobs import Context
 _BATCH = 100
 # The contract's bound on ModelSnapshot.models.
 _SNAPSHOT_PAGE = 50
-_COMPARED = ("name", "fingerprint", "parameter_count", "act_version", "ltm_version")
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -59,16 +58,11 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     async def CheckCompatibility(self, request: pb.CheckCompatibilityRequest, context: Context) -> Any:
         row = await self._find(request.name)
         wanted = Wanted(
-            architecture={part: getattr(request.architecture, part) for part in _COMPARED},
+            architecture={part: getattr(request.architecture, part) for part in ARCHITECTURE},
             tokenizer_digest=request.tokenizer_digest,
             accept_experimental=request.accept_experimental,
         )
-        found = [
-            pb.Mismatch(field=d.field, model_value=d.model_value[:255], wanted_value=d.wanted_value[:255])
-            for d in compare(row, wanted)
-        ]
-        verdict = pb.VERDICT_INCOMPATIBLE if found else pb.VERDICT_COMPATIBLE
-        return pb.CheckCompatibilityResponse(verdict=verdict, mismatches=found, model_digest=row.digest)
+        return convert.compatibility(row, compare(row, wanted))
 
     async def WatchModels(
         self, request: pb.WatchModelsRequest, context: Context

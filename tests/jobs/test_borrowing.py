@@ -18,6 +18,7 @@ from agent_server.settings import BorrowSettings, CognateEndpoint
 from cognateforge.client import AsyncCognateClient
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.exchange.v1 import resource_pb2 as pb
+from tests.support.contracts import newer, serving
 from tests.support.servers import running_cognate
 from tests.support.toy_service import ToyService
 from tests.support.toy_worker import expected_result
@@ -221,6 +222,27 @@ async def test_a_stopped_borrower_that_goes_on_after_the_end_changes_nothing(tmp
         assert events == both.toy.events(job)
         await both.until(lambda: both.now(job).attempt == 2 and both.now(job).step > before.step)
         assert 0 == both.now(job).retries_without_progress
+
+
+async def test_a_lease_in_an_unknown_state_is_yielded(tmp_path: Path) -> None:
+    """A newer Cognate may say something that this release has no word for: it is no leave to go on."""
+    async with sides(tmp_path, slots=0) as both:
+        job = both.toy.submit(steps=100_000, step_s=0.01)
+        await both.until(lambda: both.now(job).step >= 5)
+        lease = {"name": both.now(job).lease, "state": "LEASE_STATE_NEW", "remaining": "20s", "amount": 2}
+        with serving(newer(), {"ResourceService/RenewLease": {"lease": lease}}) as address:
+            newer_cognate = CognateLink(CognateEndpoint(address=address))
+            both.borrower = Borrower(
+                both.toy.store,
+                both.toy.scheduler,
+                newer_cognate,
+                slots=0,
+                settings=BorrowSettings(cores=2, ttl_s=30),
+            )
+            await both.until(lambda: "capacity_asked_back" in both.notes(job))
+            await both.until(lambda: both.now(job).state is JobState.RECOVERING)
+            assert 0 == both.now(job).retries_without_progress
+            newer_cognate.close()
 
 
 async def test_when_cognate_is_gone_the_lease_ends_here_in_time(tmp_path: Path) -> None:

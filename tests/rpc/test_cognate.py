@@ -353,12 +353,20 @@ async def test_a_handshake_names_every_mismatch(cognate: AsyncCognateClient, tmp
     request = model_pb2.CheckCompatibilityRequest(name="cognate-25m", architecture=wanted)
     answer = await cognate.models.CheckCompatibility(request)
     assert model_pb2.VERDICT_INCOMPATIBLE == answer.verdict
-    expected = ["architecture.fingerprint", "architecture.act_version", "state"]
-    assert expected == [mismatch.field for mismatch in answer.mismatches]
+    kinds = model_pb2.MismatchKind
+    expected = [
+        (kinds.MISMATCH_KIND_FINGERPRINT, "architecture.fingerprint"),
+        (kinds.MISMATCH_KIND_ACT_VERSION, "architecture.act_version"),
+        (kinds.MISMATCH_KIND_EXPERIMENTAL, "state"),
+    ]
+    assert expected == [(mismatch.kind, mismatch.field) for mismatch in answer.mismatches]
+    assert [kinds.MISMATCH_KIND_ARCHITECTURE_NAME, *(kind for kind, _ in expected)] == list(answer.compared)
     fine = model_pb2.CheckCompatibilityRequest(
         name="cognate-25m", architecture=model_pb2.Architecture(name="cognate_v1"), accept_experimental=True
     )
-    assert model_pb2.VERDICT_COMPATIBLE == (await cognate.models.CheckCompatibility(fine)).verdict
+    answer = await cognate.models.CheckCompatibility(fine)
+    assert model_pb2.VERDICT_COMPATIBLE == answer.verdict
+    assert [kinds.MISMATCH_KIND_ARCHITECTURE_NAME] == list(answer.compared)
 
 
 async def test_a_call_without_a_deadline_is_refused(cognate_server_up: RunningServer) -> None:

@@ -82,6 +82,8 @@ def lines(error: ForgeError) -> list[str]:
             told.append(f"  {place}: {violation.description}")
         elif option or violation.field not in error.message:
             told.append(f"  {place}" if option else f"  field: {place}")
+    if error.unknown_reason:
+        told.append(f"  reason: {error.unknown_reason}, which this release does not know")
     if error.request_id:
         told.append(f"  call id: {error.request_id}")
     return told
@@ -93,7 +95,7 @@ def to_json(error: ForgeError, **beside: Any) -> str:
         {
             **beside,
             "code": error.status_name(),
-            "reason": error.reason_name() if error.reason else "",
+            "reason": error.unknown_reason or (error.reason_name() if error.reason else ""),
             "message": error.message,
             "fields": [
                 {"field": v.field, "option": option_for(v.field), "description": v.description}

@@ -35,6 +35,9 @@ SHOWN: Mapping[str, str] = {
     "validation loss": VALIDATION_LOSS,
 }
 
+# What is told of an event whose kind a newer service has, and this release has not.
+_UNKNOWN = "something of a kind that this release does not know"
+
 OnFrame = Callable[["WatchFrame"], None]
 
 
@@ -79,6 +82,8 @@ def show_models(session: Session, news: Iterator[ModelNews]) -> None:
                 session.emit({"event": to_plain(one)})
             elif one.WhichOneof("kind") == "published":
                 print_line(f"{one.sequence} published {_named(one.published)}")
+            else:
+                print_line(f"{one.sequence} {_UNKNOWN}")
             continue
         for model in one.models:
             if session.as_json:
@@ -96,7 +101,9 @@ def _ended(session: Session, name: str, end: job_pb2.End, artifact: str) -> Exit
     if not session.as_json:
         print_line(f"{name} {word} {artifact}".rstrip())
     if end.HasField("failure") and session.as_json:
-        session.report(BY_REASON.get(end.failure.reason, JobFailedError)(end.failure.message))
+        error = BY_REASON.get(end.failure.reason, JobFailedError)(end.failure.message)
+        error.unknown_reason = end.failure.reason if end.failure.reason not in BY_REASON else ""
+        session.report(error)
     elif end.HasField("failure"):
         say(f"error: {end.failure.reason}: {end.failure.message}")
     return Exit.OK if end.state == job_pb2.JOB_STATE_SUCCEEDED else Exit.JOB_FAILED
@@ -201,4 +208,6 @@ def told(frame: WatchFrame) -> str:
             return f"published {event.artifact_published.name}"
         case "note":
             return f"{event.note.kind}: {event.note.message}"
+        case None if frame.HasField("event"):
+            return f"event {event.sequence}: {_UNKNOWN}"
     return ""

@@ -96,9 +96,9 @@ class _AsyncServiceClient:
         return self
 
     async def health(self) -> str:
-        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN or UNKNOWN."""
+        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN, or UNKNOWN for any other."""
         status = (await self._check_health(health_pb2.HealthCheckRequest())).status
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+        return services.health_word(status)
 
     async def close(self) -> None:
         """End every call and let go of the connections."""

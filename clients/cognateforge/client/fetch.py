@@ -77,18 +77,18 @@ class Header:
     manifest: bytes
 
 
-def model_parts(response: model_pb2.FetchModelResponse) -> Header | artifact_pb2.Chunk:
-    """Return what a frame of FetchModel holds."""
-    if response.WhichOneof("frame") == "header":
+def model_parts(response: model_pb2.FetchModelResponse) -> Header | artifact_pb2.Chunk | None:
+    """Return what a frame of FetchModel holds, None for a kind that this release does not know."""
+    if response.HasField("header"):
         return Header(digest=response.header.model.digest, manifest=response.header.manifest)
-    return response.chunk
+    return response.chunk if response.HasField("chunk") else None
 
 
-def agent_parts(response: agent_pb2.FetchAgentResponse) -> Header | artifact_pb2.Chunk:
-    """Return what a frame of FetchAgent holds."""
-    if response.WhichOneof("frame") == "header":
+def agent_parts(response: agent_pb2.FetchAgentResponse) -> Header | artifact_pb2.Chunk | None:
+    """Return what a frame of FetchAgent holds, None for a kind that this release does not know."""
+    if response.HasField("header"):
         return Header(digest=response.header.agent.digest, manifest=response.header.manifest)
-    return response.chunk
+    return response.chunk if response.HasField("chunk") else None
 
 
 class Landing:
@@ -402,7 +402,7 @@ class Reader(Generic[ResponseT]):
     def __init__(
         self,
         landing: Landing,
-        parts: Callable[[ResponseT], Header | artifact_pb2.Chunk],
+        parts: Callable[[ResponseT], Header | artifact_pb2.Chunk | None],
         on_progress: OnProgress | None,
         give_up_after_s: float,
     ) -> None:
@@ -414,6 +414,8 @@ class Reader(Generic[ResponseT]):
     def take(self, response: ResponseT) -> None:
         """Take one response. Only bytes count as progress: a header comes with every attempt."""
         part = self._parts(response)
+        if part is None:
+            return  # what the manifest names must come in chunks all the same
         if isinstance(part, Header):
             self._landing.accept_header(part)
             return

@@ -1,6 +1,8 @@
-"""The services that each client speaks to, as descriptors."""
+"""The services that each client speaks to, as descriptors, and the words for their health."""
 
 from __future__ import annotations
+
+from grpc_health.v1 import health_pb2
 
 from cognateforge.agent.v1 import agent_pb2, training_pb2
 from cognateforge.cognate.v1 import pretraining_pb2
@@ -15,3 +17,9 @@ AGENT = (
     training_pb2.DESCRIPTOR.services_by_name["AgentForgeTrainingService"],
     agent_pb2.DESCRIPTOR.services_by_name["AgentService"],
 )
+
+
+def health_word(status: int) -> str:
+    """Return the name of a health status; a number that this release does not know is UNKNOWN."""
+    known = health_pb2.HealthCheckResponse.ServingStatus.DESCRIPTOR.values_by_number.get(status)
+    return known.name if known else "UNKNOWN"

@@ -83,9 +83,9 @@ class _ServiceClient:
         return self._breaker.snapshot()
 
     def health(self) -> str:
-        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN or UNKNOWN."""
+        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN, or UNKNOWN for any other."""
         status = self._check_health(health_pb2.HealthCheckRequest()).status
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+        return services.health_word(status)
 
     def close(self) -> None:
         """End every call and let go of the connections."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from cognateforge.client.patience import BREAKS, STREAM_LIFE_S, Patience
-from cognateforge.exceptions import ForgeError, UnavailableError
+from cognateforge.exceptions import ClientSetupError, ForgeError, UnavailableError
 from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
 
@@ -74,23 +74,49 @@ class Position(Protocol[ResponseT_contra, NewsT_co]):
         """A new stream is opened."""
 
     def take(self, response: ResponseT_contra) -> NewsT_co | None:
-        """Return what is news in a response. Errors: UnavailableError, when something is missing before it."""
+        """Return what is news in a response.
+
+        Errors: UnavailableError, when something is missing before it; ClientSetupError, when it is, and a frame of an
+        unknown kind came in this stream.
+        """
 
     def broken(self, error: ForgeError | None) -> float:
         """Return how long to wait before watching again, or raise the error when the patience is spent."""
 
 
 class _Sequence:
-    """Events by their contiguous sequence, and the patience with streams that bring none."""
+    """Events by their contiguous sequence, and the patience with streams that bring none.
+
+    A frame of a kind that this release does not know is passed over, for a newer service may tell more than is asked.
+    Where events are missing behind one, it may have stood in their place: no further try would bring them.
+    """
 
     def __init__(self, after_sequence: int, give_up_after_s: float) -> None:
         self.after_sequence = after_sequence
         self.patience = Patience(give_up_after_s)
+        self._unknown = False
+
+    def begin(self) -> None:
+        """A new stream is opened."""
+        self._unknown = False
+
+    def pass_over(self) -> None:
+        """A frame of an unknown kind came. It is no progress: a service that sends nothing else tells nothing."""
+        self._unknown = True
+
+    def missing(self, what: str) -> ForgeError:
+        """Return the error for a gap."""
+        if self._unknown:
+            return ClientSetupError(
+                f"{what}, and the server sent a frame of a kind that this release does not know in its place: install "
+                "a newer release"
+            )
+        return UnavailableError(what)
 
     def is_next(self, sequence: int) -> bool:
         """Take an event, and return whether it is the next one and not one that came before."""
         if sequence > self.after_sequence + 1:
-            raise UnavailableError(f"event {self.after_sequence + 1} is missing: the server sent {sequence}")
+            raise self.missing(f"event {self.after_sequence + 1} is missing: the server sent {sequence}")
         self.patience.progress()
         news = sequence == self.after_sequence + 1
         self.after_sequence = max(sequence, self.after_sequence)
@@ -111,6 +137,7 @@ class JobPosition:
 
     def begin(self) -> None:
         """A new stream is opened."""
+        self._events.begin()
 
     def take(self, response: JobResponse) -> job_pb2.WatchFrame | None:
         """Return the frame if it is news: an event that comes next, or the end."""
@@ -118,9 +145,12 @@ class JobPosition:
         kind = frame.WhichOneof("frame")
         if kind == "event":
             return frame if self._events.is_next(frame.event.sequence) else None
+        if kind is None:
+            self._events.pass_over()
+            return None
         if kind == "end":
             if frame.end.last_sequence > self.after_sequence:
-                raise UnavailableError(f"the end came before event {frame.end.last_sequence}")
+                raise self._events.missing(f"the end came before event {frame.end.last_sequence}")
             self.ended = True
         self._events.patience.progress()
         return frame if self.ended else None
@@ -147,14 +177,18 @@ class ModelPosition:
     def begin(self) -> None:
         """A new stream is opened: pages of a snapshot that broke off are void, for it is taken anew."""
         self._pages.clear()
+        self._events.begin()
 
     def take(self, response: model_pb2.WatchModelsResponse) -> ModelNews | None:
         """Return the event that comes next, or the snapshot with its last page."""
         kind = response.WhichOneof("frame")
         if kind == "snapshot":
             return self._page(response.snapshot)
+        if kind is None:
+            self._events.pass_over()
+            return None
         if self._pages:
-            raise UnavailableError("the snapshot broke off before its last page")
+            raise self._events.missing("the snapshot broke off before its last page")
         if kind == "event":
             return response.event if self._events.is_next(response.event.sequence) else None
         self._events.patience.progress()

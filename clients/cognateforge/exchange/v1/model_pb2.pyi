@@ -58,7 +58,7 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     """They do not. The mismatches tell why."""
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
-    """The verdict of a handshake."""
+    """The verdict of a handshake. One that the caller does not know is no consent: it means INCOMPATIBLE."""
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
 VERDICT_COMPATIBLE: Verdict.ValueType  # 1
@@ -66,6 +66,50 @@ VERDICT_COMPATIBLE: Verdict.ValueType  # 1
 VERDICT_INCOMPATIBLE: Verdict.ValueType  # 2
 """They do not. The mismatches tell why."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
+class _MismatchKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MismatchKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MismatchKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MISMATCH_KIND_UNSPECIFIED: _MismatchKind.ValueType  # 0
+    """A Cognate that has no kinds, or a kind that is newer than the reader: Mismatch.field names the part."""
+    MISMATCH_KIND_ARCHITECTURE_NAME: _MismatchKind.ValueType  # 1
+    """Architecture.name."""
+    MISMATCH_KIND_FINGERPRINT: _MismatchKind.ValueType  # 2
+    """Architecture.fingerprint."""
+    MISMATCH_KIND_PARAMETER_COUNT: _MismatchKind.ValueType  # 3
+    """Architecture.parameter_count."""
+    MISMATCH_KIND_ACT_VERSION: _MismatchKind.ValueType  # 4
+    """Architecture.act_version."""
+    MISMATCH_KIND_LTM_VERSION: _MismatchKind.ValueType  # 5
+    """Architecture.ltm_version."""
+    MISMATCH_KIND_TOKENIZER: _MismatchKind.ValueType  # 6
+    """FoundationModel.tokenizer_digest."""
+    MISMATCH_KIND_EXPERIMENTAL: _MismatchKind.ValueType  # 7
+    """FoundationModel.state: it is EXPERIMENTAL, and accept_experimental is not set."""
+
+class MismatchKind(_MismatchKind, metaclass=_MismatchKindEnumTypeWrapper):
+    """A part that a handshake compares."""
+
+MISMATCH_KIND_UNSPECIFIED: MismatchKind.ValueType  # 0
+"""A Cognate that has no kinds, or a kind that is newer than the reader: Mismatch.field names the part."""
+MISMATCH_KIND_ARCHITECTURE_NAME: MismatchKind.ValueType  # 1
+"""Architecture.name."""
+MISMATCH_KIND_FINGERPRINT: MismatchKind.ValueType  # 2
+"""Architecture.fingerprint."""
+MISMATCH_KIND_PARAMETER_COUNT: MismatchKind.ValueType  # 3
+"""Architecture.parameter_count."""
+MISMATCH_KIND_ACT_VERSION: MismatchKind.ValueType  # 4
+"""Architecture.act_version."""
+MISMATCH_KIND_LTM_VERSION: MismatchKind.ValueType  # 5
+"""Architecture.ltm_version."""
+MISMATCH_KIND_TOKENIZER: MismatchKind.ValueType  # 6
+"""FoundationModel.tokenizer_digest."""
+MISMATCH_KIND_EXPERIMENTAL: MismatchKind.ValueType  # 7
+"""FoundationModel.state: it is EXPERIMENTAL, and accept_experimental is not set."""
+Global___MismatchKind: _TypeAlias = MismatchKind  # noqa: Y015
 
 @_typing.final
 class Architecture(_message.Message):
@@ -422,22 +466,26 @@ class Mismatch(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     MODEL_VALUE_FIELD_NUMBER: _builtins.int
     WANTED_VALUE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     field: _builtins.str
     """The compared part, for instance "architecture.fingerprint"."""
     model_value: _builtins.str
     """What the model has. At most 255 characters."""
     wanted_value: _builtins.str
     """What the agent side asked for. At most 255 characters."""
+    kind: Global___MismatchKind.ValueType
+    """Which part it is, for programs. UNSPECIFIED from a Cognate that has no kinds; `field` is always there."""
     def __init__(
         self,
         *,
         field: _builtins.str = ...,
         model_value: _builtins.str = ...,
         wanted_value: _builtins.str = ...,
+        kind: Global___MismatchKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "model_value", b"model_value", "wanted_value", b"wanted_value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "kind", b"kind", "model_value", b"model_value", "wanted_value", b"wanted_value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,6 +500,7 @@ class CheckCompatibilityResponse(_message.Message):
     VERDICT_FIELD_NUMBER: _builtins.int
     MISMATCHES_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    COMPARED_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     """The verdict."""
     model_digest: _builtins.str
@@ -460,16 +509,24 @@ class CheckCompatibilityResponse(_message.Message):
     def mismatches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mismatch]:
         """Every reason against. Empty when compatible."""
 
+    @_builtins.property
+    def compared(self) -> _containers.RepeatedScalarFieldContainer[Global___MismatchKind.ValueType]:
+        """Every part that was compared, in ascending order: what the request asked for, as far as this Cognate knows it. A part
+        that is missing here was not looked at, so COMPATIBLE says nothing of it. Empty from a Cognate that has no kinds: such
+        a one compares the first seven.
+        """
+
     def __init__(
         self,
         *,
         verdict: Global___Verdict.ValueType = ...,
         mismatches: _abc.Iterable[Global___Mismatch] | None = ...,
         model_digest: _builtins.str = ...,
+        compared: _abc.Iterable[Global___MismatchKind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mismatches", b"mismatches", "model_digest", b"model_digest", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared", b"compared", "mismatches", b"mismatches", "model_digest", b"model_digest", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
