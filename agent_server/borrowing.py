@@ -70,9 +70,12 @@ class Borrower:
                         log.warning("leases not looked after", error=f"{type(error).__name__}: {error}")
                     await loop.run_in_executor(thread, self._wake.wait, _TICK_S)
             finally:
-                # Leases of running workers stay, for the next start of this service.
-                self._closed = True
-                self._wake.set()
+                self.stop()
+
+    def stop(self) -> None:
+        """Listen no longer. Leases of running workers stay, for the next start of this service."""
+        self._closed = True
+        self._wake.set()
 
     def tick(self) -> None:
         """Keep what is in use, give back what is not, and borrow where a job waits in vain."""
@@ -81,7 +84,9 @@ class Borrower:
         on_loan = [(job, attempt) for job, attempt in held if job.lease]
         for job, attempt in on_loan:
             self._keep(job, attempt)
-        self._give_back({job.lease for job, _ in on_loan})
+        in_use = {job.lease for job, _ in on_loan}
+        for name in [name for name in self._tokens if name not in in_use]:
+            self._give_back(name)
         own_are_full = sum(not job.lease for job, _ in held) >= self._slots
         if own_are_full and len(on_loan) < self._settings.workers and time.monotonic() >= self._ask_at_s:
             self._borrow()
@@ -119,17 +124,14 @@ class Borrower:
             if self._store.ask_back(job, message):
                 log.info("capacity asked back", lease=job.lease, job=job.name, left_s=left_us / 1e6)
 
-    def _give_back(self, in_use: set[str]) -> None:
-        for name, token in list(self._tokens.items()):
-            if name in in_use:
-                continue
-            request = pb.ReleaseLeaseRequest(request_id=str(uuid.uuid4()), name=name, fencing_token=token)
-            try:
-                self._link.client().resources.ReleaseLease(request)
-            except ForgeError as error:  # it ends by itself, with its time
-                log.warning("lease not released", lease=name, error=error.message)
-            del self._tokens[name]
-            self._renew_at_s.pop(name, None)
+    def _give_back(self, name: str) -> None:
+        """Release a lease that no job runs on. Where Cognate cannot be told, it ends by itself, with its time."""
+        request = pb.ReleaseLeaseRequest(request_id=str(uuid.uuid4()), name=name, fencing_token=self._tokens.pop(name))
+        self._renew_at_s.pop(name, None)
+        try:
+            self._link.client().resources.ReleaseLease(request)
+        except ForgeError as error:
+            log.warning("lease not released", lease=name, error=error.message)
 
     def _borrow(self) -> None:
         with self._store.database.read() as connection:
@@ -157,7 +159,7 @@ class Borrower:
         )
         self._renew_at_s[lease.name] = time.monotonic() + self._settings.ttl_s / 3
         if self._scheduler.start_on(loan) is None:
-            self._give_back(set())
+            self._give_back(lease.name)
 
     def _ttl(self) -> Duration:
         duration = Duration()

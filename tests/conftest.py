@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_worker_left_behind(tmp_path: Path) -> Iterator[None]:
     """End workers that a test has left running: they outlive their server by design."""
     yield
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        given = [*(process.info["cmdline"] or ()), *(process.info["environ"] or {}).values()]
-        if process.pid != os.getpid() and any(str(tmp_path) in part for part in given):
-            process.kill()
+    for process in psutil.process_iter():
+        # Processes end while they are looked at; a zombie has neither.
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            given = [*process.cmdline(), *process.environ().values()]
+            if process.pid != os.getpid() and any(str(tmp_path) in part for part in given):
+                process.kill()

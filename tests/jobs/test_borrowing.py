@@ -41,7 +41,15 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 class Sides:
     """A lender and a borrower: both are looked after by `until`, as their servers would."""
 
-    def __init__(self, folder: Path, cognate: RunningServer, *, ttl_s: float = 30, slots: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        cognate: RunningServer,
+        *,
+        ttl_s: float = 30,
+        slots: int = 1,
+        borrow: BorrowSettings | None = None,
+    ) -> None:
         self.cognate, self.folder = cognate, folder
         (folder / "toy").mkdir()
         self.toy = ToyService(folder / "toy", slots=slots)
@@ -51,7 +59,7 @@ class Sides:
             self.toy.scheduler,
             self.link,
             slots=slots,
-            settings=BorrowSettings(cores=2, ttl_s=ttl_s),
+            settings=borrow or BorrowSettings(cores=2, ttl_s=ttl_s),
         )
 
     async def until(self, condition: Callable[[], Any], timeout_s: float = 60, *, borrow: bool = True) -> None:
@@ -95,6 +103,7 @@ async def sides(folder: Path, *, grace_s: float = 30, **options: Any) -> AsyncIt
         try:
             yield both
         finally:
+            both.borrower.stop()
             both.link.close()
             both.toy.database.close()
 
@@ -138,6 +147,27 @@ async def test_a_job_without_a_slot_runs_on_borrowed_cores(tmp_path: Path) -> No
         assert JobState.SUCCEEDED is both.now(second).state
         await both.until(lambda: not both.borrower._tokens)
         assert 0 == await both.lent()
+
+
+async def test_a_worker_that_cannot_be_started_costs_no_other_its_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the second of two borrowed workers cannot start, its lease goes back and the first goes on."""
+    async with sides(tmp_path, slots=0, borrow=BorrowSettings(cores=1, workers=2)) as both:
+        first = both.toy.submit(steps=10_000, step_s=0.01)
+        await both.until(lambda: both.now(first).state is JobState.RUNNING)
+        attempts = []
+
+        def launch(*_: Any, **__: Any) -> str:
+            attempts.append(1)
+            raise OSError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(both.toy.engine, "launch", launch)
+        both.toy.submit(steps=10)
+        await both.until(lambda: attempts)
+        assert 1 == await both.lent()
+        assert (JobState.RUNNING, 1) == (both.now(first).state, both.now(first).attempt)
+        assert [both.now(first).lease] == list(both.borrower._tokens)
 
 
 async def test_nothing_is_borrowed_while_a_slot_is_free_or_nothing_waits(tmp_path: Path) -> None:
@@ -265,6 +295,7 @@ async def test_a_restarted_service_keeps_its_leases(tmp_path: Path) -> None:
         await both.until(lambda: both.now(job).step >= 5)
         until_us = both.now(job).lease_until_us or 0
         both.toy.restart()
+        both.borrower.stop()
         both.borrower = Borrower(
             both.toy.store,
             both.toy.scheduler,
