@@ -47,10 +47,10 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
-    registry = ArtifactRegistry(database, BlobStore(settings.data_dir / "artifacts"))
+    registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
     engine = LocalEngine(module="agent_server.worker", log_dir=settings.data_dir / "logs")
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file)
-    events = ChangeHub(database, store.newest_event_id)
+    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=settings.server_name)
+    events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
     jobs = JobService(
         store=store,

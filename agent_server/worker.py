@@ -63,7 +63,7 @@ def work(context: WorkerContext[AgentSettings]) -> None:
     result = train_agent(config, base.path, data, attempt)
     manifest = json.dumps(data.manifest.to_json(), indent=1) + "\n"
     (result.folder / "data.json").write_text(manifest, encoding="utf-8")
-    registry = ArtifactRegistry(context.database, BlobStore(settings.data_dir / "artifacts"))
+    registry = ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts"))
     AgentArtifactManager(registry).publish(result, plan=plan, foundation=base, data=data.manifest, attempt=attempt)
 
 
@@ -101,7 +101,7 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
                     name,
                     accept_experimental=plan.foundation.accept_experimental,
                     required=architecture.required_architecture,
-                    cache_dir=context.settings.data_dir / "foundations",
+                    cache_dir=context.settings.files_dir / "foundations",
                     on_progress=on_progress,
                     patience_s=endpoint.hold_slot_s,
                 )

@@ -174,10 +174,11 @@ class LeaseStore:
                 )
             return len(rows)
 
-    def newest_revision(self) -> int:
-        """Return a number that grows with every change of any lease."""
+    def progress(self) -> int:
+        """Return a number that changes when any lease may have changed."""
         with self.database.read() as connection:
-            return connection.execute(sa.select(sa.func.max(t.leases.c.revision))).scalar() or 0
+            newest = connection.execute(sa.select(sa.func.max(t.leases.c.revision))).scalar() or 0
+            return self.database.progress(connection, newest)
 
     def _own(self, connection: sa.Connection, name: str, *, holder: str, token: int, now: int) -> LeaseRow:
         lease = self._of(connection, name, holder)

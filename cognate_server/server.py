@@ -42,13 +42,20 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
-    registry = ArtifactRegistry(database, BlobStore(settings.data_dir / "artifacts"))
+    registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
     engine = LocalEngine(module="cognate_server.worker", log_dir=settings.data_dir / "logs")
     leases = LeaseStore(database)
     resources = CognateResourceManager(store, leases, workers=settings.workers, lending=settings.lending)
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, may_start=resources.make_room)
-    events, outbox = ChangeHub(database, store.newest_event_id), ChangeHub(database, registry.newest_sequence)
-    changed_leases = ChangeHub(database, leases.newest_revision)
+    scheduler = Scheduler(
+        store,
+        engine,
+        settings.workers,
+        settings_file=settings_file,
+        server=settings.server_name,
+        may_start=resources.make_room,
+    )
+    events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
+    changed_leases = ChangeHub(database, leases.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=EXCHANGE)
     jobs = JobService(
         store=store,

@@ -95,7 +95,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
         raise IntegrityCheckFailedError(f"nothing was published: {failed}")
     shutil.copyfile(tokenizer_file, result.model_dir / "tokenizer.json")
     (result.model_dir / "data.json").write_text(json.dumps(data.to_json(), indent=1) + "\n", encoding="utf-8")
-    manager = CognateArtifactManager(ArtifactRegistry(context.database, BlobStore(settings.data_dir / "artifacts")))
+    manager = CognateArtifactManager(ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts")))
     manager.publish(_model(plan, data, result, report, reasoning), attempt)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.postgres import PostgresServer
+
 # As for workers: threads of torch that spin for milliseconds make small models many times slower when anything else
 # runs. Read when torch is loaded, so it stands before every import of it.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -16,6 +18,24 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests last, so that a broken unit is told in seconds."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Yield a PostgreSQL server, started when a test first needs it."""
+    server = PostgresServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of an empty store, of each kind in turn: what is promised holds on both."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'store.db'}"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_database()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,12 @@ class WorkerSettings(Section):
     threads: int = Field(default=0, ge=0, le=1024, description="torch threads of a worker; 0 means one for each core")
     heartbeat_interval_s: float = Field(default=1.0, gt=0, le=60, description="seconds between signs of life")
     lost_after_s: float = Field(default=30.0, gt=0, le=3600, description="silence that makes a job unobserved")
+    silent_cut_s: float = Field(
+        default=600.0,
+        gt=0,
+        le=86_400,
+        description="silence after which a worker is given up, though its process may live",
+    )
     start_timeout_s: float = Field(default=120.0, gt=0, le=3600, description="longest start of a worker process")
     retries_without_progress: int = Field(
         default=3, ge=0, le=100, description="lost workers in a row that finished no new checkpoint, before FAILED"
@@ -125,7 +132,11 @@ class ServiceSettings(Section):
     """What both services are told."""
 
     address: str = Field(description="host:port or unix:PATH to listen on; port 0 takes a free one")
-    data_dir: Path = Field(description="folder for database, artifacts, checkpoints and logs")
+    data_dir: Path = Field(description="folder of this server alone: logs, audit log, lock")
+    shared_dir: Path | None = Field(
+        default=None,
+        description="folder of artifacts and checkpoints, for all servers of a store; none: data_dir",
+    )
     store_url: str = Field(default="", description="SQLAlchemy URL; empty means SQLite in data_dir")
     drain_grace_s: float = Field(default=10.0, ge=0, le=600, description="seconds that calls get to end on SIGTERM")
     heartbeat_frame_s: float = Field(default=10.0, gt=0, le=600, description="silence of a watch before a heartbeat")
@@ -157,6 +168,16 @@ class ServiceSettings(Section):
         if self.consul.service and self.address.startswith("unix:") and not _PORT.search(self.consul.advertise):
             raise ValueError(f"consul.advertise {self.consul.advertise!r} has no port, and {self.address!r} has none")
         return self
+
+    @property
+    def files_dir(self) -> Path:
+        """Return the folder of artifacts and checkpoints."""
+        return self.shared_dir or self.data_dir
+
+    @property
+    def server_name(self) -> str:
+        """Return this server's name among those that share its store, the same after a restart."""
+        return f"{socket.gethostname()}:{self.data_dir.resolve()}"[-255:]
 
     @property
     def database_url(self) -> str:

@@ -166,7 +166,7 @@ EX_TEMPFAIL = 75
 
 def job_dir(settings: ServiceSettings, job_name: str) -> Path:
     """Return the folder of one job: checkpoints, scratch files, logs."""
-    return settings.data_dir / "jobs" / job_name.removeprefix("jobs/")
+    return settings.files_dir / "jobs" / job_name.removeprefix("jobs/")
 
 
 def main(

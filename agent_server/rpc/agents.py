@@ -16,6 +16,7 @@ from training_common.rpc import fetch, paging
 from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context
 from training_common.rpc.mutations import mutate
+from training_common.store.database import Turn
 
 
 class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
@@ -61,6 +62,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         caller = current_caller().name
 
         def move(connection: sa.Connection) -> pb.SetAliasResponse:
+            self._registry.database.in_turn(connection, Turn.ALIASES)
             aliases = set_alias(connection, row, request.alias, caller=caller, request_id=request.request_id)
             return pb.SetAliasResponse(agent=convert.agent(row, aliases))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator
 from typing import Any
@@ -75,6 +76,8 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                 metadata={"last_sequence": str(newest)},
             )
         sequence, seen = request.after_sequence, 0
+        loop = asyncio.get_running_loop()
+        quiet_since = loop.time()
         while True:
             frames = await self._events.get((sequence, seen), functools.partial(self._frames, sequence))
             if frames and frames[0].event.sequence > sequence + 1:
@@ -87,11 +90,13 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             for frame in frames:
                 sequence = frame.event.sequence
                 yield frame
-            if not frames:
-                now = await self._hub.wait(seen, self._heartbeat_s)
-                if now == seen:
-                    yield pb.WatchModelsResponse(heartbeat=pb.ModelHeartbeat(last_sequence=sequence))
-                seen = now
+            if frames:
+                quiet_since = loop.time()
+                continue
+            seen = await self._hub.wait(seen, max(0.0, quiet_since + self._heartbeat_s - loop.time()))
+            if loop.time() >= quiet_since + self._heartbeat_s:
+                yield pb.WatchModelsResponse(heartbeat=pb.ModelHeartbeat(last_sequence=sequence))
+                quiet_since = loop.time()
 
     def _frames(self, after_sequence: int) -> list[pb.WatchModelsResponse]:
         return [convert.event_frame(event) for event in self._registry.events_after(after_sequence, _BATCH)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -71,14 +72,13 @@ class ResourceServicer(resource_pb2_grpc.ResourceServiceServicer):
     async def WatchLease(self, request: pb.WatchLeaseRequest, context: Context) -> AsyncIterator[pb.WatchLeaseResponse]:
         holder, run = current_caller().name, self._resources.database.run
         sent, seen = -1, 0
+        loop = asyncio.get_running_loop()
+        sent_at = loop.time()
         while True:
             lease: LeaseRow = await run(self._resources.leases.find, request.name, holder)
-            if lease.revision != sent:
+            if lease.revision != sent or loop.time() >= sent_at + self._heartbeat_s:
                 yield pb.WatchLeaseResponse(lease=convert.lease(lease))
-                sent = lease.revision
+                sent, sent_at = lease.revision, loop.time()
             if lease.state is LeaseState.ENDED:
                 return
-            now = await self._hub.wait(seen, self._heartbeat_s)
-            if now == seen:
-                sent = -1
-            seen = now
+            seen = await self._hub.wait(seen, max(0.0, sent_at + self._heartbeat_s - loop.time()))

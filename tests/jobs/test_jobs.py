@@ -36,8 +36,8 @@ class Usage(NamedTuple):
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[ToyService]:
-    service = ToyService(tmp_path)
+def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
+    service = ToyService(tmp_path, store_url=store_url)
     yield service
     service.database.close()
 
@@ -274,9 +274,10 @@ async def test_losses_with_progress_do_not_fail_a_job(service: ToyService) -> No
     assert [expected_result(60)] == result(service, job)
 
 
-def test_a_store_that_is_locked_for_long_fails_no_job(service: ToyService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_locked_for_long_fails_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup may hold the database for minutes: the worker waits, longer and longer, and then goes on."""
     monkeypatch.setattr("training_common.store.database._BUSY_TIMEOUT_S", 0.01)
+    service = ToyService(tmp_path)
     job = service.submit(steps=3)
     begun = service.store.begin_attempt("test")
     assert begun is not None

@@ -18,8 +18,8 @@ from training_common.store.database import now_us
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[ToyService]:
-    service = ToyService(tmp_path)
+def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
+    service = ToyService(tmp_path, store_url=store_url)
     yield service
     service.database.close()
 

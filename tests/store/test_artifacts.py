@@ -20,13 +20,14 @@ from training_common.store.database import Database
 FAMILY = "cognate-25m"
 
 
-def open_registry(folder: Path) -> ArtifactRegistry:
-    return ArtifactRegistry(Database(f"sqlite:///{folder / 'store.db'}"), BlobStore(folder / "artifacts"))
+def open_registry(folder: Path, store_url: str = "") -> ArtifactRegistry:
+    url = store_url or f"sqlite:///{folder / 'store.db'}"
+    return ArtifactRegistry(Database(url), BlobStore(folder / "artifacts"))
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[ArtifactRegistry]:
-    registry = open_registry(tmp_path)
+def registry(tmp_path: Path, store_url: str) -> Iterator[ArtifactRegistry]:
+    registry = open_registry(tmp_path, store_url)
     registry.database.upgrade(Path(cognate_server.migrations.__file__).parent)
     yield registry
     registry.database.close()
@@ -98,7 +99,7 @@ def test_racing_publications_get_numbers_of_their_own(registry: ArtifactRegistry
         (tmp_path / f"weights-{number}").write_bytes(b"%d" % number * 1000)
 
     def work(number: int) -> ArtifactRow:
-        own = open_registry(tmp_path)
+        own = open_registry(tmp_path, registry.database.url)
         try:
             return publish(own, tmp_path / f"weights-{number}")
         finally:
@@ -148,7 +149,7 @@ from pathlib import Path
 from tests.store.test_artifacts import FAMILY, open_registry
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
-registry = open_registry(folder)
+registry = open_registry(folder, sys.argv[3])
 if moment == "bytes":
     import obstore
     def dies(store, key, *_, **__):
@@ -173,7 +174,10 @@ def test_a_crash_before_the_commit_publishes_nothing(registry: ArtifactRegistry,
     """
     (tmp_path / "weights").write_bytes(b"weights")
     died = subprocess.run(
-        [sys.executable, "-c", CRASH, str(tmp_path), moment], capture_output=True, check=False, timeout=60
+        [sys.executable, "-c", CRASH, str(tmp_path), moment, registry.database.url],
+        capture_output=True,
+        check=False,
+        timeout=60,
     )
     assert -signal.SIGKILL == died.returncode, died.stderr.decode()
     left = stored(tmp_path)

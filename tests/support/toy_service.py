@@ -17,14 +17,17 @@ from training_common.store.database import Database
 class ToyService:
     """Stands for a server: `restart` is what a kill -9 and a new start do to it."""
 
-    def __init__(self, folder: Path, **workers: Any) -> None:
+    def __init__(self, folder: Path, *, store_url: str = "", server: str = "", **workers: Any) -> None:
         self.folder = folder
         self.settings_file = folder / "settings.toml"
         options = {"heartbeat_interval_s": 0.1, **workers}
         lines = [f"{key} = {json.dumps(value)}" for key, value in options.items()]
-        text = f'data_dir = "{folder / "data"}"\n[workers]\n' + "\n".join(lines) + "\n"
+        text = f'data_dir = "{folder / "data"}"\nstore_url = "{store_url}"\n[workers]\n' + "\n".join(lines) + "\n"
         self.settings_file.write_text(text)
-        self.settings = ToySettings.model_validate({"data_dir": folder / "data", "workers": options})
+        self.settings = ToySettings.model_validate(
+            {"data_dir": folder / "data", "store_url": store_url, "workers": options}
+        )
+        self.server = server
         self._start()
         self.database.upgrade(Path(cognate_server.migrations.__file__).parent)
 
@@ -32,7 +35,9 @@ class ToyService:
         self.database = Database(self.settings.database_url)
         self.store = JobStore(self.database)
         self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=self.folder / "logs")
-        self.scheduler = Scheduler(self.store, self.engine, self.settings.workers, settings_file=self.settings_file)
+        self.scheduler = Scheduler(
+            self.store, self.engine, self.settings.workers, settings_file=self.settings_file, server=self.server
+        )
 
     def restart(self) -> None:
         """Forget everything that is only in memory."""

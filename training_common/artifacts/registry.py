@@ -17,7 +17,7 @@ from cognateforge.exceptions import IntegrityCheckFailedError
 from training_common.artifacts.blobs import BlobStore, ManifestExistsError, StoredFile
 from training_common.digests import canonical_json, sha256_bytes
 from training_common.store import tables as t
-from training_common.store.database import Database, now_us
+from training_common.store.database import Database, Turn, now_us
 
 SCHEMA = "cognateforge.manifest/1"
 # The contract's bound on the manifest in a fetch's header.
@@ -97,6 +97,7 @@ class ArtifactRegistry:
         crash between manifest and commit leaves a manifest that no row names: its number is passed over from then on.
         Errors: IntegrityCheckFailedError, for a manifest that is larger than the contract's messages hold.
         """
+        self.database.in_turn(connection, Turn.PUBLISH)
         newest = connection.execute(sa.select(sa.func.max(t.artifacts.c.version)).filter_by(family=family)).scalar()
         version = (newest or 0) + 1
         listed = [{"path": f.path, "size_bytes": f.size_bytes, "digest": f.digest} for f in files]
@@ -169,6 +170,11 @@ class ArtifactRegistry:
         """Return the outbox's newest sequence, 0 while it is empty."""
         with self.database.read() as connection:
             return _newest_sequence(connection)
+
+    def progress(self) -> int:
+        """Return a number that changes when the outbox may hold something new."""
+        with self.database.read() as connection:
+            return self.database.progress(connection, _newest_sequence(connection))
 
     def oldest_sequence(self) -> int:
         """Return the sequence of the oldest entry that is left, 0 while there is none."""

@@ -57,15 +57,18 @@ class Scheduler:
         settings: WorkerSettings,
         *,
         settings_file: Path | None,
+        server: str = "",
         may_start: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """may_start: asked before a job is given a worker, for instance whether the host has room for it."""
+        """server: this server's name among those that share the store; it looks after the workers it has started.
+        may_start: asked before a job is given a worker, for instance whether the host has room for it."""
         self._store = store
         self._engine = engine
         self._settings = settings
         self._settings_file = settings_file
         self._may_start = may_start
+        self._server = server
         self._wake = asyncio.Event()
         # Handles of workers that were launched here and have not registered yet, by attempt id.
         self._launched: dict[int, str] = {}
@@ -96,9 +99,14 @@ class Scheduler:
     def tick(self) -> None:
         """Look at every held job once, then fill the free slots."""
         self._engine.tidy()
-        held = self._store.held()
-        for job, attempt in held:
-            self._look_at(job, attempt)
+        held = []
+        for job, attempt in self._store.held():
+            # Attempts of earlier releases name no server: there was only one.
+            if attempt.server in ("", self._server):
+                held.append((job, attempt))
+                self._look_at(job, attempt)
+            else:
+                self._look_at_anothers(job, attempt)
         if self._clock() < self._launch_again_at:
             return
         for _ in range(self._settings.slots - sum(not job.lease for job, _ in held)):
@@ -116,10 +124,31 @@ class Scheduler:
             if handle:
                 self._engine.kill(handle)
             self._cut(job, attempt, f"attempt {attempt.number}: no worker registered in time")
+        elif attempt.handle and now - attempt.heartbeat_us > self._settings.silent_cut_s * 1e6:
+            self._engine.kill(handle)
+            silent_s = round((now - attempt.heartbeat_us) / 1e6)
+            self._cut(job, attempt, f"attempt {attempt.number}: the worker gave no sign of life for {silent_s} s")
         else:
-            observed = now - attempt.heartbeat_us <= self._settings.lost_after_s * 1e6
-            if observed != job.observed:
-                self._store.set_observed(job, observed)
+            self._observe(job, attempt, now)
+
+    def _look_at_anothers(self, job: JobRow, attempt: AttemptRow) -> None:
+        """Take a job from a worker of another server when both are silent: nobody else would.
+
+        A worker that goes on without its server beats by itself, and is left alone.
+        """
+        now = now_us()
+        if now - attempt.heartbeat_us > self._settings.silent_cut_s * 1e6:
+            silent_s = round((now - attempt.heartbeat_us) / 1e6)
+            message = f"attempt {attempt.number}: no sign of life from {attempt.server} for {silent_s} s"
+            # A machine that went away is no fault of the job.
+            self._cut(job, attempt, message, counted=False)
+        else:
+            self._observe(job, attempt, now)
+
+    def _observe(self, job: JobRow, attempt: AttemptRow, now: int) -> None:
+        observed = now - attempt.heartbeat_us <= self._settings.lost_after_s * 1e6
+        if observed != job.observed:
+            self._store.set_observed(job, observed)
 
     def start_on(self, loan: Loan) -> JobRow | None:
         """Give the next waiting job a worker on borrowed capacity, or return None. Its slot is none of our own."""
@@ -133,7 +162,7 @@ class Scheduler:
         self._cut(job, attempt, message, counted=False)
 
     def _start(self, loan: Loan | None = None) -> JobRow | None:
-        job = self._store.begin_attempt(self._engine.name, loan)
+        job = self._store.begin_attempt(self._engine.name, self._server, loan)
         if job is None:
             self.last_launch_failed = False  # nothing waits that could show whether workers start again
             return None

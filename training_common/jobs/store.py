@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from cognateforge.exceptions import (
     FieldViolation,
@@ -93,6 +94,7 @@ class AttemptRow:
     number: int
     fencing_token: int
     engine: str
+    server: str
     handle: str
     first_step: int
     start_us: int
@@ -231,18 +233,25 @@ def once(
     """
     digest = hashlib.sha256(payload).hexdigest()
     key = {"caller": caller, "request_id": request_id.lower()}
-    seen = connection.execute(sa.select(t.requests).filter_by(**key)).mappings().one_or_none()
-    if seen is not None:
+    # The row comes first: whoever brings the same id at the same time waits for it, and then finds the answer.
+    values = {**key, "method": method, "payload_sha256": digest, "answer": b"", "create_us": now_us()}
+    if not _insert_if_absent(connection, t.requests, values):
+        seen = connection.execute(sa.select(t.requests).filter_by(**key)).mappings().one()
         if (seen["method"], seen["payload_sha256"]) != (method, digest):
             raise RequestIdReusedError(
                 f"request_id {request_id} was used before for {seen['method']} with another payload: use a new UUID"
             )
         return cast("bytes", seen["answer"])
     answer = work()
-    connection.execute(
-        sa.insert(t.requests).values(**key, method=method, payload_sha256=digest, answer=answer, create_us=now_us())
-    )
+    connection.execute(sa.update(t.requests).filter_by(**key).values(answer=answer))
     return answer
+
+
+def _insert_if_absent(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless its key is there, and return whether it was inserted. Waits for whoever inserts it now."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = insert(table).values(**values).on_conflict_do_nothing().returning(sa.literal(1))
+    return connection.execute(statement).first() is not None
 
 
 class JobStore:
@@ -268,6 +277,11 @@ class JobStore:
         payload = {"from": "", "to": JobState.QUEUED.value, "message": "submitted"}
         return append_event(connection, job_id, "state_change", payload)
 
+    def _lock(self, name: str, connection: sa.Connection) -> JobRow:
+        """Return one job that nobody else changes until the transaction ends. Errors: JobNotFoundError."""
+        connection.execute(sa.select(t.jobs.c.id).filter_by(name=name).with_for_update())
+        return self.get(name, connection)
+
     def get(self, name: str, connection: sa.Connection | None = None) -> JobRow:
         """Return one job. Errors: JobNotFoundError."""
         if connection is None:
@@ -290,21 +304,21 @@ class JobStore:
 
     def pause(self, connection: sa.Connection, name: str) -> JobRow:
         """Ask for a pause: at once where no worker holds the job, otherwise by a wish that its worker sees."""
-        job = self.get(name, connection)
+        job = self._lock(name, connection)
         if job.state in WAITING:
             return move(connection, job, JobState.PAUSED, message="paused while it held no worker")
         return move(connection, job, JobState.PAUSING, message="pause requested", wish="pause")
 
     def cancel(self, connection: sa.Connection, name: str) -> JobRow:
         """Ask for the end: at once where no worker holds the job, otherwise by a wish that its worker sees."""
-        job = self.get(name, connection)
+        job = self._lock(name, connection)
         if job.state in WAITING or job.state is JobState.PAUSED:
             return move(connection, job, JobState.CANCELLED, message="cancelled while it held no worker")
         return move(connection, job, JobState.CANCELLING, message="cancel requested", wish="cancel")
 
     def resume(self, connection: sa.Connection, name: str) -> JobRow:
         """Queue a paused job again. What it waited for before the pause is tried at once."""
-        job = self.get(name, connection)
+        job = self._lock(name, connection)
         return move(connection, job, JobState.QUEUED, message="resume requested", wish="", **_NO_WAIT)
 
     def events_after(self, job_id: int, sequence: int, limit: int) -> list[EventRow]:
@@ -329,10 +343,11 @@ class JobStore:
         with self.database.read() as connection:
             return [EventRow(**row) for row in connection.execute(query).mappings()]
 
-    def newest_event_id(self) -> int:
-        """Return the id of the newest event of any job. Cheap: it is the primary key's end."""
+    def progress(self) -> int:
+        """Return a number that changes when any job may have a new event. Cheap: it is the primary key's end."""
         with self.database.read() as connection:
-            return connection.execute(sa.select(sa.func.max(t.events.c.id))).scalar() or 0
+            newest = connection.execute(sa.select(sa.func.max(t.events.c.id))).scalar() or 0
+            return self.database.progress(connection, newest)
 
     def checkpoints(self, job_id: int, limit: int = 1000) -> list[CheckpointRow]:
         """Return a job's checkpoints, newest first."""
@@ -356,8 +371,10 @@ class JobStore:
         return connection.execute(query).scalar_one()
 
     def next_due(self, connection: sa.Connection) -> JobRow | None:
-        """Return the job that is the next to get a worker."""
+        """Return the job that is the next to get a worker. Those that another server is just taking are passed over."""
         query = sa.select(t.jobs).where(_is_due()).order_by(t.jobs.c.id).limit(1)
+        if connection.get_execution_options().get("forge_write"):
+            query = query.with_for_update(skip_locked=True)
         row = connection.execute(query).mappings().one_or_none()
         return None if row is None else _job(row)
 
@@ -397,10 +414,10 @@ class JobStore:
             for row in rows
         ]
 
-    def begin_attempt(self, engine: str, loan: Loan | None = None) -> JobRow | None:
+    def begin_attempt(self, engine: str, server: str = "", loan: Loan | None = None) -> JobRow | None:
         """Take the oldest waiting job whose time has come for a new attempt, or return None.
 
-        The worker is launched after the commit. loan: borrowed capacity that it runs on.
+        The worker is launched after the commit. server: who looks after it. loan: borrowed capacity that it runs on.
         """
         with self.database.write() as connection:
             job = self.next_due(connection)
@@ -425,6 +442,7 @@ class JobStore:
                     number=number,
                     fencing_token=token,
                     engine=engine,
+                    server=server,
                     first_step=self._newest_step(connection, job.id),
                     start_us=now,
                     heartbeat_us=now,
@@ -441,7 +459,7 @@ class JobStore:
         Returns None when the worker had let go itself.
         """
         with self.database.write() as connection:
-            current = self.get(job.name, connection)
+            current = self._lock(job.name, connection)
             if current.fencing_token != attempt.fencing_token or current.state not in HELD:
                 return None
             self._end_attempt(connection, attempt.id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import random
 import threading
 import time
@@ -34,6 +35,14 @@ _READERS, _WRITERS = 8, 4
 _WAIT_S, _WAIT_MAX_S = 0.5, 30.0
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+
+
+class Turn(enum.IntEnum):
+    """What is done by one transaction at a time. The numbers are those of PostgreSQL's advisory locks."""
+
+    UPGRADE = 7101001
+    PUBLISH = 7101002
+    ALIASES = 7101003
 
 
 def now_us() -> int:
@@ -68,6 +77,8 @@ class Database:
             raise SettingsError(f"store_url: {error.filename}: {error.strerror}") from error
         # SQLite goes on with an open file that was removed or replaced: only a new connection tells.
         self._probe = sa.create_engine(url, poolclass=sa.NullPool) if self._sqlite else self.engine
+        # One state for all statements of a read: SQLite's snapshots are so, PostgreSQL's are when it is asked.
+        self._reading: dict[str, Any] = {} if self._sqlite else {"isolation_level": "REPEATABLE READ"}
         self._brief = threading.local()
         self._kept_connection: sa.Connection | None = None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
@@ -89,8 +100,27 @@ class Database:
         if kept is not None:
             yield kept
             return
-        with self.engine.connect() as connection, connection.begin():
+        with self.engine.connect().execution_options(**self._reading) as connection, connection.begin():
             yield connection
+
+    def in_turn(self, connection: sa.Connection, turn: Turn) -> None:
+        """Wait until no other transaction of this kind is under way, until the caller's ends.
+
+        On SQLite there is one writer at a time anyway.
+        """
+        if not self._sqlite:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(turn.value)))
+
+    def progress(self, connection: sa.Connection, newest: int) -> int:
+        """Return a number that differs from the last one whenever there may be something new.
+
+        newest: the newest key that is visible. On PostgreSQL transactions end in another order than their keys were
+        given, so the oldest one that is still under way counts as well: when it has ended, its rows may be new.
+        """
+        if self._sqlite:
+            return newest
+        text = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+        return (newest << 64) + int(connection.execute(sa.text(text)).scalar_one())
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
@@ -169,6 +199,7 @@ class Database:
         try:
             # The write lock comes first: who waits for it finds the schema that the one before has made.
             with self.engine.connect().execution_options(forge_write=True) as connection:
+                self.in_turn(connection, Turn.UPGRADE)
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
                 connection.commit()

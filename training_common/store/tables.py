@@ -90,6 +90,8 @@ attempts = Table(
     Column("number", Integer, nullable=False),
     Column("fencing_token", BigInteger, nullable=False),
     Column("engine", String(32), nullable=False),
+    # Which of several servers started the worker, and can see whether it lives.
+    Column("server", String(255), nullable=False, default="", server_default=""),
     # Name of the worker in the engine's words; for the local engine "PID:start time". Empty until it has registered.
     Column("handle", String(255), nullable=False, default=""),
     Column("first_step", BigInteger, nullable=False),

