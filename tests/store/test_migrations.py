@@ -106,7 +106,8 @@ def test_jobs_of_the_first_revision_go_on(service: str, database: Database) -> N
             sa.text(
                 "INSERT INTO jobs (name, state, plan, caller, wish, attempt, fencing_token, step, total_steps, "
                 "last_sequence, observed, retries_without_progress, create_us, failure_reason, failure_message, "
-                "artifact, facts) VALUES ('jobs/old', 'QUEUED', '', 'c', '', 0, 0, 0, 1, 0, TRUE, 0, 1, '', '', '', '{}')"
+                "artifact, facts) "
+                "VALUES ('jobs/old', 'QUEUED', '', 'c', '', 0, 0, 0, 1, 0, TRUE, 0, 1, '', '', '', '{}')"
             )
         )
         connection.commit()

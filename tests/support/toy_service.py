@@ -46,9 +46,12 @@ class ToyService:
 
     def submit(self, **plan: Any) -> JobRow:
         with self.database.write() as connection:
-            return self.store.submit(
-                connection, plan=json.dumps(plan).encode(), total_steps=plan["steps"], caller="test"
-            )
+            return self.store.submit(connection, plan=self.plan(**plan), total_steps=plan["steps"], caller="test")
+
+    @staticmethod
+    def plan(**plan: Any) -> bytes:
+        """Return a toy plan as it is stored."""
+        return json.dumps(plan).encode()
 
     def steer(self, verb: str, job: JobRow) -> JobRow:
         with self.database.write() as connection:
