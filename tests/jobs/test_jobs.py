@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
 from tests.support import toy_worker
+from tests.support.postgres import PostgresServer
 from tests.support.toy_service import ToyService
 from tests.support.toy_worker import ToySettings, expected_result
 from training_common import worker
@@ -412,3 +413,45 @@ def test_a_failed_transaction_leaves_no_row(service: ToyService) -> None:
     with service.database.read() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(t.jobs)).scalar() == 0
         assert connection.execute(sa.select(sa.func.count()).select_from(t.events)).scalar() == 0
+
+
+async def test_a_worker_that_lives_and_is_silent_is_given_up(tmp_path: Path, store_url: str) -> None:
+    """SIGSTOP for longer than `silent_cut_s`: the worker is ended, and another goes on from the checkpoint."""
+    service = ToyService(tmp_path, store_url=store_url, lost_after_s=0.5, silent_cut_s=1.5)
+    job = service.submit(steps=60, step_s=0.02, checkpoint_every=5)
+    await service.until(job, lambda row: row.step >= 12)
+    stopped = psutil.Process(pid(service.handle(job)))
+    with service.database.write():  # in no write of its own: that would hold the store
+        os.kill(stopped.pid, signal.SIGSTOP)
+    await service.until(job, lambda row: not row.observed)
+    job = await service.until(job, ended)
+    assert (JobState.SUCCEEDED, 2) == (job.state, job.attempt)
+    assert [expected_result(60)] == result(service, job)
+    assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
+    told = [e.payload["message"] for e in service.events(job) if e.payload.get("to") == "RECOVERING"]
+    assert ["gave no sign of life" in message for message in told] == [True]
+    service.database.close()
+
+
+async def test_a_server_takes_over_what_another_left(tmp_path: Path, postgres: PostgresServer) -> None:
+    """A worker that goes on without its server is left alone; once both are silent, its job goes on elsewhere."""
+    url = postgres.new_database()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = ToyService(tmp_path / "one", store_url=url, server="one", silent_cut_s=1.5)
+    two = ToyService(tmp_path / "two", store_url=url, server="two", silent_cut_s=1.5)
+    job = one.submit(steps=200, step_s=0.02, checkpoint_every=5)
+    await one.until(job, lambda row: row.step >= 12)
+    step = one.store.get(job.name).step
+    await two.until(job, lambda row: row.step >= step + 30)  # the first server no longer looks
+    assert 1 == two.store.get(job.name).attempt
+    os.kill(pid(two.handle(job)), signal.SIGKILL)
+    job = await two.until(job, lambda row: row.attempt == 2 and row.state is JobState.RUNNING)
+    assert 0 == job.retries_without_progress
+    [told] = [e.payload["message"] for e in two.events(job) if e.payload.get("to") == "RECOVERING"]
+    assert told.startswith("attempt 1: no sign of life from one for ")
+    with two.database.read() as connection:
+        servers = connection.execute(sa.select(t.attempts.c.server).order_by(t.attempts.c.number)).scalars()
+        assert ["one", "two"] == list(servers)
+    for service in (one, two):
+        service.database.close()
