@@ -11,7 +11,7 @@ import asyncio
 import enum
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 import structlog
@@ -136,7 +136,7 @@ class LeaseStore:
     def find(self, name: str, holder: str) -> LeaseRow:
         """Return a lease of a holder. Errors: LeaseNotFoundError."""
         with self.database.read() as connection:
-            return self._of(connection, name, holder)
+            return self._as_of(self._of(connection, name, holder), now_us())
 
     def active(self, connection: sa.Connection, kind: Resource, now: int) -> list[LeaseRow]:
         """Return what is lent of a resource, newest first."""
@@ -184,8 +184,13 @@ class LeaseStore:
         lease = self._of(connection, name, holder)
         if lease.fencing_token != token:
             raise LeaseEndedError(f"fencing token {token} is not that of {name}: nothing was changed")
+        return self._as_of(lease, now)
+
+    @staticmethod
+    def _as_of(lease: LeaseRow, now: int) -> LeaseRow:
+        """Return a lease as ENDED when its time is over, whether or not that has been written down."""
         if lease.state is not LeaseState.ENDED and lease.until_us <= now:
-            return LeaseRow(**{**vars(lease), "state": LeaseState.ENDED})
+            return replace(lease, state=LeaseState.ENDED)
         return lease
 
     @staticmethod

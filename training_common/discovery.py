@@ -160,7 +160,10 @@ def _agent(settings: ConsulSettings) -> Any:
 
     # What is left out py-consul takes from CONSUL_HTTP_ADDR, or from Consul's defaults.
     where = {"host": settings.host or None, "port": settings.port or None, "scheme": settings.scheme or None}
-    return consul.Consul(**where, connections_timeout=_TIMEOUT_S).agent
+    client = consul.Consul(**where, connections_timeout=_TIMEOUT_S)
+    # A redirect would carry the token to whoever it names.
+    client.http.session.max_redirects = 0
+    return client.agent
 
 
 def _said(error: Exception) -> str:

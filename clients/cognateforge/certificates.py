@@ -27,6 +27,9 @@ except ImportError as error:  # pragma: no cover - the development environment h
 CA_CERT, CA_KEY = "ca.pem", "ca.key"
 _TRUST_DOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,253}[a-z0-9])?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62}){0,7}")
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_DNS_NAME = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*")
+_LONGEST_DAYS = 36_500
 # Clocks of the machines that meet may differ by this much.
 _SKEW = datetime.timedelta(minutes=5)
 
@@ -52,6 +55,7 @@ class Authority:
         """Make an authority. Errors: ClientSetupError, also where the folder has one: its certificates would end."""
         if not _TRUST_DOMAIN.fullmatch(trust_domain):
             raise ClientSetupError(f"trust domain {trust_domain!r}: use small letters, digits, dots and dashes")
+        _check_days(days)
         if (folder / CA_CERT).exists() or (folder / CA_KEY).exists():
             raise ClientSetupError(f"{folder} has an authority: use it, or choose another folder")
         key = ec.generate_private_key(ec.SECP256R1())
@@ -79,6 +83,8 @@ class Authority:
             raise ClientSetupError(f"{error.filename}: {error.strerror}; make an authority first: init") from error
         except (ValueError, TypeError, x509.ExtensionNotFound) as error:
             raise ClientSetupError(f"{folder} holds no authority that was made here") from error
+        if cert.public_key() != key.public_key():
+            raise ClientSetupError(f"{folder / CA_KEY} is not the key of {folder / CA_CERT}")
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
         if not isinstance(key, ec.EllipticCurvePrivateKey) or len(uris) != 1:
             raise ClientSetupError(f"{folder} holds no authority that was made here")
@@ -92,8 +98,10 @@ class Authority:
         """
         if not _NAME.fullmatch(name) or name == "ca":
             raise ClientSetupError(f"name {name!r}: use small letters, digits, dots and dashes, and / between parts")
-        if days <= 0:
-            raise ClientSetupError(f"days {days:g}: must be more than 0")
+        _check_days(days)
+        left = self._cert.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+        if datetime.timedelta(days=days) > left:
+            raise ClientSetupError(f"days {days:g}: the authority itself ends in {left.days} days")
         spiffe_id = f"spiffe://{self.trust_domain}/{name}"
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[-64:])])
@@ -118,6 +126,11 @@ class Authority:
         _write(issued.key, _key_pem(key), private=True)
         _write(issued.cert, _pem(cert), private=False)
         return issued
+
+
+def _check_days(days: float) -> None:
+    if not 0 < days <= _LONGEST_DAYS:
+        raise ClientSetupError(f"days {days:g}: must be more than 0 and at most {_LONGEST_DAYS}")
 
 
 def _builder(
@@ -156,10 +169,9 @@ def _uri(spiffe_id: str, hosts: Sequence[str] = ()) -> x509.SubjectAlternativeNa
         try:
             names.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
-            try:
-                names.append(x509.DNSName(host))
-            except ValueError as error:
-                raise ClientSetupError(f"host {host!r} is neither a DNS name nor an address") from error
+            if not _DNS_NAME.fullmatch(host):
+                raise ClientSetupError(f"host {host!r} is neither a DNS name nor an address") from None
+            names.append(x509.DNSName(host))
     return x509.SubjectAlternativeName(names)
 
 

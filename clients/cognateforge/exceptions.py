@@ -435,6 +435,13 @@ def _preconditions(error: PreconditionError) -> error_details_pb2.PreconditionFa
     return failure
 
 
+# What TLS on one side alone, or a missing client certificate, looks like from here.
+_TLS_HINTS = {
+    "WRONG_VERSION_NUMBER": "; the server speaks no TLS at this address",
+    "Socket closed": "; a server with TLS closes a connection without TLS, or without a client certificate",
+}
+
+
 def from_rpc_error(error: grpc.RpcError) -> ForgeError:
     """Return the error that the server raised.
 
@@ -442,6 +449,8 @@ def from_rpc_error(error: grpc.RpcError) -> ForgeError:
     class by the gRPC status; `unknown_reason` then holds such a reason.
     """
     code, message = error.code(), error.details() or error.code().name
+    if code is grpc.StatusCode.UNAVAILABLE:
+        message += next((hint for sign, hint in _TLS_HINTS.items() if sign in message), "")
     cls, violations, metadata, request_id = _class_of_code(code, message), [], {}, ""
     unknown_reason = ""
     for detail in _details(error):

@@ -43,8 +43,10 @@ class ResourceServicer(resource_pb2_grpc.ResourceServiceServicer):
             row = self._resources.acquire(connection, holder=holder, kind=kind, amount=request.amount, ttl_s=ttl_s)
             return pb.AcquireLeaseResponse(lease=convert.lease(row))
 
-        answer = await mutate(self._resources.database, "AcquireLease", request, acquire)
-        return pb.AcquireLeaseResponse.FromString(answer)
+        answer = pb.AcquireLeaseResponse.FromString(
+            await mutate(self._resources.database, "AcquireLease", request, acquire)
+        )
+        return pb.AcquireLeaseResponse(lease=await self._now(answer.lease, holder))
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> Any:
         holder, ttl_s = current_caller().name, request.ttl.ToTimedelta().total_seconds()
@@ -55,8 +57,12 @@ class ResourceServicer(resource_pb2_grpc.ResourceServiceServicer):
             )
             return pb.RenewLeaseResponse(lease=convert.lease(row))
 
-        answer = await mutate(self._resources.database, "RenewLease", request, renew)
-        return pb.RenewLeaseResponse.FromString(answer)
+        answer = pb.RenewLeaseResponse.FromString(await mutate(self._resources.database, "RenewLease", request, renew))
+        return pb.RenewLeaseResponse(lease=await self._now(answer.lease, holder))
+
+    async def _now(self, answered: pb.Lease, holder: str) -> pb.Lease:
+        """Return a lease as it is now: a repeated answer must not say ACTIVE of one that has ended since."""
+        return convert.lease(await self._resources.database.run(self._resources.leases.find, answered.name, holder))
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Context) -> Any:
         holder = current_caller().name

@@ -134,7 +134,8 @@ async def test_acquiring_is_idempotent(tmp_path: Path) -> None:
     ):
         wish = new_id()
         first = await acquire(client, request_id=wish)
-        assert first == await acquire(client, request_id=wish)
+        again = await acquire(client, request_id=wish)
+        assert (first.name, first.fencing_token) == (again.name, again.fencing_token)
         with pytest.raises(RequestIdReusedError):
             await acquire(client, request_id=wish, amount=2)
         assert 1 == (await capacity(client, GPU)).lent
@@ -143,6 +144,22 @@ async def test_acquiring_is_idempotent(tmp_path: Path) -> None:
             await acquire(client, request_id=refused, amount=2)
         await release(client, first)
         assert 2 == (await acquire(client, request_id=refused, amount=2)).amount
+
+
+async def test_a_repeated_answer_tells_what_the_lease_is_now(tmp_path: Path) -> None:
+    """Who repeats an acquisition after the end is told that it has ended, and not what was answered then."""
+    async with (
+        running_cognate(tmp_path, lending={"gpus": 1}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        wish = new_id()
+        first = await acquire(client, request_id=wish, ttl_s=1)
+        repeated = await acquire(client, request_id=wish, ttl_s=1)
+        assert (first.name, first.state) == (repeated.name, repeated.state)
+        assert left_s(repeated) <= left_s(first)
+        await release(client, first)
+        ended = await acquire(client, request_id=wish, ttl_s=1)
+        assert (first.name, pb.LEASE_STATE_ENDED, 0) == (ended.name, ended.state, left_s(ended))
 
 
 async def test_an_ask_for_longer_than_is_lent_gets_the_longest(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import asyncio
 import datetime
 import json
+import os
 import shutil
 import socket
 import ssl
+import sys
 import threading
 import time
 import uuid
@@ -17,6 +19,7 @@ from typing import Any
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor
 from typer.testing import CliRunner
@@ -31,9 +34,11 @@ from cognateforge.client import AsyncCognateClient, CognateClient, TlsFiles
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import (
     ClientSetupError,
+    DeadlineExceededError,
     ForbiddenError,
     ForgeError,
     IdentityMissingError,
+    InvalidFieldError,
     ModelNotFoundError,
     RequestIdReusedError,
     ResourceExhaustedError,
@@ -316,6 +321,49 @@ async def test_an_authority_that_is_dropped_lets_nobody_in(tmp_path: Path) -> No
     assert [(True, False), (True, True), (False, True)] == served
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda pem: b"\xef\xbb\xbf" + pem,
+        lambda pem: b"\n".join(b"  " + line for line in pem.splitlines()),
+        lambda pem: b"some words\n" + pem + b"more of them",
+    ],
+    ids=["byte order mark", "indented", "words around it"],
+)
+async def test_an_odd_authority_file_is_used_or_refused_and_never_passed_over(
+    spoil: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    """After a rotation that was taken, the dropped authority lets nobody in."""
+    certs, new = tmp_path / "certs", tmp_path / "new"
+    authority(certs, "operator")
+    authority(new, "operator")
+    trusted = tmp_path / "clients.pem"
+    shutil.copy(certs / CA_CERT, trusted)
+    tls = {**server_tls(certs), "client_ca_file": trusted}
+    roles = {spiffe("operator"): ("operator",)}
+    fresh = TlsFiles(ca=certs / CA_CERT, cert=new / "operator.pem", key=new / "operator.key")
+    async with running_cognate(tmp_path / "server", security={"tls": tls, "roles": roles}) as server:
+        assert await ask(server.address, files(certs, "operator")) is None
+        trusted.write_bytes(spoil((new / CA_CERT).read_bytes()))
+        served = [await ask(server.address, tls) is None for tls in (files(certs, "operator"), fresh)]
+    assert [False, True] == served
+
+
+async def test_a_key_that_grpc_cannot_serve_is_refused(tmp_path: Path) -> None:
+    """At the start by name, and at a rotation the last good pair stays."""
+    certs = tmp_path / "certs"
+    authority(certs, "operator")
+    good = {name: (certs / f"server.{name}").read_bytes() for name in ("pem", "key")}
+    roles = {spiffe("operator"): ("operator",)}
+    async with running_cognate(tmp_path / "server", security={"tls": server_tls(certs), "roles": roles}) as server:
+        odd(certs, "server", names=[x509.DNSName("localhost")], key=ed25519.Ed25519PrivateKey.generate())
+        assert await ask(server.address, files(certs, "operator")) is None
+    settings = {"address": "127.0.0.1:0", "data_dir": tmp_path / "other", "security": {"tls": server_tls(certs)}}
+    with pytest.raises(SettingsError, match="gRPC serves RSA keys of 2048 bits or more, and those of P-256"):
+        create_server(ServiceSettings.model_validate(settings), [])
+    assert good["key"] != (certs / "server.key").read_bytes()
+
+
 async def test_an_aio_client_takes_its_new_certificate(tmp_path: Path) -> None:
     """A caller that was renamed is another caller from its next call on."""
     certs = tmp_path / "certs"
@@ -457,6 +505,91 @@ async def test_metadata_is_bounded(tmp_path: Path) -> None:
         with pytest.raises(ForgeError):
             await client.pretraining.ListJobs(pb.ListJobsRequest(), metadata=(("x-long", "x" * 4000),))
         await client.pretraining.ListJobs(pb.ListJobsRequest())
+
+
+@pytest.mark.parametrize("caller", ["stranger", "viewer"])
+async def test_calls_without_a_request_and_health_watches_lock_nobody_out(caller: str, tmp_path: Path) -> None:
+    """A caller is looked at when its headers arrive, and what is open to everybody is bounded as well."""
+    certs = tmp_path / "certs"
+    authority(certs, "operator", caller)
+    limits = {"max_concurrent_rpcs": 60, "caller_open_calls": 20}
+    async with (
+        cognate(tmp_path, certs, limits=limits) as server,
+        AsyncCognateClient(server.address, tls=files(certs, "operator")) as operator,
+    ):
+        held: list[Any] = []
+        for _ in range(4):  # connections
+            channel = grpc.aio.secure_channel(
+                server.address, files(certs, caller).credentials(), [("grpc.use_local_subchannel_pool", 1)]
+            )
+            await asyncio.wait_for(channel.channel_ready(), 10)
+            for _ in range(15):
+                silent: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(
+                    "/cognateforge.cognate.v1.CognatePretrainingService/ListJobs"
+                )
+                held.append(silent())
+                watch: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
+                    "/grpc.health.v1.Health/Watch"
+                )
+                held.append(watch(b""))
+            held.append(channel)
+        for _ in range(20):
+            await operator.pretraining.ListJobs(pb.ListJobsRequest())
+            assert "SERVING" == await operator.health()
+        for one in held:
+            await one.close() if isinstance(one, grpc.aio.Channel) else one.cancel()
+
+
+async def test_a_request_that_does_not_come_ends_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers alone hold a call for a bounded time; a call that ends without a request is a bad one."""
+    monkeypatch.setattr("training_common.rpc.interceptor._ARRIVAL_S", 0.1)
+    async with running_cognate(tmp_path) as server, grpc.aio.insecure_channel(server.address) as channel:
+        path = "/cognateforge.cognate.v1.CognatePretrainingService/ListJobs"
+        silent: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(path)
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await silent(wait_for_ever(), timeout=20)
+        assert isinstance(from_rpc_error(late.value), DeadlineExceededError)
+        with pytest.raises(grpc.aio.AioRpcError) as none:
+            await silent(iter(()), timeout=20)
+        assert isinstance(from_rpc_error(none.value), InvalidFieldError)
+
+
+async def wait_for_ever() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+async def test_a_server_that_ends_by_itself_is_noticed(tmp_path: Path) -> None:
+    """A path that is no UTF-8 ends gRPC's server: the service says so in its health, and ends with status 1."""
+    address_file = tmp_path / "address"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "cognate_server", "--address-file", str(address_file)),
+        env={**os.environ, "COGNATE_SERVER_ADDRESS": "127.0.0.1:0", "COGNATE_SERVER_DATA_DIR": str(tmp_path / "data")},
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+    async def is_up() -> bool:
+        return address_file.exists()
+
+    await until(is_up)
+    host, _, port = address_file.read_text().rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+
+    def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
+        return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+
+    def header(name: bytes, value: bytes) -> bytes:
+        return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+    headers = b"\x83\x86" + header(b":path", b"/\xff/x") + header(b":authority", b"x") + header(b"te", b"trailers")
+    headers += header(b"content-type", b"application/grpc")
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 4, 1, headers))
+    _, told = await asyncio.wait_for(process.communicate(), 30)
+    writer.close()
+    assert 1 == process.returncode
+    assert b"the gRPC server ended by itself" in told
 
 
 # --- set-up

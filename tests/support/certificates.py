@@ -10,6 +10,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.x509.oid import NameOID
 
 from cognateforge.certificates import CA_CERT, Authority
@@ -59,12 +60,13 @@ def odd(
     names: Sequence[x509.GeneralName],
     subject: str = "odd",
     ends_in: datetime.timedelta = datetime.timedelta(days=1),
+    key: CertificateIssuerPrivateKeyTypes | None = None,
 ) -> TlsFiles:
     """Have the authority of a folder sign what `forge certs` never would."""
     issuer = x509.load_pem_x509_certificate((folder / CA_CERT).read_bytes())
     signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    key, now = key or ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
     builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))

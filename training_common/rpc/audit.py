@@ -6,11 +6,10 @@ goes to the service's log with its whole content, and health says NOT_SERVING un
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-import logging
-import logging.handlers
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +25,86 @@ _MAX_TEXT_CHARS = 255
 
 
 class AuditLog:
-    """Writes records, each complete at once. One server writes into one folder: the data folder's lock sees to it."""
+    """Writes records, each by one write. One server writes into one folder: the data folder's lock sees to it.
+
+    Not the standard library's handlers: they keep what could not be written and write it later, beside what was told.
+    """
 
     def __init__(self, folder: Path, settings: AuditSettings) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = folder / FILE
+        self._settings = settings
+        self._descriptor: int | None = None
+        self._size_bytes = 0
+        # The file may end in half a line: after a crash, or a disk that took a part.
+        self._torn = True
         self._lost = 0
-        self._handler = _Handler(
-            self.path, maxBytes=settings.max_file_bytes, backupCount=settings.keep_files, encoding="utf-8", delay=True
-        )
 
     def check(self) -> bool:
         """Return whether records can be written. After a failure it tries with a record that tells of the gap."""
-        if not self._handler.writable:
-            self.write(outcome="AUDIT_RESUMED", lost=self._lost)
-        return self._handler.writable
+        if self._lost:
+            lost = self._lost
+            if not self._try({"outcome": "AUDIT_RESUMED", "lost": lost}):
+                return False
+            self._lost = 0
+        elif self._descriptor is not None and not self._is_in_place():
+            self.close()  # it was moved or removed: the next record begins a new one
+        return True
 
     def write(self, **record: Any) -> None:
         """Write one record. Never raises: what it tells of has happened."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         values = {key: _bounded(value) for key, value in record.items() if value not in ("", None)}
-        text = json.dumps({"time": now, **values}, ensure_ascii=False)
-        self._handler.emit(logging.makeLogRecord({"msg": text}))
-        self._lost = 0 if self._handler.writable else self._lost + 1
+        if not self._try(values):
+            self._lost += 1
+            log.error("audit record not written", record=values)
 
     def close(self) -> None:
-        """Close the file."""
-        self._handler.close()
+        """Close the file. The next record opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
+    def _try(self, values: dict[str, Any]) -> bool:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+        # In plain ASCII: other line ends, and what a terminal obeys, stay escaped.
+        line = json.dumps({"time": now, **values}).encode("ascii") + b"\n"
+        try:
+            if self._size_bytes and self._size_bytes + len(line) > self._settings.max_file_bytes:
+                self._rotate()
+            if self._descriptor is None:
+                self._open()
+            if self._torn:
+                line = b"\n" + line
+            written = os.write(self._descriptor or 0, line)
+        except OSError as error:
+            log.warning("audit log cannot be written", path=str(self.path), detail=error.strerror)
+            self.close()
+            return False
+        self._size_bytes += written
+        self._torn = written < len(line)
+        return not self._torn
 
-class _Handler(logging.handlers.RotatingFileHandler):
-    """The standard library's rotation, with its own word on errors: it would print them and go on in silence."""
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        self._descriptor = os.open(self.path, flags, 0o600)
+        self._size_bytes = os.fstat(self._descriptor).st_size
+        self._torn = self._size_bytes > 0 and os.pread(self._descriptor, 1, self._size_bytes - 1) != b"\n"
 
-    writable = True
-    _failed = False
+    def _rotate(self) -> None:
+        """Move the file to .1, that one to .2 and so on; the oldest goes."""
+        self.close()
+        for number in range(self._settings.keep_files, 0, -1):
+            older = self.path if number == 1 else self.path.with_name(f"{FILE}.{number - 1}")
+            with contextlib.suppress(FileNotFoundError):
+                older.replace(self.path.with_name(f"{FILE}.{number}"))
+        self._size_bytes = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if not self.writable:
-            record.msg = f"\n{record.msg}"  # the line before may be half there
-        self._failed = False
-        super().emit(record)
-        self.writable = not self._failed
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        self._failed = True
-        log.error("audit record not written", record=record.getMessage(), detail=str(sys.exc_info()[1]))
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._descriptor or 0), os.stat(self.path))
+        except OSError:
+            return False
 
 
 def _bounded(value: Any) -> Any:
-    return value[:_MAX_TEXT_CHARS].encode(errors="replace").decode() if isinstance(value, str) else value
+    return value[:_MAX_TEXT_CHARS] if isinstance(value, str) else value

@@ -13,7 +13,8 @@ from pathlib import Path
 import grpc
 import structlog
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from training_common.settings import SettingsError, TlsSettings
 
@@ -56,19 +57,22 @@ class ServerCertificates:
         return tuple((one.st_mtime_ns, one.st_size, one.st_ino) for one in found)
 
     def _load(self) -> grpc.ServerCertificateConfiguration:
-        cert, key, ca = (path.read_bytes() for path in self._files)
-        chain = _certificates(cert, self._files[0])
-        _certificates(ca, self._files[2])
-        if chain[0].public_key() != load_pem_private_key(key, password=None).public_key():
-            raise ValueError(f"{self._files[1]} is not the key of {self._files[0]}")
+        cert_file, key_file, ca_file = self._files
+        chain = _certificates(cert_file.read_bytes(), cert_file)
+        authorities = _certificates(ca_file.read_bytes(), ca_file)
+        key = load_pem_private_key(key_file.read_bytes(), password=None)
+        if chain[0].public_key() != key.public_key():
+            raise ValueError(f"{key_file} is not the key of {cert_file}")
+        if not _is_served(key):
+            raise ValueError(f"{key_file}: gRPC serves RSA keys of 2048 bits or more, and those of P-256 and P-384")
         left = chain[0].not_valid_after_utc - datetime.datetime.now(datetime.UTC)
         if left < datetime.timedelta():
-            raise ValueError(f"{self._files[0]} expired at {chain[0].not_valid_after_utc.isoformat()}")
+            raise ValueError(f"{cert_file} expired at {chain[0].not_valid_after_utc.isoformat()}")
         if left < _WARN_BEFORE:
-            log.warning(
-                "certificate expires soon", cert_file=str(self._files[0]), hours=round(left.total_seconds() / 3600)
-            )
-        return grpc.ssl_server_certificate_configuration([(key, cert)], ca)
+            log.warning("certificate expires soon", cert_file=str(cert_file), hours=round(left.total_seconds() / 3600))
+        # Written anew from what was read: gRPC passes over what it dislikes in a file, and keeps its old authorities.
+        key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return grpc.ssl_server_certificate_configuration([(key_pem, _pem(chain))], _pem(authorities))
 
 
 def _certificates(pem: bytes, path: Path) -> list[x509.Certificate]:
@@ -76,6 +80,16 @@ def _certificates(pem: bytes, path: Path) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
         raise ValueError(f"{path} holds no certificate in PEM form") from error
+
+
+def _pem(certificates: list[x509.Certificate]) -> bytes:
+    return b"".join(one.public_bytes(Encoding.PEM) for one in certificates)
+
+
+def _is_served(key: object) -> bool:
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key.key_size >= 2048
+    return isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1)
 
 
 def _told(error: Exception) -> str:

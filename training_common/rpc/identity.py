@@ -57,6 +57,13 @@ class Callers:
         self._known = {name: Caller(name=name, roles=frozenset(played)) for name, played in roles.items()}
         self._local = Caller(name=LOCAL, roles=frozenset(local_roles))
 
+    def any(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+        """Return who calls, or a caller without name and roles: for what is open to everybody."""
+        try:
+            return self.of(context)
+        except IdentityMissingError:
+            return Caller(name="", roles=frozenset())
+
     def of(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
         """Return who calls. Errors: IdentityMissingError, for a certificate without one SPIFFE id."""
         if not self._tls:

@@ -31,6 +31,7 @@ from grpc_status import rpc_status
 
 from cognateforge._vendor.buf.validate import validate_pb2
 from cognateforge.exceptions import (
+    DeadlineExceededError,
     DeadlineRequiredError,
     FieldViolation,
     ForgeError,
@@ -53,6 +54,9 @@ log = structlog.get_logger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DESCRIPTION_CHARS = 300
+# From a call's headers to its request. Requests are small: even a poor line brings one in this time.
+_ARRIVAL_S = 10.0
+Requests = AsyncIterator[Message | None]
 # For lists without a bound of their own, of which the contract has none.
 MAX_ITEMS = 10_000
 _LISTED_BYTES = 4096
@@ -119,13 +123,15 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         return self._wrap(handler, call)
 
     def _wrap(self, handler: Any, call: _Call) -> grpc.RpcMethodHandler[Any, Any]:
+        # As streams of requests, though there is one: a handler of a single request is not asked before that is there,
+        # and somebody who sends none would hold the call without having been looked at.
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
+            return grpc.stream_stream_rpc_method_handler(
                 self._stream(handler.unary_stream, call),
                 request_deserializer=_decoder(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
-        return grpc.unary_unary_rpc_method_handler(
+        return grpc.stream_unary_rpc_method_handler(
             self._unary(handler.unary_unary, call),
             request_deserializer=_decoder(handler.request_deserializer),
             response_serializer=handler.response_serializer,
@@ -146,7 +152,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             self._streams -= 1
 
     def _bound_standard(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
-        """Count the streams of health and reflection, which pass none of the other steps."""
+        """Bound the streams of health and reflection, which pass none of the other steps."""
         if not handler.response_streaming:
             return handler  # type: ignore[no-any-return]
         behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
@@ -154,7 +160,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         # Written with context.write, which serves behaviours of both kinds.
         async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             try:
-                with self._stream_slot(method):
+                with self._limits.taking(self._callers.any(context)), self._stream_slot(method):
                     if inspect.iscoroutinefunction(behavior):
                         await behavior(request, context)
                         return
@@ -173,9 +179,10 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _unary(self, behavior: Any, call: _Call) -> Any:
-        async def serve(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def serve(requests: Requests, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
                 with self._limits.taking(self._identify(context, call)):
+                    request = await _only(requests, call)
                     answer = await behavior(self._admit(request, context, call), context)
             except asyncio.CancelledError:
                 self._end(call, "CANCELLED")
@@ -188,9 +195,10 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         return serve
 
     def _stream(self, behavior: Any, call: _Call) -> Any:
-        async def serve(request: Message | None, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def serve(requests: Requests, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
                 with self._limits.taking(self._identify(context, call)):
+                    request = await _only(requests, call)
                     admitted = self._admit(request, context, call)
                     with self._stream_slot(call.method):
                         async for frame in behavior(admitted, context):
@@ -266,6 +274,17 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
 def _text(request: Message, field: str) -> str:
     value = getattr(request, field, "")
     return value if isinstance(value, str) else ""
+
+
+async def _only(requests: Requests, call: _Call) -> Message | None:
+    """Return the call's request. Errors: DeadlineExceededError, when it does not arrive; InvalidFieldError."""
+    try:
+        async with asyncio.timeout(_ARRIVAL_S):
+            return await anext(requests)
+    except TimeoutError:
+        raise DeadlineExceededError(f"no request of {call.method} arrived within {_ARRIVAL_S:g} s") from None
+    except StopAsyncIteration:
+        raise InvalidFieldError(f"the call of {call.method} ended without a request") from None
 
 
 def _decoder(decode: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | None] | None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from cognateforge.exceptions import ResourceExhaustedError
 from training_common.rpc.identity import LOCAL, Caller
 
+_UNLISTED = "all callers without a role together"
+
 
 @dataclass(slots=True)
 class _Use:
@@ -41,12 +43,13 @@ class CallerLimits:
     @contextmanager
     def taking(self, caller: Caller) -> Iterator[None]:
         """Count a call of a caller as long as it runs. Errors: ResourceExhaustedError, and the call is not counted."""
-        if caller.name == LOCAL or not caller.roles:
-            # Whoever has no role is refused before any work; names that nobody has listed must not pile up here.
+        if caller.name == LOCAL:
             yield
             return
-        use = self._uses.get(caller.name) or self._uses.setdefault(caller.name, _Use(self._burst, self._clock()))
-        self._take(use, caller.name)
+        # All who have no role share one use: names that nobody has listed must not pile up here.
+        name = caller.name if caller.roles else _UNLISTED
+        use = self._uses.get(name) or self._uses.setdefault(name, _Use(self._burst, self._clock()))
+        self._take(use, name)
         use.open += 1
         try:
             yield

@@ -76,6 +76,10 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> Listene
         audit=audit,
         max_streams=max_streams(limits.max_concurrent_rpcs),
     )
+    # Of one connection. With TLS a caller may not have as many, but who is above the bound should be told and not wait.
+    per_connection = limits.max_concurrent_rpcs
+    if security.tls and limits.caller_open_calls:
+        per_connection = min(per_connection, 2 * limits.caller_open_calls)
     options: list[tuple[str, Any]] = [
         # Two servers on one port would share its calls in silence.
         ("grpc.so_reuseport", 0),
@@ -83,11 +87,12 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> Listene
         ("grpc.max_metadata_size", limits.max_metadata_bytes),
         # gRPC refuses at random between the two sizes; here they are one.
         ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
-        ("grpc.max_concurrent_streams", limits.max_concurrent_rpcs),
+        ("grpc.max_concurrent_streams", per_connection),
     ]
     if security.tls:
         options += [
-            ("grpc.max_connection_age_ms", round(security.tls.connection_age_s * 1000)),
+            # gRPC adds up to a tenth, so that connections do not all end together.
+            ("grpc.max_connection_age_ms", round(security.tls.connection_age_s * 1000 / 1.1)),
             ("grpc.max_connection_age_grace_ms", _AGE_GRACE_MS),
         ]
     server = grpc.aio.server(
@@ -132,6 +137,9 @@ class RunningServer:
         self._standing = tasks
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
+        # Set when the server has ended by itself: only another process can serve then.
+        self.ended = asyncio.Event()
+        self._stopping = False
         self._registration: Registration | None = None
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
         reflection.enable_server_reflection([*services, HEALTH, reflection.SERVICE_NAME], server)
@@ -150,7 +158,18 @@ class RunningServer:
         await self._health.check()
         await self._server.start()
         self._tasks = [asyncio.create_task(self._stand(task)) for task in (self._health.run(), *self._standing)]
+        self._tasks.append(asyncio.create_task(self._guard()))
         self._registration = register(self._settings.consul, self.address, lambda: self._health.serving)
+
+    async def _guard(self) -> None:
+        """Notice when gRPC's server ends by itself. It does so on a path that is no UTF-8, and never listens again."""
+        try:
+            await self._server.wait_for_termination()
+        except Exception:
+            log.critical("the gRPC server failed", exc_info=True)
+        if not self._stopping:
+            await self._health.give_up()
+            self.ended.set()
 
     async def _stand(self, task: Coroutine[Any, Any, None]) -> None:
         """Run a standing task. One that ends by itself takes health with it: jobs or watches would wait in vain."""
@@ -164,11 +183,13 @@ class RunningServer:
 
     async def stop(self) -> None:
         """Drain: leave Consul, tell health watchers, take no new call, let running ones end, stop. Workers go on."""
+        self._stopping = True
         if self._registration is not None:
             await asyncio.to_thread(self._registration.close)
         await self._health.drain()
         await asyncio.sleep(_DRAIN_NOTICE_S)
-        await self._server.stop(self._settings.drain_grace_s)
+        if not self.ended.is_set():
+            await self._server.stop(self._settings.drain_grace_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -183,7 +204,10 @@ class RunningServer:
 
 
 async def serve_until_signal(running: RunningServer, *, name: str, address_file: Path | None) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. The bound address is logged, and written to `address_file`."""
+    """Serve until SIGTERM or SIGINT, then drain. The bound address is logged, and written to `address_file`.
+
+    Errors: RuntimeError, when the address is taken, or when the server ended by itself.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -192,12 +216,17 @@ async def serve_until_signal(running: RunningServer, *, name: str, address_file:
     log.info("serving", service=name, address=running.address)
     if address_file is not None:
         await asyncio.to_thread(_announce, address_file, running.address)
-    await stop.wait()
+    waits = [asyncio.create_task(event.wait()) for event in (stop, running.ended)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
     log.info("draining", service=name)
     await running.stop()
     if address_file is not None:
         await asyncio.to_thread(address_file.unlink, missing_ok=True)
     log.info("stopped", service=name)
+    if running.ended.is_set():
+        raise RuntimeError("the gRPC server ended by itself, the log tells why: start the service again")
 
 
 def _announce(address_file: Path, address: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
@@ -129,12 +130,18 @@ class ConsulDiscovery:
         import consul
 
         client, index, last = consul.Consul(**self._connect), None, 0
+        # A redirect would carry the token to whoever it names.
+        client.http.session.max_redirects = 0
         while not self._closed.is_set():
+            asked_s, before = time.monotonic(), index
             try:
                 answer, nodes = client.health.service(self._service, index=index, **self._query)
                 # An index that goes back, after a Consul restart, must not be waited on.
                 last, index = int(answer), (answer if int(answer) >= last else None)
                 self._publish(tuple(sorted({_address(node) for node in nodes})))
+                # Whoever answers in the middle may not hold queries: nothing new is no reason to ask again at once.
+                if index is not None and index == before and time.monotonic() - asked_s < self._retry_s:
+                    self._closed.wait(self._retry_s)
             except Exception as error:  # whatever a proxy answers must not end the watch
                 logger.warning("consul query failed", extra={"service": self._service, "error": repr(error)})
                 index = None
