@@ -55,6 +55,7 @@ class Borrower:
         self._tokens: dict[str, int] = {}
         self._renew_at_s: dict[str, float] = {}
         self._ask_at_s = 0.0
+        self._away = False
         self._wake = threading.Event()
         self._closed = False
 
@@ -147,9 +148,11 @@ class Borrower:
         except CapacityTakenError:
             return
         except ForgeError as error:
-            log.warning("nothing borrowed", error=error.message)
+            if not self._away:
+                log.warning("nothing can be borrowed for now", error=error.message)
+            self._away = True
             return
-        self._ask_at_s = 0.0
+        self._ask_at_s, self._away = 0.0, False
         self._follow(lease.name, lease.fencing_token)
         loan = Loan(
             lease=lease.name,

@@ -25,7 +25,9 @@ def main(
     name: str, *, load_settings: Callable[[Path | None], S], build: Callable[[S, Path | None], RunningServer]
 ) -> None:
     """Run a service. Exit status 2 tells of settings that cannot be used, 1 of an address that is taken."""
-    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=f"Runs {name} until SIGTERM.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}", allow_abbrev=False, description=f"Runs {name} until SIGTERM."
+    )
     parser.add_argument("--settings", type=Path, metavar="FILE", help="TOML file; the environment goes over it")
     parser.add_argument("--address-file", type=Path, metavar="FILE", help="gets the bound address once it is up")
     options = parser.parse_args()

@@ -90,6 +90,16 @@ class Authority:
             raise ClientSetupError(f"{folder} holds no authority that was made here")
         return cls(folder, cert, key, uris[0].removeprefix("spiffe://"))
 
+    def hosts_of(self, name: str) -> tuple[str, ...]:
+        """Return the hosts of the certificate of a name: none for a client's, or where there is no certificate."""
+        try:
+            cert = x509.load_pem_x509_certificate((self.folder / f"{name}.pem").read_bytes())
+            names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (OSError, ValueError, x509.ExtensionNotFound):
+            return ()
+        addresses = map(str, names.get_values_for_type(x509.IPAddress))
+        return (*names.get_values_for_type(x509.DNSName), *addresses)
+
     def issue(self, name: str, *, hosts: Sequence[str] = (), days: float = 30) -> Issued:
         """Make a certificate with the id spiffe://TRUST_DOMAIN/NAME. One of the same name is replaced.
 

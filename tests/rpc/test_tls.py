@@ -214,15 +214,16 @@ async def test_an_id_that_is_nearly_the_listed_one_plays_no_part(name: str, tmp_
 
 
 async def test_a_server_of_another_authority_is_not_spoken_to(tmp_path: Path) -> None:
-    """And neither is one whose certificate is a client's."""
+    """And none starts with a certificate that is a client's."""
     certs, other = tmp_path / "certs", tmp_path / "other"
     authority(certs, "operator")
     authority(other)
     async with cognate(tmp_path / "a", other) as server:
         assert isinstance(await ask(server.address, files(certs, "operator")), UnavailableError)
     Authority.open(certs).issue("server")  # without hosts: a client's
-    async with cognate(tmp_path / "b", certs) as server:
-        assert isinstance(await ask(server.address, files(certs, "operator")), UnavailableError)
+    with pytest.raises(SettingsError, match="is a client's certificate only"):
+        async with cognate(tmp_path / "b", certs):
+            pass
 
 
 # --- rotation
@@ -621,8 +622,15 @@ async def test_forge_speaks_tls_with_the_certificates_that_it_makes(tmp_path: Pa
     run = CliRunner().invoke
     made = run(app, ["certs", "init", str(certs), "--trust-domain", "forge.test"])
     assert made.exit_code == 0, made.output
-    settings = tmp_path / "settings.toml"
-    settings.write_text(made.stdout.partition("# settings of the Cognate service")[2].partition("# settings of")[0])
+    settings = certs / "cognate.toml"
+    assert f"settings for --settings: {settings}" in made.stdout
+    before = x509.load_pem_x509_certificate((certs / "cognate.pem").read_bytes())
+    again = run(app, ["certs", "issue", str(certs), "cognate"])
+    assert again.exit_code == 0, again.output
+    after = x509.load_pem_x509_certificate((certs / "cognate.pem").read_bytes())
+    names = [cert.extensions.get_extension_for_class(x509.SubjectAlternativeName) for cert in (before, after)]
+    assert names[0] == names[1]
+    assert before.serial_number != after.serial_number
     from cognate_server.settings import load_settings
 
     loaded = load_settings(settings).model_copy(update={"address": "127.0.0.1:0", "data_dir": tmp_path / "server"})
@@ -658,6 +666,9 @@ async def test_settings_that_cannot_work_are_refused_at_the_start(tmp_path: Path
     expired = odd(certs, "expired", names=[], ends_in=datetime.timedelta(hours=-1))
     wrong = {
         "No such file": {"tls": {**good, "cert_file": certs / "none.pem"}},
+        "is a client's certificate only": {
+            "tls": {**good, "cert_file": certs / "operator.pem", "key_file": certs / "operator.key"}
+        },
         "is not the key of": {"tls": {**good, "key_file": certs / "operator.key"}},
         "garbage.pem holds no certificate": {"tls": {**good, "client_ca_file": certs / "garbage.pem"}},
         "expired at": {"tls": {**good, "cert_file": expired.cert, "key_file": expired.key}},

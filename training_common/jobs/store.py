@@ -642,7 +642,15 @@ class AttemptStore:
         now = now_us()
         payload: dict[str, Json] = {"step": step, "digest": digest, "size_bytes": size_bytes, "create_us": now}
         with self.writing() as connection:
-            job = append_event(connection, self.job.id, "checkpoint", payload, only_token=self.attempt.fencing_token)
+            job = append_event(
+                connection,
+                self.job.id,
+                "checkpoint",
+                payload,
+                only_token=self.attempt.fencing_token,
+                # A checkpoint may come between two reports of progress, and it is where the job will go on.
+                changes={"step": step},
+            )
             connection.execute(
                 sa.insert(t.checkpoints).values(
                     job_id=job.id,

@@ -15,6 +15,7 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from training_common.settings import SettingsError, TlsSettings
 
@@ -63,6 +64,8 @@ class ServerCertificates:
         key = load_pem_private_key(key_file.read_bytes(), password=None)
         if chain[0].public_key() != key.public_key():
             raise ValueError(f"{key_file} is not the key of {cert_file}")
+        if not _may_serve(chain[0]):
+            raise ValueError(f"{cert_file} is a client's certificate only: issue it with the hosts that it serves as")
         if not _is_served(key):
             raise ValueError(f"{key_file}: gRPC serves RSA keys of 2048 bits or more, and those of P-256 and P-384")
         left = chain[0].not_valid_after_utc - datetime.datetime.now(datetime.UTC)
@@ -84,6 +87,14 @@ def _certificates(pem: bytes, path: Path) -> list[x509.Certificate]:
 
 def _pem(certificates: list[x509.Certificate]) -> bytes:
     return b"".join(one.public_bytes(Encoding.PEM) for one in certificates)
+
+
+def _may_serve(cert: x509.Certificate) -> bool:
+    try:
+        usages = cert.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return True
+    return ExtendedKeyUsageOID.SERVER_AUTH in usages or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages
 
 
 def _is_served(key: object) -> bool:

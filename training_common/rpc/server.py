@@ -68,7 +68,10 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> Listene
             )
         _require_roles(f"security.roles: {name}", roles)
     certificates = ServerCertificates(security.tls) if security.tls else None
-    audit = AuditLog(settings.data_dir / "audit", settings.audit)
+    try:
+        audit = AuditLog(settings.data_dir / "audit", settings.audit)
+    except OSError as error:
+        raise SettingsError(f"data_dir: {settings.data_dir} cannot be used: {error.strerror}") from error
     interceptor = ContractInterceptor(
         policies(services),
         callers=Callers(security.roles, local_roles=security.local_roles, tls=security.tls is not None),

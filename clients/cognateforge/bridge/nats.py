@@ -7,9 +7,13 @@ names the message that it must follow, so a second bridge, or a publish that was
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -38,6 +42,10 @@ _PASSING = (OSError, NoStreamResponseError, ServiceUnavailableError, ServerError
 # JSStreamWrongLastSequenceErrF and its constant form: the stream has another last message than the one named.
 _WRONG_LAST = {10071, 10164}
 
+_STREAM = re.compile(r"[A-Za-z0-9_-]{1,255}")
+_SUBJECT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -60,15 +68,18 @@ async def connect(
     Errors: ClientSetupError, for plaintext to another machine; UnavailableError, when no server answers.
     """
     _require_secret(url)
+    if credentials is not None:
+        _require_credentials(credentials)
 
-    async def quiet(error: Exception) -> None:
-        """Every call tells its own failure."""
+    async def tell(error: Exception) -> None:
+        """Say what keeps the connection from being made; every call tells its own failure besides."""
+        logger.warning("NATS at %s: %s", url, error or type(error).__name__)
 
     connecting = nats.connect(
         url,
         name="cognateforge bridge",
         user_credentials=credentials,
-        error_cb=quiet,
+        error_cb=tell,
         max_reconnect_attempts=-1,
         reconnect_time_wait=_RECONNECT_WAIT_S,
     )
@@ -81,6 +92,18 @@ async def connect(
     finally:
         with suppress(OSError):  # a connection that is lost already cannot be flushed
             await client.close()
+
+
+def _require_credentials(path: str) -> None:
+    if not Path(path).is_file():
+        raise ClientSetupError(f"{path} is no file with NATS credentials")
+    if importlib.util.find_spec("nkeys") is None:
+        raise ClientSetupError("NATS credentials need the package nkeys: pip install 'nats-py[nkeys]'")
+
+
+def _require_name(what: str, name: str, pattern: re.Pattern[str]) -> None:
+    if not pattern.fullmatch(name):
+        raise ClientSetupError(f"{what} {name!r}: use letters, digits, dashes and underscores, without wildcards")
 
 
 def _require_secret(url: str) -> None:
@@ -108,6 +131,8 @@ class NatsBridge:
         source: str = DEFAULT_SOURCE,
         give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> None:
+        _require_name("stream", stream, _STREAM)
+        _require_name("subject", subject, _SUBJECT)
         self._jetstream = jetstream
         self._stream, self._subject, self._source = stream, subject, source
         self._give_up_after_s = give_up_after_s

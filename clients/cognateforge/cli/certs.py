@@ -58,12 +58,13 @@ def register(app: typer.Typer) -> None:
         authority = Authority.create(folder, trust_domain)
         for first in _FIRST:
             _tell(session, authority.issue(first.name, hosts=first.hosts, days=days))
-        if not session.as_json:
-            print_line("\n# settings of the Cognate service")
-            _print_server(folder, "cognate", {f.name: f.at_cognate for f in _FIRST}, trust_domain)
-            print_line("\n# settings of the agent service")
-            _print_server(folder, "agent", {f.name: f.at_agent for f in _FIRST}, trust_domain)
-            _print_section("cognate.tls", folder, ca_file="ca.pem", cert_file="agent.pem", key_file="agent.key")
+        cognate = _server(folder, "cognate", {f.name: f.at_cognate for f in _FIRST}, trust_domain)
+        agent = _server(folder, "agent", {f.name: f.at_agent for f in _FIRST}, trust_domain)
+        agent += _section("cognate.tls", folder, ca_file="ca.pem", cert_file="agent.pem", key_file="agent.key")
+        for name, lines in (("cognate.toml", cognate), ("agent.toml", agent)):
+            (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            if not session.as_json:
+                print_line(f"settings for --settings: {folder / name}")
 
     @command(certs)
     def issue(
@@ -73,24 +74,24 @@ def register(app: typer.Typer) -> None:
         host: Hosts = None,
         days: Days = 30.0,
     ) -> None:
-        """Make a certificate, or replace the one of this name: who uses its files reads them again."""
+        """Make a certificate, or replace the one of this name, with its hosts unless others are given."""
         from cognateforge.certificates import Authority
 
-        _tell(session, Authority.open(folder).issue(name, hosts=host or (), days=days))
+        authority = Authority.open(folder)
+        _tell(session, authority.issue(name, hosts=host or authority.hosts_of(name), days=days))
 
 
-def _print_server(folder: Path, name: str, roles: Mapping[str, tuple[str, ...]], trust_domain: str) -> None:
-    _print_section("security.tls", folder, cert_file=f"{name}.pem", key_file=f"{name}.key", client_ca_file="ca.pem")
-    print_line("[security.roles]")
-    for caller, played in roles.items():
-        if played:
-            print_line(f'"spiffe://{trust_domain}/{caller}" = {json.dumps(played)}')
+def _server(folder: Path, name: str, roles: Mapping[str, tuple[str, ...]], trust_domain: str) -> list[str]:
+    lines = _section("security.tls", folder, cert_file=f"{name}.pem", key_file=f"{name}.key", client_ca_file="ca.pem")
+    lines.append("[security.roles]")
+    lines += [
+        f'"spiffe://{trust_domain}/{caller}" = {json.dumps(played)}' for caller, played in roles.items() if played
+    ]
+    return lines
 
 
-def _print_section(section: str, folder: Path, **files: str) -> None:
-    print_line(f"[{section}]")
-    for key, file in files.items():
-        print_line(f"{key} = {json.dumps(str((folder / file).resolve()))}")
+def _section(section: str, folder: Path, **files: str) -> list[str]:
+    return [f"[{section}]", *(f"{key} = {json.dumps(str((folder / file).resolve()))}" for key, file in files.items())]
 
 
 def _tell(session: Session, issued: Issued) -> None:

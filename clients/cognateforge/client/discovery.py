@@ -90,6 +90,8 @@ class ConsulDiscovery:
         self._lock = threading.Lock()
         self._addresses: tuple[str, ...] = ()
         self._found = threading.Event()
+        # What the last query that failed said; "" once one was answered.
+        self._trouble = ""
         self._closed = threading.Event()
         self._subscribers: list[OnChange] = []
         self._thread: threading.Thread | None = None
@@ -100,7 +102,8 @@ class ConsulDiscovery:
         left_s = remaining_budget_s()
         wait_s = self._first_answer_s if left_s is None else max(0.0, min(left_s, self._first_answer_s))
         if not self._found.wait(wait_s):
-            raise UnavailableError(f"Consul named no passing instance of {self._service} within {wait_s:g} s")
+            why = f": it cannot be asked: {self._trouble[:300]}" if self._trouble else ""
+            raise UnavailableError(f"Consul named no passing instance of {self._service} within {wait_s:g} s{why}")
         return self._addresses
 
     def subscribe(self, on_change: OnChange) -> Callable[[], None]:
@@ -138,12 +141,15 @@ class ConsulDiscovery:
                 answer, nodes = client.health.service(self._service, index=index, **self._query)
                 # An index that goes back, after a Consul restart, must not be waited on.
                 last, index = int(answer), (answer if int(answer) >= last else None)
+                self._trouble = ""
                 self._publish(tuple(sorted({_address(node) for node in nodes})))
                 # Whoever answers in the middle may not hold queries: nothing new is no reason to ask again at once.
                 if index is not None and index == before and time.monotonic() - asked_s < self._retry_s:
                     self._closed.wait(self._retry_s)
             except Exception as error:  # whatever a proxy answers must not end the watch
-                logger.warning("consul query failed", extra={"service": self._service, "error": repr(error)})
+                if repr(error) != self._trouble:
+                    logger.warning("consul query failed", extra={"service": self._service, "error": repr(error)})
+                self._trouble = repr(error)
                 index = None
                 self._closed.wait(self._retry_s * random.uniform(0.5, 1.5))  # noqa: S311 - spreads clients
 

@@ -30,6 +30,11 @@ class TlsFiles:
     cert: Path | None = None
     key: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("ca", "cert", "key"):  # a path as text is what people write first
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else Path(given))
+
     def credentials(self) -> grpc.ChannelCredentials:
         """Read the files. Errors: ClientSetupError, naming the file that is missing or does not fit."""
         if (self.cert is None) != (self.key is None):
