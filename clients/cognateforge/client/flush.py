@@ -6,7 +6,7 @@ import os
 import threading
 
 # The disk works on one piece while the next arrives. Files below two pieces are flushed at their end alone.
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 16 << 20
 
 
 class EarlyFlush:
