@@ -73,4 +73,5 @@ def exit_for(error: ForgeError) -> Exit:
 
 def epilog() -> str:
     """Return the table for `forge --help`."""
-    return "Exit codes:\n\n" + "\n\n".join(f"{code.value:3d}  {meaning}" for code, meaning in MEANING.items())
+    # After \b lines stay as they are.
+    return "\b\nExit codes:\n" + "\n".join(f"{code.value:3d}  {meaning}" for code, meaning in MEANING.items())

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PANEL = "Connection and output"
-
 COMMON: Mapping[str, tuple[Any, Any]] = {
     "cognate": (
         Annotated[
@@ -37,7 +35,6 @@ COMMON: Mapping[str, tuple[Any, Any]] = {
             typer.Option(
                 "--cognate",
                 envvar="FORGE_COGNATE",
-                rich_help_panel=PANEL,
                 help="Cognate service: host:port, unix:PATH or consul://SERVICE.",
             ),
         ],
@@ -46,41 +43,37 @@ COMMON: Mapping[str, tuple[Any, Any]] = {
     "agent_server": (
         Annotated[
             str,
-            typer.Option(
-                "--agent-server", envvar="FORGE_AGENT", rich_help_panel=PANEL, help="Agent service, in the same forms."
-            ),
+            typer.Option("--agent-server", envvar="FORGE_AGENT", help="Agent service, in the same forms."),
         ],
         "127.0.0.1:7102",
     ),
     "ca": (
         Annotated[
             Path | None,
-            typer.Option("--tls-ca", envvar="FORGE_TLS_CA", rich_help_panel=PANEL, help="PEM of who signs servers."),
+            typer.Option("--tls-ca", envvar="FORGE_TLS_CA", help="PEM of who signs servers."),
         ],
         None,
     ),
     "cert": (
         Annotated[
             Path | None,
-            typer.Option("--tls-cert", envvar="FORGE_TLS_CERT", rich_help_panel=PANEL, help="PEM of your certificate."),
+            typer.Option("--tls-cert", envvar="FORGE_TLS_CERT", help="PEM of your certificate."),
         ],
         None,
     ),
     "key": (
         Annotated[
             Path | None,
-            typer.Option("--tls-key", envvar="FORGE_TLS_KEY", rich_help_panel=PANEL, help="PEM of its key."),
+            typer.Option("--tls-key", envvar="FORGE_TLS_KEY", help="PEM of its key."),
         ],
         None,
     ),
     "timeout_s": (
-        Annotated[float, typer.Option("--timeout", min=0.001, rich_help_panel=PANEL, help="Seconds for each call.")],
+        Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for each call.")],
         10.0,
     ),
     "as_json": (
-        Annotated[
-            bool, typer.Option("--json", rich_help_panel=PANEL, help="Results as JSON, one object a line; errors too.")
-        ],
+        Annotated[bool, typer.Option("--json", help="Results as JSON, one object a line; errors too.")],
         False,
     ),
 }
