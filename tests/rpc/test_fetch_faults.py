@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -149,9 +149,11 @@ def test_a_service_that_is_killed_costs_no_byte_twice(folder: Path, model: Artif
             if kills and done >= kills[0]:
                 kills.pop(0)
                 for process in psutil.Process().children():
-                    if str(data_dir) in process.environ().get("COGNATE_SERVER_DATA_DIR", ""):
-                        process.send_signal(signal.SIGKILL)
-                        process.wait(10)
+                    # A child of another test may have ended and not been waited for: it has no environment.
+                    with suppress(psutil.Error, ProcessLookupError):
+                        if str(data_dir) in process.environ().get("COGNATE_SERVER_DATA_DIR", ""):
+                            process.send_signal(signal.SIGKILL)
+                            process.wait(10)
                 start()
 
         start()
