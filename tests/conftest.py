@@ -20,6 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
+@pytest.fixture
+def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let servers stop at once: no balancer watches their health here."""
+    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """Yield a PostgreSQL server, started when a test first needs it."""

@@ -1,7 +1,7 @@
 """One server for one folder: a lock that ends with its process, however that ends.
 
-Two servers on one store would each start workers for the same jobs and take each other's for lost. Workers do not hold
-the lock: they outlive their server, and the next one finds them.
+Servers that share a store have folders of their own: the name by which each knows its workers comes from it, and the
+audit log in it has one writer. Workers do not hold the lock: they outlive their server, and the next one finds them.
 """
 
 from __future__ import annotations

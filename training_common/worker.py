@@ -38,7 +38,7 @@ from training_common.attempt import (
 from training_common.checkpoints import CheckpointFolder
 from training_common.engines.local import own_handle
 from training_common.jobs.states import JobState
-from training_common.jobs.store import AttemptStore, JobStore
+from training_common.jobs.store import AttemptStore, JobStore, note_of
 from training_common.settings import ServiceSettings
 from training_common.store.database import Database
 
@@ -88,7 +88,7 @@ class WorkerAttempt(Attempt):
 
     def event(self, kind: str, payload: Mapping[str, Json]) -> None:
         facts = {key: str(value)[:500] for key, value in payload.items() if key != "message"}
-        self.store.append("note", {"kind": kind, "message": str(payload.get("message", "")), "facts": {**facts}})
+        self.store.append("note", note_of(kind, str(payload.get("message", "")), facts))
 
     def trained(self) -> None:
         self.move(JobState.VALIDATING)

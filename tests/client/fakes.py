@@ -7,7 +7,6 @@ import hashlib
 import json
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
@@ -513,14 +512,6 @@ class Fake:
         if self.script.gate is not None:
             self.script.gate.set()
         self.server.stop(None).wait()
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
-    """Wait for something that another thread does."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 def sequence_of(news: ModelNews) -> int:

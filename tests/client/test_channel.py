@@ -16,8 +16,9 @@ import pytest
 from cognateforge import exceptions
 from cognateforge.client import AsyncCognateClient, CognateClient, ConsulDiscovery, StaticDiscovery
 from cognateforge.client.channel import is_local, target_of
-from tests.client.fakes import Fake, driver, until
+from tests.client.fakes import Fake, driver
 from tests.support.consul_double import ConsulDouble
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ import pytest
 from cognateforge import exceptions
 from cognateforge.client import CognateClient, FetchedArtifact
 from cognateforge.client.fetch import Landing, Wanted
-from tests.client.fakes import Artifact, Driver, Fake, driver, progress_events, until
+from tests.client.fakes import Artifact, Driver, Fake, driver, progress_events
 from tests.support.proxy import FaultyProxy
+from tests.support.waiting import until
 
 
 def names(folder: Path) -> list[str]:

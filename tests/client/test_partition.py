@@ -26,9 +26,10 @@ from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
 from deploy.services import Services
-from tests.client.fakes import JOB, Fake, until
+from tests.client.fakes import JOB, Fake
 from tests.support.proxy import FaultyProxy
 from tests.support.servers import running_agent, running_cognate
+from tests.support.waiting import until
 
 CALLERS = 32
 FAIL_MAX = 5

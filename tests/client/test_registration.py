@@ -16,9 +16,9 @@ import pytest
 from cognateforge import exceptions
 from cognateforge.client import AsyncCognateClient, ConsulDiscovery
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
-from tests.client.fakes import until
 from tests.support.consul_double import ConsulDouble, FakeClock
 from tests.support.servers import running_agent, running_cognate
+from tests.support.waiting import until
 from training_common.discovery import Registration, advertised
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.server import RunningServer

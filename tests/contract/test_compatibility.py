@@ -65,10 +65,7 @@ VERSIONS: Mapping[str, Callable[[], Contract]] = {
 COGNATE_SERVICES = {name.rpartition(".")[2] for name in cognate_server.server.SERVICES}
 
 
-@pytest.fixture(autouse=True)
-def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody watches these servers' health: they need not wait before they stop."""
-    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
+pytestmark = pytest.mark.usefixtures("no_drain_notice")
 
 
 @pytest.fixture(params=list(VERSIONS))

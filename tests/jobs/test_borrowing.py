@@ -32,9 +32,8 @@ CPU = pb.RESOURCE_KIND_CPU
 
 
 @pytest.fixture(autouse=True)
-def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def four_cores(no_drain_notice: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is lent does not depend on the machine. Cognate's own workers are never started here."""
-    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
     monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 4)
 
 

@@ -10,6 +10,11 @@ from tests.support.servers import running_agent, running_cognate
 from training_common.rpc.server import RunningServer
 
 
+@pytest.fixture(autouse=True)
+def quick_stop(no_drain_notice: None) -> None:
+    """Every server of these tests stops at once."""
+
+
 @pytest.fixture
 async def cognate_server_up(tmp_path: Path) -> AsyncIterator[RunningServer]:
     async with running_cognate(tmp_path / "cognate") as server:

@@ -40,12 +40,6 @@ from training_common.store.database import Database
 from training_common.worker import WorkerAttempt
 
 
-@pytest.fixture(autouse=True)
-def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody watches these servers' health: they need not wait before they stop."""
-    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
-
-
 def new_id() -> str:
     return str(uuid.uuid4())
 

@@ -51,12 +51,6 @@ SERVED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No balancer watches these servers' health: they need not wait before they stop."""
-    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
-
-
 def new_id() -> str:
     return str(uuid.uuid4())
 

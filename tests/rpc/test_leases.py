@@ -1,9 +1,7 @@
 """Leases of Cognate's capacity: one winner, an end that holds, and a way back for Cognate's own jobs."""
 
 import asyncio
-import time
 import uuid
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,11 @@ from cognateforge.exceptions import (
 from cognateforge.exchange.v1 import resource_pb2 as pb
 from tests.support.certificates import authority, files, server_tls, spiffe
 from tests.support.servers import running_cognate
+from tests.support.waiting import until
 from training_common.jobs.store import JobStore
 from training_common.store.database import Database
 
 GPU = pb.RESOURCE_KIND_GPU
-
-
-@pytest.fixture(autouse=True)
-def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
 
 
 def new_id() -> str:
@@ -67,14 +61,6 @@ async def release(client: AsyncCognateClient, lease: pb.Lease, *, token: int = 0
 async def capacity(client: AsyncCognateClient, kind: Any) -> pb.Capacity:
     answer = await client.resources.GetAvailability(pb.GetAvailabilityRequest())
     return next(one for one in answer.capacities if one.kind == kind)
-
-
-async def until(check: Callable[[], Awaitable[bool]], timeout_s: float = 20) -> None:
-    """Ask until the answer is yes."""
-    end = time.monotonic() + timeout_s
-    while not await check():
-        assert time.monotonic() < end, "waited in vain"
-        await asyncio.sleep(0.02)
 
 
 def left_s(lease: pb.Lease) -> float:
@@ -274,7 +260,7 @@ async def test_a_job_of_ours_takes_back_what_is_lent(tmp_path: Path, monkeypatch
             await acquire(client, kind=cpu)
         assert [] == started
         await release(client, large)
-        await until(lambda: _is_true(bool(started)))
+        await until(lambda: bool(started), timeout_s=20)
         watching = client.watch_job(job)
         notes = []
         async for frame in watching:
@@ -284,10 +270,6 @@ async def test_a_job_of_ours_takes_back_what_is_lent(tmp_path: Path, monkeypatch
                 break
         assert ["waiting_for_capacity"] == [note.kind for note in notes]
         assert "waits up to 600 s for 3 cores that are lent to local" == notes[0].message
-
-
-async def _is_true(value: bool) -> bool:
-    return value
 
 
 async def test_a_borrower_that_does_not_let_go_loses_it_at_the_end_of_its_grace(
@@ -302,7 +284,7 @@ async def test_a_borrower_that_does_not_let_go_loses_it_at_the_end_of_its_grace(
     ):
         lease = await acquire(client, kind=pb.RESOURCE_KIND_CPU, amount=2, ttl_s=3600)
         submit(tmp_path)
-        await until(lambda: _is_true(bool(started)))
+        await until(lambda: bool(started), timeout_s=20)
         with pytest.raises(LeaseEndedError):
             await renew(client, lease)
         assert pb.LEASE_STATE_ENDED == (await release(client, lease)).state

@@ -13,9 +13,9 @@ import pytest
 from cognateforge.client import AsyncCognateClient, ModelNews, ModelSnapshot
 from cognateforge.exceptions import SequenceOutOfRangeError
 from cognateforge.exchange.v1 import model_pb2
-from tests.client.fakes import until
 from tests.support.outbox import open_database, publish_rows
 from tests.support.servers import running_cognate
+from tests.support.waiting import until
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.outbox import compact_forever
 from training_common.artifacts.registry import ArtifactRegistry

@@ -18,12 +18,6 @@ from tests.support.servers import running_cognate
 from training_common.rpc.server import HEALTH
 
 
-@pytest.fixture(autouse=True)
-def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No balancer watches these servers' health: they need not wait before they stop."""
-    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
-
-
 async def health(channel: grpc.aio.Channel, service: str = "") -> str:
     """Return a service's status by the standard health service."""
     check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]

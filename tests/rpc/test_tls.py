@@ -9,9 +9,8 @@ import socket
 import ssl
 import sys
 import threading
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from cognateforge.exceptions import (
 from cognateforge.policy.v1 import policy_pb2
 from tests.support.certificates import HOSTS, TRUST, authority, files, odd, server_tls, spiffe, uri
 from tests.support.servers import running_agent, running_cognate
+from tests.support.waiting import until
 from training_common.rpc.identity import SPIFFE_ID
 from training_common.rpc.policy import role_names
 from training_common.rpc.server import RunningServer, create_server
@@ -60,11 +60,6 @@ SERVED = {
 }
 # One caller for each role, and one that is known to the authority alone.
 CALLERS = (*role_names(), "stranger")
-
-
-@pytest.fixture(autouse=True)
-def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -91,14 +86,6 @@ def methods(services: Iterable[str]) -> list[MethodDescriptor]:
 def audited(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "audit" / "audit.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines if line]
-
-
-async def until(check: Callable[[], Awaitable[bool]], timeout_s: float = 20) -> None:
-    """Ask until the answer is yes."""
-    end = time.monotonic() + timeout_s
-    while not await check():
-        assert time.monotonic() < end, "waited in vain"
-        await asyncio.sleep(0.02)
 
 
 async def answer(channel: grpc.aio.Channel, method: MethodDescriptor) -> ForgeError | None:
@@ -284,11 +271,11 @@ async def test_rotation_under_load_drops_no_call(tmp_path: Path) -> None:
                 (certs / "server.pem").write_bytes(b"half of a cert")  # as a careless copy leaves it for a moment
                 (certs / "operator.key").write_bytes(b"half of a key")
                 before = list(done)
-                await until(lambda: served(5))
+                await until(lambda: served(5), timeout_s=20)
             made.issue("server", hosts=HOSTS)
             made.issue("operator")
             before = list(done)
-            await until(lambda: served(20))
+            await until(lambda: served(20), timeout_s=20)
             assert serial(certs / "server.pem") == await asyncio.to_thread(served_serial, server.address, tls)
         stop.set()
         cancel = pb.CancelJobRequest(request_id=str(uuid.uuid4()), name=job)
@@ -421,7 +408,7 @@ async def test_one_caller_cannot_take_the_share_of_another(tmp_path: Path) -> No
             await asyncio.sleep(0.3)  # its own rate counts too
             return await ask(server.address, files(certs, "operator")) is None
 
-        await until(served_again)
+        await until(served_again, timeout_s=20)
         for watch in watches:
             watch.cancel()
 
@@ -474,10 +461,10 @@ async def test_an_audit_log_that_cannot_be_written_takes_health_with_it(tmp_path
             folder.write_text("in the way")
             request = pb.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=pb.PretrainingPlan(total_steps=9))
             await client.pretraining.StartPretraining(request)
-            await until(lambda: is_health("NOT_SERVING"))
+            await until(lambda: is_health("NOT_SERVING"), timeout_s=20)
             folder.unlink()
             folder.mkdir()
-            await until(lambda: is_health("SERVING"))
+            await until(lambda: is_health("SERVING"), timeout_s=20)
         assert ["AUDIT_RESUMED"] == [row["outcome"] for row in audited(tmp_path / "server")]
 
 
@@ -571,10 +558,7 @@ async def test_a_server_that_ends_by_itself_is_noticed(tmp_path: Path) -> None:
         stderr=asyncio.subprocess.PIPE,
     )
 
-    async def is_up() -> bool:
-        return address_file.exists()
-
-    await until(is_up)
+    await until(address_file.exists, timeout_s=20)
     host, _, port = address_file.read_text().rpartition(":")
     _, writer = await asyncio.open_connection(host, int(port))
 

@@ -145,6 +145,11 @@ def _job(row: sa.RowMapping) -> JobRow:
     return JobRow(**{**row, "state": JobState(row["state"])})
 
 
+def note_of(kind: str, message: str, facts: Mapping[str, str]) -> dict[str, Json]:
+    """Return the payload of a "note" event, its texts bounded."""
+    return {"kind": kind, "message": message[:MAX_TEXT_CHARS], "facts": {**facts}}
+
+
 def append_event(
     connection: sa.Connection,
     job_id: int,
@@ -389,9 +394,7 @@ class JobStore:
 
     def note(self, connection: sa.Connection, job_id: int, kind: str, message: str, facts: Mapping[str, str]) -> None:
         """Record a note of the service itself in a job."""
-        append_event(
-            connection, job_id, "note", {"kind": kind, "message": message[:MAX_TEXT_CHARS], "facts": dict(facts)}
-        )
+        append_event(connection, job_id, "note", note_of(kind, message, facts))
 
     # --- scheduler
 
@@ -612,11 +615,8 @@ class AttemptStore:
             moment = datetime.fromtimestamp(until / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
             message = f"waits for {wait.what} and is not tried again before {moment}: {wait.message}"
             token = self.attempt.fencing_token
-            note = {
-                "kind": f"waiting_for_{wait.what.lower()}",
-                "message": message[:MAX_TEXT_CHARS],
-                "facts": {"until": moment, "waits": str(waits + 1)},
-            }
+            facts = {"until": moment, "waits": str(waits + 1)}
+            note = note_of(f"waiting_for_{wait.what.lower()}", message, facts)
             append_event(connection, job.id, "note", note, only_token=token)
             JobStore._end_attempt(connection, self.attempt.id)
             # This attempt has looked for all that wait: however many they are, slots are spent on one look at a time.
@@ -670,7 +670,7 @@ class AttemptStore:
     def drop_checkpoint(self, row: CheckpointRow, *, kind: str, message: str) -> None:
         """Mark a checkpoint's files as gone or damaged, and tell so."""
         with self.writing() as connection:
-            payload = {"kind": kind, "message": message[:MAX_TEXT_CHARS], "facts": {"step": str(row.step)}}
+            payload = note_of(kind, message, {"step": str(row.step)})
             append_event(connection, self.job.id, "note", payload, only_token=self.attempt.fencing_token)
             connection.execute(sa.update(t.checkpoints).filter_by(id=row.id).values(available=False))
 

@@ -47,7 +47,7 @@ class AuditLog:
             if not self._try({"outcome": "AUDIT_RESUMED", "lost": lost}):
                 return False
             self._lost = 0
-        elif self._descriptor is not None and not self._is_in_place():
+        elif self._descriptor is not None and not self._is_in_place(self._descriptor):
             self.close()  # it was moved or removed: the next record begins a new one
         return True
 
@@ -71,11 +71,10 @@ class AuditLog:
         try:
             if self._size_bytes and self._size_bytes + len(line) > self._settings.max_file_bytes:
                 self._rotate()
-            if self._descriptor is None:
-                self._open()
+            descriptor = self._open() if self._descriptor is None else self._descriptor
             if self._torn:
                 line = b"\n" + line
-            written = os.write(self._descriptor or 0, line)
+            written = os.write(descriptor, line)
         except OSError as error:
             log.warning("audit log cannot be written", path=str(self.path), detail=error.strerror)
             self.close()
@@ -84,11 +83,12 @@ class AuditLog:
         self._torn = written < len(line)
         return not self._torn
 
-    def _open(self) -> None:
+    def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        self._descriptor = os.open(self.path, flags, 0o600)
-        self._size_bytes = os.fstat(self._descriptor).st_size
-        self._torn = self._size_bytes > 0 and os.pread(self._descriptor, 1, self._size_bytes - 1) != b"\n"
+        self._descriptor = descriptor = os.open(self.path, flags, 0o600)
+        self._size_bytes = os.fstat(descriptor).st_size
+        self._torn = self._size_bytes > 0 and os.pread(descriptor, 1, self._size_bytes - 1) != b"\n"
+        return descriptor
 
     def _rotate(self) -> None:
         """Move the file to .1, that one to .2 and so on; the oldest goes."""
@@ -99,9 +99,9 @@ class AuditLog:
                 older.replace(self.path.with_name(f"{FILE}.{number}"))
         self._size_bytes = 0
 
-    def _is_in_place(self) -> bool:
+    def _is_in_place(self, descriptor: int) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._descriptor or 0), os.stat(self.path))
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
         except OSError:
             return False
 

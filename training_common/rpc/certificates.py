@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from cognateforge.stamps import stamp_of
 from training_common.settings import SettingsError, TlsSettings
 
 log = structlog.get_logger(__name__)
 
 _WARN_BEFORE = datetime.timedelta(days=7)
-Stamp = tuple[tuple[int, int, int], ...]
 
 
 class ServerCertificates:
@@ -32,7 +32,7 @@ class ServerCertificates:
         self._files = (settings.cert_file, settings.key_file, settings.client_ca_file)
         self._lock = threading.Lock()
         try:
-            self._stamp = self._look()
+            self._stamp = stamp_of(self._files)
             self._current = self._load()
         except (OSError, ValueError, TypeError) as error:
             raise SettingsError(f"security.tls: {_told(error)}") from error
@@ -44,7 +44,7 @@ class ServerCertificates:
     def _fetch(self) -> grpc.ServerCertificateConfiguration:
         with self._lock:
             try:
-                stamp = self._look()
+                stamp = stamp_of(self._files)
                 if stamp != self._stamp:
                     self._current = self._load()
                     self._stamp = stamp
@@ -52,10 +52,6 @@ class ServerCertificates:
             except (OSError, ValueError, TypeError) as error:
                 log.warning("certificates stay as they were", detail=_told(error))
             return self._current
-
-    def _look(self) -> Stamp:
-        found = [path.stat() for path in self._files]
-        return tuple((one.st_mtime_ns, one.st_size, one.st_ino) for one in found)
 
     def _load(self) -> grpc.ServerCertificateConfiguration:
         cert_file, key_file, ca_file = self._files

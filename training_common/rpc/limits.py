@@ -1,7 +1,7 @@
 """How much one caller may ask for: calls at once, and calls a second.
 
-They hold for callers with an identity of their own. Callers without TLS all have the same name, "local", and share the
-server's own bounds instead.
+They hold for callers with an identity of their own; those that have no role share one. Callers without TLS all have the
+same name, "local", and share the server's own bounds instead.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ from pathlib import Path
 import grpc
 
 from cognateforge.exceptions import ClientSetupError
+from cognateforge.stamps import Stamp, stamp_of
 
 logger = logging.getLogger(__name__)
 
 # Files are looked at by the calls themselves, and not by each of them.
 LOOK_EVERY_S = 1.0
-Stamp = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ class TlsFiles:
 
     def stamp(self) -> Stamp:
         """Return what changes when a file is written or replaced. Errors: OSError."""
-        found = [path.stat() for path in (self.ca, self.key, self.cert) if path]
-        return tuple((one.st_mtime_ns, one.st_size, one.st_ino) for one in found)
+        return stamp_of(path for path in (self.ca, self.key, self.cert) if path)
 
     def _check(self) -> None:
         # gRPC takes any bytes, and fails later, in every call, without a word of the file.
