@@ -183,7 +183,9 @@ class LeaseStore:
     def _own(self, connection: sa.Connection, name: str, *, holder: str, token: int, now: int) -> LeaseRow:
         lease = self._of(connection, name, holder)
         if lease.fencing_token != token:
-            raise LeaseEndedError(f"fencing token {token} is not that of {name}: nothing was changed")
+            raise LeaseEndedError(
+                f"fencing token {token} is not that of {name}, and nothing was changed: give AcquireLease's own"
+            )
         return self._as_of(lease, now)
 
     @staticmethod
@@ -198,7 +200,7 @@ class LeaseStore:
         query = sa.select(t.leases).filter_by(name=name, holder=holder)
         row = connection.execute(query).mappings().one_or_none()
         if row is None:
-            raise LeaseNotFoundError(f"{holder} has no lease {name}")
+            raise LeaseNotFoundError(f"{holder} has no lease {name}: acquire one, and give its name as it was returned")
         return _row(row)
 
     @staticmethod

@@ -26,7 +26,11 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Amounts:
-    """One resource: cores, bytes or devices."""
+    """One resource, in cores, bytes or devices.
+
+    total: what this host has. held: by our jobs. lent: by leases that have not ended. available: what a lease can have
+    now, which is neither held, nor lent, nor about to be taken by a waiting job, nor kept back by the settings.
+    """
 
     kind: Resource
     total: int
@@ -67,13 +71,16 @@ class CognateResourceManager:
         with self.database.read() as connection:
             amounts = []
             for kind in Resource:
-                total, own, lent = (
-                    self._total(kind),
-                    self._own(connection, kind),
-                    self.leases.lent(connection, kind, now),
+                lent = self.leases.lent(connection, kind, now)
+                amounts.append(
+                    Amounts(
+                        kind=kind,
+                        total=self._total(kind),
+                        held=self._own(connection, kind),
+                        lent=lent,
+                        available=max(0, self._lendable(connection, kind) - lent),
+                    )
                 )
-                available = max(0, total - self._keep[kind] - own - self._wanted(connection, kind) - lent)
-                amounts.append(Amounts(kind=kind, total=total, held=own, lent=lent, available=available))
             running, waiting = self._running(connection), self._store.due(connection)
         return Availability(
             amounts=tuple(amount for amount in amounts if amount.total), running_jobs=running, queued_jobs=waiting
@@ -81,9 +88,13 @@ class CognateResourceManager:
 
     def acquire(self, connection: sa.Connection, *, holder: str, kind: Resource, amount: int, ttl_s: float) -> LeaseRow:
         """Lend an amount that is idle, in the caller's transaction. Errors: CapacityTakenError."""
-        available = self._total(kind) - self._keep[kind] - self._own(connection, kind) - self._wanted(connection, kind)
         return self.leases.acquire(
-            connection, holder=holder, kind=kind, amount=amount, available=available, ttl_us=self._ttl_us(ttl_s)
+            connection,
+            holder=holder,
+            kind=kind,
+            amount=amount,
+            available=self._lendable(connection, kind),
+            ttl_us=self._ttl_us(ttl_s),
         )
 
     def renew(self, connection: sa.Connection, name: str, *, holder: str, token: int, ttl_s: float) -> LeaseRow:

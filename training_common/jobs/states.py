@@ -55,8 +55,3 @@ HELD = frozenset({S.PREPARING, S.RUNNING, S.VALIDATING, S.PAUSING, S.CANCELLING}
 MAY_WAIT = frozenset({S.PREPARING})
 # Waiting for a worker.
 WAITING = frozenset({S.QUEUED, S.RECOVERING})
-
-
-def states_that_may_become(*targets: JobState) -> frozenset[JobState]:
-    """Return the states from which one of `targets` can be reached in one move."""
-    return frozenset(state for state, moves in MOVES.items() if moves & set(targets))

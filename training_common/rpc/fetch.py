@@ -36,9 +36,3 @@ async def frames(
         frame.chunk.offset_bytes = offset
         frame.chunk.data = piece
         yield frame
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Return family and version (or alias) of "family@version"; the second is empty for a family alone."""
-    family, _, version = name.partition("@")
-    return family, version

@@ -282,9 +282,11 @@ async def _only(requests: Requests, call: _Call) -> Message | None:
         async with asyncio.timeout(_ARRIVAL_S):
             return await anext(requests)
     except TimeoutError:
-        raise DeadlineExceededError(f"no request of {call.method} arrived within {_ARRIVAL_S:g} s") from None
+        raise DeadlineExceededError(
+            f"no request of {call.method} arrived within {_ARRIVAL_S:g} s: send it with the call's headers"
+        ) from None
     except StopAsyncIteration:
-        raise InvalidFieldError(f"the call of {call.method} ended without a request") from None
+        raise InvalidFieldError(f"the call of {call.method} ended without a request: send one message") from None
 
 
 def _decoder(decode: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | None] | None:
