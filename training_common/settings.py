@@ -52,6 +52,12 @@ class WorkerSettings(Section):
     retries_without_progress: int = Field(
         default=3, ge=0, le=100, description="lost workers in a row that finished no new checkpoint, before FAILED"
     )
+    kills_without_progress: int = Field(
+        default=30,
+        ge=0,
+        le=10_000,
+        description="workers in a row that were ended from outside before a new checkpoint, before FAILED",
+    )
 
 
 class DataSettings(Section):

@@ -36,7 +36,7 @@ from training_common.attempt import (
     StopKind,
 )
 from training_common.checkpoints import CheckpointFolder
-from training_common.engines.local import own_handle
+from training_common.engines.local import EX_TEMPFAIL, own_handle
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of
 from training_common.settings import ServiceSettings
@@ -158,10 +158,6 @@ class WorkerContext(Generic[S]):
     database: Database
     attempt: WorkerAttempt
     job_dir: Path
-
-
-# From sysexits.h: try again later.
-EX_TEMPFAIL = 75
 
 
 def job_dir(settings: ServiceSettings, job_name: str) -> Path:

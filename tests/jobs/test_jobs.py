@@ -22,10 +22,12 @@ from tests.support.toy_worker import ToySettings, expected_result
 from training_common import worker
 from training_common.attempt import FencedOutError
 from training_common.checkpoints import CheckpointFolder
+from training_common.jobs.life import SignsOfLife
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import JobRow, once
 from training_common.store import tables as t
+from training_common.store.database import now_us
 
 
 class Usage(NamedTuple):
@@ -252,14 +254,82 @@ def test_a_launch_that_failed_is_forgotten_with_an_empty_queue(
     assert not scheduler.last_launch_failed
 
 
+async def end_workers(service: ToyService, job: JobRow, number: signal.Signals, times: int) -> None:
+    """End one attempt after the other by a signal, each before its first checkpoint."""
+    for count in range(1, times + 1):
+        await service.until(job, lambda row, n=count: row.attempt == n and row.state is JobState.RUNNING)  # type: ignore[misc]
+        os.kill(pid(service.handle(job)), number)
+
+
 async def test_losses_without_progress_spend_the_retry_budget(service: ToyService) -> None:
     """A worker that dies before each new checkpoint is not started for ever."""
     job = service.submit(steps=10_000, step_s=0.05, checkpoint_every=100_000)
-    for number in range(1, 5):
-        await service.until(job, lambda row, n=number: row.attempt == n and row.state is JobState.RUNNING)  # type: ignore[misc]
-        os.kill(pid(service.handle(job)), signal.SIGKILL)
+    await end_workers(service, job, signal.SIGSEGV, 4)
     job = await service.until(job, ended)
     assert (job.state, job.failure_reason, job.attempt) == (JobState.FAILED, "RETRY_BUDGET_SPENT", 4)
+    assert "ended by SIGSEGV" in job.failure_message
+
+
+async def test_workers_ended_from_outside_do_not_touch_the_retry_budget(service: ToyService) -> None:
+    """The first is replaced at once, later ones after a pause: a machine that ends workers is not pressed."""
+    job = service.submit(steps=10_000, step_s=0.05, checkpoint_every=100_000)
+    await end_workers(service, job, signal.SIGKILL, 2)
+    before_us = now_us()
+    job = await service.until(job, lambda row: row.state is JobState.RECOVERING and row.attempt == 2)
+    assert (0, 2) == (job.retries_without_progress, job.kills_without_progress)
+    assert 1e6 <= job.not_before_us - before_us <= 3e6
+    told = [e.payload["message"] for e in service.events(job) if e.payload.get("to") == "RECOVERING"]
+    words = "the worker process was ended by SIGKILL, which a machine short of memory sends too"
+    assert [f"attempt 1: {words}", f"attempt 2: {words}"] == told
+
+
+async def test_a_job_that_is_always_killed_ends(tmp_path: Path, store_url: str) -> None:
+    """One that needs more memory than there is would otherwise be started for ever."""
+    service = ToyService(tmp_path, store_url=store_url, kills_without_progress=1)
+    job = service.submit(steps=10_000, step_s=0.05, checkpoint_every=100_000)
+    await end_workers(service, job, signal.SIGKILL, 2)
+    job = await service.until(job, ended)
+    assert (JobState.FAILED, "RETRY_BUDGET_SPENT", 2) == (job.state, job.failure_reason, job.attempt)
+    service.database.close()
+
+
+@pytest.mark.parametrize("hours", [24, -24])
+async def test_a_clock_that_jumps_costs_a_running_job_nothing(
+    service: ToyService, hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silence is measured by the steady clock: no worker is given up, and nothing looks unobserved."""
+    job = service.submit(steps=40, step_s=0.02)
+    await service.until(job, lambda row: row.step >= 5)
+    monkeypatch.setattr("training_common.jobs.store.now_us", lambda: now_us() + round(hours * 3.6e9))
+    for _ in range(3):
+        service.scheduler.tick()
+    assert service.store.get(job.name).observed
+    job = await service.until(job, ended)
+    assert (JobState.SUCCEEDED, 1) == (job.state, job.attempt)
+
+
+async def test_a_clock_that_is_set_back_keeps_no_job_waiting(
+    service: ToyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pause is longer than a minute, so a later moment was written by another clock."""
+    job = service.submit(steps=3)
+    with service.database.write() as connection:
+        connection.execute(sa.update(t.jobs).values(not_before_us=now_us() + round(30e6)))
+    service.scheduler.tick()
+    assert JobState.QUEUED is service.store.get(job.name).state
+    monkeypatch.setattr("training_common.jobs.store.now_us", lambda: now_us() - round(3.6e9))
+    assert JobState.SUCCEEDED is (await service.until(job, ended)).state
+
+
+def test_silence_counts_only_while_somebody_looks() -> None:
+    """A server that slept, or whose store was away, cannot say that a worker was silent meanwhile."""
+    times = iter([0.0, 1.0, 2.0, 3600.0, 3601.0, 3602.0])
+    life = SignsOfLife(lambda: next(times))
+    for _ in range(5):
+        life.look([(7, 100)])
+    assert 3.0 == life.silent_s(7)
+    life.look([(7, 101)])
+    assert 0.0 == life.silent_s(7)
 
 
 async def test_losses_with_progress_do_not_fail_a_job(service: ToyService) -> None:
@@ -320,7 +390,7 @@ async def test_a_worker_that_was_given_up_changes_nothing(service: ToyService) -
     [(row, attempt)] = service.store.held()
     stale = service.store.attempt(row.name, attempt.number, attempt.fencing_token)
     freeze(service, attempt.handle)
-    service.store.cut(row, attempt, message="given up by the test", retries=3)
+    service.store.cut(row, attempt, message="given up by the test")
     after = service.store.get(job.name)
     for write in (
         lambda: stale.append("progress", {"step": 99, "total_steps": 1, "metrics": {}}),

@@ -13,7 +13,7 @@ from tests.support.toy_worker import expected_result
 from training_common.attempt import AttemptWaits, FencedOutError
 from training_common.jobs import store as jobs_store
 from training_common.jobs.states import FINAL, JobState
-from training_common.jobs.store import AttemptStore, JobRow, JobStore
+from training_common.jobs.store import AttemptStore, JobRow, JobStore, Loss
 from training_common.store.database import now_us
 
 
@@ -135,7 +135,7 @@ def test_only_a_worker_gives_a_job_back(service: ToyService) -> None:
     attempt = begin(service)
     with pytest.raises(IllegalTransitionError):
         service.steer("resume", job)
-    service.store.cut(*service.store.held()[0], message="lost", retries=3)
+    service.store.cut(*service.store.held()[0], message="lost", loss=Loss.CRASHED, most=3)
     with pytest.raises(FencedOutError):
         attempt.wait(AttemptWaits("Cognate", message="away"))
     assert service.store.get(job.name).state is JobState.RECOVERING

@@ -7,6 +7,7 @@ the server finds them by process id and start time, which together never name an
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,15 @@ from pathlib import Path
 
 import psutil
 
+from training_common.jobs.scheduler import Ending
+
 NAME = "local"
+# From sysexits.h, "try again later": the worker has told of a fault of its machine.
+EX_TEMPFAIL = 75
+# Workers that have ended are kept so long that whoever looks at their jobs can still ask how.
+_REMEMBERED = 100
+# Sent from outside. A process that fails by itself raises others, such as SIGSEGV.
+_FROM_OUTSIDE = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM})
 # Torch's threads wait for each other many times a step. By default they spin for milliseconds, which slows a step
 # several times as soon as anything else runs: the server itself, a second worker. Never to spin costs a tenth on an
 # idle machine. Some ten microseconds cost nothing in either case (docs/log.md has the figures).
@@ -44,7 +53,7 @@ class LocalEngine:
     def __init__(self, *, module: str, log_dir: Path) -> None:
         self._module = module
         self._log_dir = log_dir
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def launch(self, arguments: Sequence[str], *, log_name: str, environment: Mapping[str, str] | None = None) -> str:
         """Start a worker and return its handle. Its output goes to a log file. Errors: OSError."""
@@ -58,11 +67,16 @@ class LocalEngine:
                 start_new_session=True,
                 env={**WORKER_ENVIRONMENT, **os.environ, **(environment or {})},
             )
-        self._children.append(child)
-        return _handle(psutil.Process(child.pid))
+        handle = _handle(psutil.Process(child.pid))
+        self._children[handle] = child
+        return handle
 
     def alive(self, handle: str) -> bool:
         """Whether the worker of that handle still runs."""
+        child = self._children.get(handle)
+        if child is not None:
+            # Threads can outlast a process that looks dead, and until they have ended nobody is told how it did.
+            return child.poll() is None
         pid = int(handle.partition(":")[0])
         try:
             process = psutil.Process(pid)
@@ -72,7 +86,25 @@ class LocalEngine:
 
     def tidy(self) -> None:
         """Reap workers that have ended: the process table keeps them until somebody does."""
-        self._children = [child for child in self._children if child.poll() is None]
+        ended = [handle for handle, child in self._children.items() if child.poll() is not None]
+        for handle in ended[:-_REMEMBERED]:
+            del self._children[handle]
+
+    def ending(self, handle: str) -> Ending:
+        """Return how a worker ended. One that an earlier server has started leaves no status to this one."""
+        child = self._children.pop(handle, None)
+        status = None if child is None else child.poll()
+        if status is None:
+            return Ending(words="the worker process ended without a word", from_outside=True)
+        if status == EX_TEMPFAIL:
+            return Ending(words="the worker's machine failed it", from_outside=True)
+        if status >= 0:
+            return Ending(words=f"the worker process ended with status {status} and without a word", from_outside=False)
+        number = signal.Signals(-status)
+        words = f"the worker process was ended by {number.name}"
+        if number is signal.SIGKILL:
+            words += ", which a machine short of memory sends too"
+        return Ending(words=words, from_outside=number in _FROM_OUTSIDE)
 
     def kill(self, handle: str) -> None:
         """End a worker that was given up, if it still runs."""

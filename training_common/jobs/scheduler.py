@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
-from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan
+from training_common.jobs.life import SignsOfLife
+from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss
 from training_common.settings import WorkerSettings
-from training_common.store.database import now_us
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +26,14 @@ TICK_S = 0.5
 # After a worker could not be started, the next try waits this long, and twice as long after each further failure.
 LAUNCH_PAUSE_S = 1.0
 MAX_LAUNCH_PAUSE_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a worker ended: in words, and whether something outside it ended it, so that its job has no part in it."""
+
+    words: str
+    from_outside: bool
 
 
 class Engine(Protocol):
@@ -39,6 +48,9 @@ class Engine(Protocol):
 
     def alive(self, handle: str) -> bool:
         """Whether the worker still runs."""
+
+    def ending(self, handle: str) -> Ending:
+        """Return how a worker that runs no longer has ended. Asked once."""
 
     def tidy(self) -> None:
         """Let go of what ended workers have left behind. Called at every tick."""
@@ -76,6 +88,7 @@ class Scheduler:
         self._clock = clock
         self._launch_again_at = 0.0
         self._launch_pause_s = LAUNCH_PAUSE_S
+        self._life = SignsOfLife(clock)
 
     def wake(self) -> None:
         """Look for work now. Call it on the event loop."""
@@ -99,8 +112,9 @@ class Scheduler:
     def tick(self) -> None:
         """Look at every held job once, then fill the free slots."""
         self._engine.tidy()
-        held = []
-        for job, attempt in self._store.held():
+        held, every = [], self._store.held()
+        self._life.look((attempt.id, attempt.heartbeat_us) for _, attempt in every)
+        for job, attempt in every:
             # Attempts of earlier releases name no server: there was only one.
             if attempt.server in ("", self._server):
                 held.append((job, attempt))
@@ -117,36 +131,37 @@ class Scheduler:
         handle = attempt.handle or self._launched.get(attempt.id, "")
         if attempt.handle:
             self._launched.pop(attempt.id, None)
-        now = now_us()
+        silent_s = self._life.silent_s(attempt.id)
         if handle and not self._engine.alive(handle):
-            self._cut(job, attempt, f"attempt {attempt.number}: the worker process ended without a word")
-        elif not attempt.handle and now - attempt.start_us > self._settings.start_timeout_s * 1e6:
+            ending = self._engine.ending(handle)
+            loss = Loss.KILLED if ending.from_outside else Loss.CRASHED
+            self._cut(job, attempt, f"attempt {attempt.number}: {ending.words}", loss)
+        elif not attempt.handle and silent_s > self._settings.start_timeout_s:
             if handle:
                 self._engine.kill(handle)
-            self._cut(job, attempt, f"attempt {attempt.number}: no worker registered in time")
-        elif attempt.handle and now - attempt.heartbeat_us > self._settings.silent_cut_s * 1e6:
+            self._cut(job, attempt, f"attempt {attempt.number}: no worker registered in time", Loss.CRASHED)
+        elif attempt.handle and silent_s > self._settings.silent_cut_s:
             self._engine.kill(handle)
-            silent_s = round((now - attempt.heartbeat_us) / 1e6)
-            self._cut(job, attempt, f"attempt {attempt.number}: the worker gave no sign of life for {silent_s} s")
+            message = f"attempt {attempt.number}: the worker gave no sign of life for {silent_s:.0f} s"
+            self._cut(job, attempt, message, Loss.CRASHED)
         else:
-            self._observe(job, attempt, now)
+            self._observe(job, silent_s)
 
     def _look_at_anothers(self, job: JobRow, attempt: AttemptRow) -> None:
         """Take a job from a worker of another server when both are silent: nobody else would.
 
         A worker that goes on without its server beats by itself, and is left alone.
         """
-        now = now_us()
-        if now - attempt.heartbeat_us > self._settings.silent_cut_s * 1e6:
-            silent_s = round((now - attempt.heartbeat_us) / 1e6)
-            message = f"attempt {attempt.number}: no sign of life from {attempt.server} for {silent_s} s"
+        silent_s = self._life.silent_s(attempt.id)
+        if silent_s > self._settings.silent_cut_s:
+            message = f"attempt {attempt.number}: no sign of life from {attempt.server} for {silent_s:.0f} s"
             # A machine that went away is no fault of the job.
-            self._cut(job, attempt, message, counted=False)
+            self._cut(job, attempt, message)
         else:
-            self._observe(job, attempt, now)
+            self._observe(job, silent_s)
 
-    def _observe(self, job: JobRow, attempt: AttemptRow, now: int) -> None:
-        observed = now - attempt.heartbeat_us <= self._settings.lost_after_s * 1e6
+    def _observe(self, job: JobRow, silent_s: float) -> None:
+        observed = silent_s <= self._settings.lost_after_s
         if observed != job.observed:
             self._store.set_observed(job, observed)
 
@@ -159,7 +174,7 @@ class Scheduler:
         handle = attempt.handle or self._launched.get(attempt.id, "")
         if handle:
             self._engine.kill(handle)
-        self._cut(job, attempt, message, counted=False)
+        self._cut(job, attempt, message)
 
     def _start(self, loan: Loan | None = None) -> JobRow | None:
         job = self._store.begin_attempt(self._engine.name, self._server, loan)
@@ -181,21 +196,17 @@ class Scheduler:
             self._launch_again_at = self._clock() + self._launch_pause_s
             self._launch_pause_s = min(MAX_LAUNCH_PAUSE_S, 2 * self._launch_pause_s)
             # The job has no part in it, so its retry budget is not touched.
-            self._cut(
-                job,
-                attempt,
-                f"attempt {attempt.number}: the worker could not be started: {error.strerror}",
-                counted=False,
-            )
+            message = f"attempt {attempt.number}: the worker could not be started: {error.strerror}"
+            self._cut(job, attempt, message)
             return None
         self.last_launch_failed = False
         self._launch_pause_s = LAUNCH_PAUSE_S
         log.info("worker started", job=job.name, attempt=job.attempt, lease=job.lease)
         return job
 
-    def _cut(self, job: JobRow, attempt: AttemptRow, message: str, *, counted: bool = True) -> None:
+    def _cut(self, job: JobRow, attempt: AttemptRow, message: str, loss: Loss | None = None) -> None:
         self._launched.pop(attempt.id, None)
-        retries = self._settings.retries_without_progress if counted else None
-        after = self._store.cut(job, attempt, message=message, retries=retries)
+        most = 0 if loss is None else getattr(self._settings, loss)
+        after = self._store.cut(job, attempt, message=message, loss=loss, most=most)
         if after is not None:
             log.warning("worker lost", job=job.name, attempt=attempt.number, detail=message, state=after.state.value)

@@ -7,6 +7,7 @@ that takes the event's sequence. So a worker that was given up can change nothin
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import random
 import uuid
@@ -32,8 +33,9 @@ from training_common.store import tables as t
 from training_common.store.database import Database, now_us
 
 MAX_TEXT_CHARS = 2000
-# Pauses of a job that waits: 2, 4, 8 s and so on, each shortened by up to half so that jobs do not come back together.
-# A minute is about what the start of a worker is worth: torch alone takes seconds to import.
+# Pauses of a job that waits for something, or whose workers are ended again and again: 2, 4, 8 s and so on, each
+# shortened by up to half so that jobs do not come back together. A minute is about what the start of a worker is worth:
+# torch alone takes seconds to import.
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
 
 # Built once: SQLAlchemy takes longer to build and to look up a statement than SQLite takes to answer this one.
@@ -57,6 +59,7 @@ class JobRow:
     last_sequence: int
     observed: bool
     retries_without_progress: int
+    kills_without_progress: int
     not_before_us: int
     waits: int
     waiting_since_us: int | None
@@ -127,6 +130,13 @@ class Loan:
     until_us: int
 
 
+class Loss(enum.StrEnum):
+    """Why a worker was lost, by the column that counts such losses."""
+
+    CRASHED = "retries_without_progress"
+    KILLED = "kills_without_progress"
+
+
 # What a job had to wait for is there.
 _NO_WAIT: Mapping[str, Any] = {"not_before_us": 0, "waits": 0, "waiting_since_us": None}
 
@@ -138,7 +148,11 @@ def _may_write(token: int) -> sa.ColumnElement[bool]:
 
 
 def _is_due() -> sa.ColumnElement[bool]:
-    return t.jobs.c.state.in_([state.value for state in WAITING]) & (t.jobs.c.not_before_us <= now_us())
+    now = now_us()
+    # Nothing waits for longer than that: a later moment was written before the clock was set back.
+    beyond = now + round(2e6 * LONGEST_WAIT_S)
+    not_before = t.jobs.c.not_before_us
+    return t.jobs.c.state.in_([state.value for state in WAITING]) & ((not_before <= now) | (not_before > beyond))
 
 
 def _job(row: sa.RowMapping) -> JobRow:
@@ -453,12 +467,13 @@ class JobStore:
             )
             return append_event(connection, job.id, "attempt_started", {"attempt": number, "engine": engine})
 
-    def cut(self, job: JobRow, attempt: AttemptRow, *, message: str, retries: int | None) -> JobRow | None:
+    def cut(
+        self, job: JobRow, attempt: AttemptRow, *, message: str, loss: Loss | None = None, most: int = 0
+    ) -> JobRow | None:
         """Take a job away from a worker that was lost, and settle what becomes of it.
 
-        A job that was pausing or being cancelled is PAUSED or CANCELLED. Otherwise it recovers, unless more than
-        `retries` cuts in a row brought no new checkpoint: then it is FAILED. None: the cut is the platform's, and does
-        not count.
+        A job that was pausing or being cancelled is PAUSED or CANCELLED. Otherwise it recovers, unless more than `most`
+        attempts in a row were lost alike without a new checkpoint: then it is FAILED. loss: None does not count.
         Returns None when the worker had let go itself.
         """
         with self.database.write() as connection:
@@ -467,21 +482,22 @@ class JobStore:
                 return None
             self._end_attempt(connection, attempt.id)
             stuck = self._newest_step(connection, job.id) <= attempt.first_step
-            spent = current.retries_without_progress + (retries is not None) if stuck else 0
+            counts = {column.value: getattr(current, column) if stuck else 0 for column in Loss}
+            if loss is not None and stuck:
+                counts[loss] += 1
             changes: dict[str, Any] = {"fencing_token": current.fencing_token + 1, "wish": "", "observed": True}
             if current.state is JobState.CANCELLING:
                 return move(connection, current, JobState.CANCELLED, message=message, **changes)
             if current.state is JobState.PAUSING:
                 return move(connection, current, JobState.PAUSED, message=message, **changes)
-            if retries is not None and spent > retries:
-                failure: dict[str, Any] = {
-                    "failure_reason": "RETRY_BUDGET_SPENT",
-                    "failure_message": f"{spent} attempts in a row were lost without a new checkpoint; last: {message}",
-                }
+            if loss is not None and counts[loss] > most:
+                lost = f"{counts[loss]} attempts in a row were lost without a new checkpoint; last: {message}"
+                failure: dict[str, Any] = {"failure_reason": "RETRY_BUDGET_SPENT", "failure_message": lost}
                 return move(connection, current, JobState.FAILED, message=message, **changes, **failure)
-            return move(
-                connection, current, JobState.RECOVERING, message=message, retries_without_progress=spent, **changes
-            )
+            if loss is Loss.KILLED and counts[loss] > 1:
+                # A machine that ends workers, for want of memory for instance, is not pressed.
+                changes["not_before_us"] = now_us() + round(_pause_s(counts[loss] - 2) * 1e6)
+            return move(connection, current, JobState.RECOVERING, message=message, **changes, **counts)
 
     def set_observed(self, job: JobRow, observed: bool) -> None:
         """Record whether the job's worker was seen lately. The state stays."""

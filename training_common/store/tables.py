@@ -51,7 +51,9 @@ jobs = Table(
     Column("total_steps", BigInteger, nullable=False),
     Column("last_sequence", BigInteger, nullable=False, default=0),
     Column("observed", Boolean, nullable=False, default=True),
+    # Attempts in a row that brought no new checkpoint: lost by their own fault, and ended from outside.
     Column("retries_without_progress", Integer, nullable=False, default=0),
+    Column("kills_without_progress", Integer, nullable=False, default=0, server_default="0"),
     # Waiting for something outside this service: no attempt before `not_before_us`; how often and since when it waits.
     Column("not_before_us", BigInteger, nullable=False, default=0, server_default="0"),
     Column("waits", Integer, nullable=False, default=0, server_default="0"),
