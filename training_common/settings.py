@@ -52,6 +52,10 @@ class WorkerSettings(Section):
     retries_without_progress: int = Field(
         default=3, ge=0, le=100, description="lost workers in a row that finished no new checkpoint, before FAILED"
     )
+    checkpoints: Literal["async", "sync"] = Field(
+        default="async",
+        description="async writes beside training and holds one more copy of its state in memory; sync stops training",
+    )
 
 
 class DataSettings(Section):
