@@ -16,9 +16,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -38,7 +39,8 @@ from cognateforge.exceptions import (
     IntegrityCheckFailedError,
     TrainingDivergedError,
 )
-from training_common.attempt import Attempt, AttemptStopped, Json
+from training_common.attempt import Attempt, AttemptStopped, CheckpointRef, Json
+from training_common.memory_copy import MemoryCopy
 
 # Rows that the merge and the export are checked on: one batch, over in a fraction of a second.
 _PROBE_ROWS = 32
@@ -150,6 +152,9 @@ class _Run:
         self.step = 0
         self.saved_step = -1
         self.evaluations: list[Evaluation] = []
+        self.validation_accuracy: float | None = None
+        self._copy = MemoryCopy()
+        self._saving: Future[CheckpointRef] | None = None
 
     def _encode(self, rows: Sequence[tuple[str, int]]) -> EncodedRows:
         tokens = self.model.encode([text for text, _ in rows], max_tokens=self.config.max_tokens)
@@ -194,7 +199,7 @@ class _Run:
             last = self.step == config.total_steps
             measured: dict[str, Json] = {}
             if len(self.validation) and not last and self.step % validation_interval == 0:
-                measured["validation_accuracy"] = self._validate()
+                measured["validation_accuracy"] = self.validation_accuracy = self._validate()
             if measured or last or self.step == 1 or self.step % config.progress_interval_steps == 0:
                 metrics = meter.take(self.step) | {"learning_rate": lr, "gradient_norm": norm} | measured
                 self.attempt.progress(step=self.step, total_steps=config.total_steps, metrics=metrics)
@@ -250,22 +255,36 @@ class _Run:
     # Checkpoints
 
     def _save(self) -> None:
-        if self.saved_step != self.step:
-            self.attempt.save_checkpoint(step=self.step, write=self._write_checkpoint)
-            self.saved_step = self.step
+        if self.saved_step == self.step:
+            return
+        if self._saving is not None:
+            self._saving.result()  # what the copy overwrites is written
+        state: dict[str, Any] = {
+            "trained": {name: value.detach() for name, value in self.state.items()},
+            "optimizer": {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()},
+        }
+        if self.attempt.saves_in_background:
+            state = self._copy.take(state)
+        position = self._position()
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        tensors = {name: value.detach().contiguous() for name, value in self.state.items()}
-        safetensors.torch.save_file(tensors, folder / "trained.safetensors")
-        state = {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
-        torch.save(state, folder / "optimizer.pt")
+        def write(folder: Path) -> None:
+            tensors = {name: value.contiguous() for name, value in state["trained"].items()}
+            safetensors.torch.save_file(tensors, folder / "trained.safetensors")
+            torch.save(state["optimizer"], folder / "optimizer.pt")
+            (folder / "position.json").write_text(position, encoding="utf-8")
+
+        self._saving = self.attempt.save_checkpoint(step=self.step, write=write, score=self.validation_accuracy)
+        self.saved_step = self.step
+
+    def _position(self) -> str:
         position = {
             "format": _CHECKPOINT_FORMAT,
             "step": self.step,
             "config_digest": self.config.digest(),
             "evaluations": [asdict(e) for e in self.evaluations],
+            "validation_accuracy": self.validation_accuracy,
         }
-        (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
+        return json.dumps(position)
 
     def _restore(self) -> bool:
         """Take over the newest checkpoint; return whether there is one."""
@@ -286,6 +305,7 @@ class _Run:
         torch.set_rng_state(state["random"])
         self.step = self.saved_step = position["step"]
         self.evaluations = [Evaluation(**e) for e in position["evaluations"]]
+        self.validation_accuracy = position.get("validation_accuracy")  # unknown to checkpoints of before
         return True
 
     # Export

@@ -25,6 +25,7 @@ from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.attempt import Attempt, AttemptStopped, AttemptWaits
 from training_common.jobs.states import JobState
+from training_common.retention import retention_of
 from training_common.worker import WorkerContext, run
 
 # Long enough that a Cognate that restarts is not pressed, short enough that its return is seen at once.
@@ -36,6 +37,7 @@ def work(context: WorkerContext[AgentSettings]) -> None:
     settings, attempt = context.settings, context.attempt
     torch.set_num_threads(settings.workers.threads or os.cpu_count() or 1)
     plan = pb.TrainingPlan.FromString(attempt.store.job.plan)
+    attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=True))
     # A job that came back from waiting read its data before: what it lacked is asked for first.
     base = _fetch(context, plan) if attempt.store.job.waits else None
     processor = AgentDataProcessor(folder=settings.data.folder)

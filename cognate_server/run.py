@@ -15,8 +15,11 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +32,9 @@ from cognate_server.precision import Precision
 from cognate_server.recovery import CognateRecoveryManager
 from cognate_server.stream import Batch, TokenStream
 from cognate_server.tracker import StepOutcome
-from training_common.attempt import Attempt, Json
-from training_common.models.cognate_v1 import CognateV1Config, MemoryState, load_state, save_state
+from training_common.attempt import Attempt, CheckpointRef, Json
+from training_common.memory_copy import MemoryCopy
+from training_common.models.cognate_v1 import CognateV1Config, MemoryState, load_state, save_tensors
 
 # The cosine ends here, as a share of the peak.
 FINAL_LR_SHARE = 0.1
@@ -160,7 +164,10 @@ class PretrainingRun:
         self.recovery = CognateRecoveryManager(config.recovery)
         self.lr_factor = 1.0
         self.ponder_weight = PONDER_WEIGHT
-        self.good: GoodCheckpoint | None = None
+        self.validation_loss: float | None = None
+        self._good: GoodCheckpoint | None = None
+        self._saving: Future[CheckpointRef] | None = None
+        self._copy = MemoryCopy()
         self.step = 0
         self.memory: MemoryState | None = None
         self.first_losses: list[float] = []
@@ -177,6 +184,13 @@ class PretrainingRun:
             rates=self.config.control_rates,
             precision=self.config.precision,
         )
+
+    @property
+    def good(self) -> GoodCheckpoint | None:
+        """The newest checkpoint to go back to. Waits until the newest of all is durable. Errors: those of its save."""
+        if self._saving is not None:
+            self._good, self._saving = _good_of(self._saving.result().path), None
+        return self._good
 
     @property
     def next_lr(self) -> float:
@@ -241,30 +255,39 @@ class PretrainingRun:
         """Save a checkpoint, and with it the newest good one; return its step.
 
         planned: only checkpoints of the plan can be good, so that a pause changes no later decision.
+        Errors: those of the save before.
         """
+        good = self.good  # waits, so that what the copy overwrites is written
         is_good = planned and self.recovery.healthy and all(bool(p.isfinite().all()) for p in self.model.parameters())
-        kept = None if is_good else self.good
+        kept = None if is_good else good
+        tensors, trainer = self._tensors(), self._trainer(good_step=self.step if is_good else None)
+        if attempt.saves_in_background:
+            tensors = self._copy.take(tensors)
 
         def write(folder: Path) -> None:
-            self.write(folder, good_step=self.step if is_good else None)
+            _write(folder, tensors, trainer, self.config.model)
             if kept is not None:
                 kept.link_into(folder)
 
-        saved = attempt.save_checkpoint(step=self.step, write=write)
-        self.good = _good_of(saved.path)
-        return saved.step
+        self._saving = attempt.save_checkpoint(step=self.step, write=write, score=self.validation_loss)
+        return self.step
 
-    def write(self, folder: Path, *, good_step: int | None = None) -> None:
-        """Fill a checkpoint's folder. good_step: its own step, when it is one to go back to."""
-        save_state(self.model, folder / "model.safetensors")
-        tensors = {
-            "optimizer": self.optimizer.state_dict(),
-            "memory": None if self.memory is None else self.memory.tensors(),
-            "random_state": torch.get_rng_state(),
+    def _tensors(self) -> dict[str, Any]:
+        """Return what changes in place while training goes on, by the file that it goes into."""
+        tensors: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": {
+                "optimizer": self.optimizer.state_dict(),
+                "memory": None if self.memory is None else self.memory.tensors(),
+                "random_state": torch.get_rng_state(),
+            },
         }
-        torch.save(tensors, folder / "optimizer.pt")
         if self.control is not None:
-            torch.save(self.control.state_dict(), folder / "control.pt")
+            tensors["control"] = self.control.state_dict()
+        return tensors
+
+    def _trainer(self, *, good_step: int | None) -> str:
+        """Return the rest as JSON. good_step: the checkpoint's own step, when it is one to go back to."""
         state: dict[str, Json] = {
             "step": self.step,
             "good_step": good_step,
@@ -275,8 +298,9 @@ class PretrainingRun:
             "lr_factor": self.lr_factor,
             "ponder_weight": self.ponder_weight,
             "recovery": self.recovery.state_dict(),
+            "validation_loss": self.validation_loss,
         }
-        (folder / "trainer.json").write_text(json.dumps(state))
+        return json.dumps(state)
 
     def restore(self, folder: Path) -> None:
         """Go to where a checkpoint was written.
@@ -299,7 +323,8 @@ class PretrainingRun:
         self.last_losses.extend(state["last_losses"])
         self.lr_factor, self.ponder_weight = state["lr_factor"], state["ponder_weight"]
         self.recovery.load_state_dict(state["recovery"])
-        self.good = _good_of(folder)
+        self.validation_loss = state.get("validation_loss")  # unknown to checkpoints of before
+        self._good, self._saving = _good_of(folder), None
 
     def go_back_to(self, good: GoodCheckpoint) -> None:
         """Take weights and optimizer from a good checkpoint, and go on with the plan's next step and fresh data.
@@ -313,6 +338,15 @@ class PretrainingRun:
         for group, values in zip(self.optimizer.param_groups, kept, strict=True):
             group.update(values)
         self.memory = None
+
+
+def _write(folder: Path, tensors: Mapping[str, Any], trainer: str, config: CognateV1Config) -> None:
+    """Fill a checkpoint's folder."""
+    save_tensors(tensors["model"], config, folder / "model.safetensors")
+    torch.save(tensors["optimizer"], folder / "optimizer.pt")
+    if "control" in tensors:
+        torch.save(tensors["control"], folder / "control.pt")
+    (folder / "trainer.json").write_text(trainer)
 
 
 _KEPT_IN_ROLL_BACK = ("lambda_limit", "lambda_departures")

@@ -155,7 +155,7 @@ class _Pretraining:
 
     def _validate(self) -> None:
         """Validate between steps: the loss, and the score where there is a scorer."""
-        loss = row_losses(self.run.model, self.validation_batches).mean
+        loss = self.run.validation_loss = row_losses(self.run.model, self.validation_batches).mean
         self._report({"validation_loss": loss, "control_validation_loss": self._validate_control(loss)})
         score = self.score(self.run.model) if self.score is not None and self._score_is_due() else None
         self._recover(self.run.recovery.observe_validation(loss, score))

@@ -35,6 +35,7 @@ from training_common.artifacts.registry import ArtifactRegistry
 from training_common.jobs.states import JobState
 from training_common.models import cognate_v1
 from training_common.models.cognate_v1 import CognateV1
+from training_common.retention import retention_of
 from training_common.worker import WorkerContext, run
 
 ARCHITECTURE = "cognate_v1"
@@ -54,6 +55,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     settings, attempt = context.settings, context.attempt
     torch.set_num_threads(settings.workers.threads or os.cpu_count() or 1)
     plan = pb.PretrainingPlan.FromString(attempt.store.job.plan)
+    attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=False))
     tokenizer_file = context.job_dir / "tokenizer.json"
     stream, data = build_stream(
         DataPlan(

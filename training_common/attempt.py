@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -88,13 +89,23 @@ class Attempt(Protocol):
         """Record one event of another kind, for instance `recovery`."""
 
     def trained(self) -> None:
-        """Tell that the last step is taken and saved, and that what follows measures. Errors: AttemptStopped."""
+        """Wait until the last step is saved, and tell that the rest measures. Errors: AttemptStopped; the save's."""
 
     def stop_requested(self) -> StopKind | None:
         """Return what the job's owner asked for, if anything. Cheap enough to call once a step."""
 
-    def save_checkpoint(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
-        """Let `write` fill an empty folder, then digest it, make it durable and record it, all or nothing."""
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether `save_checkpoint` returns before `write` has run: what `write` reads must then be a copy."""
+
+    def save_checkpoint(
+        self, *, step: int, write: Callable[[Path], None], score: float | None = None
+    ) -> Future[CheckpointRef]:
+        """Let `write` fill an empty folder, then digest it, make it durable and record it, all or nothing.
+
+        The save before it is waited for. score: the newest validation, where there was one.
+        Errors: those of the save before, which any other call may raise as well.
+        """
 
     def latest_checkpoint(self) -> CheckpointRef | None:
         """Return the newest checkpoint whose digests hold, or None. Torn ones are skipped and reported."""

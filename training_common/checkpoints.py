@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ from pathlib import Path
 from training_common.attempt import CheckpointRef
 from training_common.digests import canonical_json, files_under, sha256_bytes, sha256_file, write_folder
 from training_common.jobs.store import AttemptStore, CheckpointRow
+from training_common.retention import Retention
 
 MANIFEST = "checkpoint.json"
-# The newest may be torn by the crash that makes it needed, so the one before it stays.
-KEPT = 2
+# step-STEP.ATTEMPT, and .step-STEP.ATTEMPT.PROCESS while it is being written.
+_FOLDER = re.compile(r"\.?step-\d+\.(\d+)(?:\.\d+)?$")
 # Less free space than this after a failed write says why it failed: a writer's last block was larger.
 _FULL_BYTES = 1 << 20
 
@@ -28,10 +30,23 @@ class CheckpointFolder:
     def __init__(self, root: Path, store: AttemptStore) -> None:
         self._root = root
         self._store = store
+        self.retention = Retention()
         root.mkdir(parents=True, exist_ok=True)
+        self._sweep()
 
-    def save(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
-        """Make a checkpoint durable, then record it; afterwards drop what is older than the newest two.
+    def _sweep(self) -> None:
+        """Remove what attempts before this one began to write and did not record: they can no longer record it.
+
+        What later attempts write is left alone: this one may have been given up meanwhile.
+        """
+        recorded = self._store.checkpoint_folders()
+        for path in self._root.iterdir():
+            found = _FOLDER.match(path.name)
+            if path.name not in recorded and found and int(found[1]) < self._store.attempt.number:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, *, step: int, write: Callable[[Path], None], score: float | None = None) -> CheckpointRef:
+        """Make a checkpoint durable, then record it; afterwards drop what the retention does not want.
 
         Errors: FencedOutError, OSError. Nothing is recorded then.
         """
@@ -52,7 +67,7 @@ class CheckpointFolder:
         write_folder(target, fill)
         size_bytes = sum(path.stat().st_size for path in files_under(target))
         digest = sha256_bytes((target / MANIFEST).read_bytes())
-        self._store.add_checkpoint(step=step, digest=digest, size_bytes=size_bytes, folder=name)
+        self._store.add_checkpoint(step=step, digest=digest, size_bytes=size_bytes, folder=name, score=score)
         self._retain()
         return CheckpointRef(step=step, path=target)
 
@@ -69,8 +84,6 @@ class CheckpointFolder:
     def latest(self) -> CheckpointRef | None:
         """Return the newest checkpoint whose digests hold. Damaged ones are reported and passed over."""
         for row in self._store.checkpoints():
-            if not row.available:
-                continue
             problem = self._problem(row)
             if problem is None:
                 return CheckpointRef(step=row.step, path=self._root / row.folder)
@@ -93,7 +106,7 @@ class CheckpointFolder:
         return None
 
     def _retain(self) -> None:
-        available = [row for row in self._store.checkpoints() if row.available]
-        for row in available[KEPT:]:
-            self._store.drop_checkpoint(row, kind="checkpoint_removed", message=f"checkpoint of step {row.step}: older")
-            shutil.rmtree(self._root / row.folder, ignore_errors=True)
+        for row in self.retention.superfluous(self._store.checkpoints()):
+            message = f"checkpoint of step {row.step}: the policy does not keep it"
+            if self._store.retire_checkpoint(row, kind="checkpoint_removed", message=message):
+                shutil.rmtree(self._root / row.folder, ignore_errors=True)

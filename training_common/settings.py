@@ -58,6 +58,10 @@ class WorkerSettings(Section):
         le=10_000,
         description="workers in a row that were ended from outside before a new checkpoint, before FAILED",
     )
+    checkpoints: Literal["async", "sync"] = Field(
+        default="async",
+        description="async writes beside training and holds one more copy of its state in memory; sync stops training",
+    )
 
 
 class DataSettings(Section):

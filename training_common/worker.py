@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -35,10 +36,12 @@ from training_common.attempt import (
     Json,
     StopKind,
 )
+from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
 from training_common.engines.local import EX_TEMPFAIL, own_handle
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of
+from training_common.retention import Retention
 from training_common.settings import ServiceSettings
 from training_common.store.database import Database
 
@@ -67,12 +70,13 @@ S = TypeVar("S", bound=ServiceSettings)
 class WorkerAttempt(Attempt):
     """The `Attempt` of a trainer, over the store."""
 
-    def __init__(self, store: AttemptStore, *, workdir: Path) -> None:
+    def __init__(self, store: AttemptStore, *, workdir: Path, saves_in_background: bool = False) -> None:
         self.store = store
         self._workdir = workdir
         self._stop: StopKind | None = None
         workdir.mkdir(parents=True, exist_ok=True)
         self._checkpoints = CheckpointFolder(workdir / "checkpoints", store)
+        self._writer = CheckpointWriter(self._checkpoints, background=saves_in_background)
 
     @property
     def job(self) -> str:
@@ -83,21 +87,42 @@ class WorkerAttempt(Attempt):
         return self._workdir
 
     def progress(self, *, step: int, total_steps: int, metrics: Mapping[str, Json]) -> None:
+        self._writer.check()
         payload: dict[str, Json] = {"step": step, "total_steps": total_steps, "metrics": _finite(metrics)}
-        self.store.append("progress", payload, step=step)
+        self.store.progress(step=step, payload=payload)
 
     def event(self, kind: str, payload: Mapping[str, Json]) -> None:
         facts = {key: str(value)[:500] for key, value in payload.items() if key != "message"}
         self.store.append("note", note_of(kind, str(payload.get("message", "")), facts))
 
     def trained(self) -> None:
+        self.settle()
         self.move(JobState.VALIDATING)
 
     def stop_requested(self) -> StopKind | None:
+        self._writer.check()
         return self._stop
 
-    def save_checkpoint(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
-        return self._checkpoints.save(step=step, write=write)
+    def keep(self, retention: Retention) -> None:
+        """Apply this retention from the next checkpoint on."""
+        self._checkpoints.retention = retention
+
+    @property
+    def saves_in_background(self) -> bool:
+        return self._writer.background
+
+    def save_checkpoint(
+        self, *, step: int, write: Callable[[Path], None], score: float | None = None
+    ) -> Future[CheckpointRef]:
+        return self._writer.save(step=step, write=write, score=score)
+
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is durable. Errors: those of its save."""
+        self._writer.settle()
+
+    def close(self) -> None:
+        """Wait until nothing is being written any more."""
+        self._writer.close()
 
     def latest_checkpoint(self) -> CheckpointRef | None:
         return self._checkpoints.latest()
@@ -187,7 +212,8 @@ def main(
         store = JobStore(database).attempt(options.job, options.attempt, options.token)
         store.register(own_handle())
         folder = job_dir(settings, options.job)
-        attempt = WorkerAttempt(store, workdir=folder)
+        in_background = settings.workers.checkpoints == "async"
+        attempt = WorkerAttempt(store, workdir=folder, saves_in_background=in_background)
         context = WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=folder)
         with attempt.beating(settings.workers.heartbeat_interval_s):
             _run(context, work)
@@ -240,6 +266,13 @@ def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], 
         with context.attempt.moving():
             job = context.attempt.store.wait(wait)
         log.info("attempt waits", what=wait.what, detail=wait.message, state=job.state.value)
+    except AttemptStopped as stop:
+        if stop.kind.saves:
+            context.attempt.settle()
+        raise
+    finally:
+        # Whatever the job becomes, no checkpoint is recorded after it.
+        context.attempt.close()
 
 
 def _platform_fault(error: Exception) -> str:

@@ -5,13 +5,14 @@
     │                                  DeadlineRequiredError
     ├── ForbiddenError                 RoleMissingError, NoPolicyError, IdentityMissingError
     ├── ConflictError                  RequestIdReusedError
-    ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError, LeaseNotFoundError
+    ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError, LeaseNotFoundError,
+    │                                  CheckpointNotFoundError
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
     │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
-    │                                  CapacityTakenError
+    │                                  CapacityTakenError, CheckpointGoneError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -170,6 +171,12 @@ class JobNotFoundError(NotFoundError):
     reason = Reason.REASON_JOB_NOT_FOUND
 
 
+class CheckpointNotFoundError(NotFoundError):
+    """The job has no checkpoint of that step, or none with that digest."""
+
+    reason = Reason.REASON_CHECKPOINT_NOT_FOUND
+
+
 class ModelNotFoundError(NotFoundError):
     """No such foundation model version."""
 
@@ -284,6 +291,12 @@ class CapacityTakenError(PreconditionError):
     """The capacity is in use, lent already, or kept back; it may be free later."""
 
     reason = Reason.REASON_CAPACITY_TAKEN
+
+
+class CheckpointGoneError(PreconditionError):
+    """The checkpoint's files were removed by retention or found damaged."""
+
+    reason = Reason.REASON_CHECKPOINT_GONE
 
 
 class NotImplementedByServerError(ForgeError):

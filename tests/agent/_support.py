@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,13 +87,21 @@ class MemoryAttempt:
         reached = max((step for step, _ in self.rows), default=0)
         return self.stop_kind if self.stop_at is not None and reached >= self.stop_at else None
 
-    def save_checkpoint(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
+    @property
+    def saves_in_background(self) -> bool:
+        return False
+
+    def save_checkpoint(
+        self, *, step: int, write: Callable[[Path], None], score: float | None = None
+    ) -> Future[CheckpointRef]:
         folder = self.workdir / "checkpoints" / str(step)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write(folder)
         self.checkpoints.append(CheckpointRef(step=step, path=folder))
-        return self.checkpoints[-1]
+        saved: Future[CheckpointRef] = Future()
+        saved.set_result(self.checkpoints[-1])
+        return saved
 
     def latest_checkpoint(self) -> CheckpointRef | None:
         return self.checkpoints[-1] if self.checkpoints else None

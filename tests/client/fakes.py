@@ -306,6 +306,14 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
         checkpoint = job_pb2.Checkpoint(step=10, digest="sha256:" + "0" * 64, size_bytes=5, available=True)
         return pretraining_pb2.ListCheckpointsResponse(checkpoints=[checkpoint])
 
+    def PinCheckpoint(self, request: Any, context: Any) -> Any:
+        return pretraining_pb2.PinCheckpointResponse(
+            checkpoint=job_pb2.Checkpoint(step=request.step, available=True, pinned=True)
+        )
+
+    def UnpinCheckpoint(self, request: Any, context: Any) -> Any:
+        return pretraining_pb2.UnpinCheckpointResponse(checkpoint=job_pb2.Checkpoint(step=request.step, available=True))
+
     def GetMetrics(self, request: Any, context: Any) -> Any:
         series = job_pb2.MetricSeries(name="loss", unit="nats/token", steps=[1, 2], values=[4.0, 3.5])
         return pretraining_pb2.GetMetricsResponse(series=[series])
@@ -404,6 +412,14 @@ class FakeTraining(training_pb2_grpc.AgentForgeTrainingServiceServicer):
 
     def ListCheckpoints(self, request: Any, context: Any) -> Any:
         return training_pb2.ListCheckpointsResponse()
+
+    def PinCheckpoint(self, request: Any, context: Any) -> Any:
+        return training_pb2.PinCheckpointResponse(
+            checkpoint=job_pb2.Checkpoint(step=request.step, available=True, pinned=True)
+        )
+
+    def UnpinCheckpoint(self, request: Any, context: Any) -> Any:
+        return training_pb2.UnpinCheckpointResponse(checkpoint=job_pb2.Checkpoint(step=request.step, available=True))
 
     def GetMetrics(self, request: Any, context: Any) -> Any:
         return training_pb2.GetMetricsResponse()

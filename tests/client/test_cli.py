@@ -242,6 +242,8 @@ def test_checkpoints_metrics_and_architectures(forge: Forge) -> None:
     assert "3.5" in forge("metrics", JOB).stdout
     assert forge.json("architectures")[0]["tasks"] == ["classification"]
     assert "yes" in forge("checkpoints", JOB).stdout
+    assert f"{JOB} step 10 pinned" in forge("pin", JOB, "10").stderr
+    assert f"{JOB} step 10 unpinned" in forge("unpin", JOB, "10").stderr
 
 
 def test_models_agents_and_aliases(forge: Forge, fake: Fake) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,20 @@ class MemoryAttempt:
         self._polls += 1
         return self._stop[1] if self._stop is not None and self._polls >= self._stop[0] else None
 
-    def save_checkpoint(self, *, step: int, write: Callable[[Path], None]) -> CheckpointRef:
+    saves_in_background = False
+
+    def save_checkpoint(
+        self, *, step: int, write: Callable[[Path], None], score: float | None = None
+    ) -> Future[CheckpointRef]:
         path = self.workdir / f"checkpoint-{step:06d}"
         path.mkdir(parents=True)
         write(path)
         self.saved.append(step)
         for old in sorted(self.workdir.glob("checkpoint-*"))[:-2]:
             shutil.rmtree(old)
-        return CheckpointRef(step=step, path=path)
+        saved: Future[CheckpointRef] = Future()
+        saved.set_result(CheckpointRef(step=step, path=path))
+        return saved
 
     def latest_checkpoint(self) -> CheckpointRef | None:
         paths = sorted(self.workdir.glob("checkpoint-*"))

@@ -33,6 +33,7 @@ from cognateforge.client import AgentClient, CognateClient, ModelSnapshot
 from cognateforge.client.services import health_word
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.exceptions import (
+    CheckpointNotFoundError,
     ClientSetupError,
     ForgeError,
     IncompatibleError,
@@ -150,6 +151,7 @@ async def pretrain(call: Caller) -> None:
     assert [name] == [job.job.name for job in listed.jobs]
     await steer(call, service, name)
     assert [] == list((await call(f"{service}/ListCheckpoints", name=name)).checkpoints)
+    await pin(call, service, name)
     assert [] == list((await call(f"{service}/GetMetrics", name=name)).series)
     assert (await call(f"{service}/GetServerInfo")).info.version
     error = await refused(call(f"{service}/ValidateModel", request_id=new_id(), name="cognate-25m@1"))
@@ -168,6 +170,14 @@ async def steer(call: Caller, service: str, name: str) -> None:
     assert [1, 2, 3, 4] == [frame.event.sequence for frame in frames if frame.WhichOneof("frame") == "event"]
     assert [queued, paused, queued, cancelled] == [frame.event.state_change.to for frame in frames[:4]]
     assert (cancelled, 4) == (frames[-1].end.state, frames[-1].end.last_sequence)
+
+
+async def pin(call: Caller, service: str, name: str) -> None:
+    """A job that saved nothing has nothing to pin. Versions before do not know of it."""
+    for verb in ("Pin", "Unpin"):
+        if f"{service}/{verb}Checkpoint" in call.methods:
+            error = await refused(call(f"{service}/{verb}Checkpoint", request_id=new_id(), name=name, step=10))
+            assert type(error) is CheckpointNotFoundError
 
 
 async def use_models(call: Caller, row: ArtifactRow, *, watches: bool) -> None:
@@ -231,6 +241,7 @@ async def train(call: Caller) -> None:
     assert [name] == [job.job.name for job in (await call(f"{service}/ListJobs")).jobs]
     await steer(call, service, name)
     assert [] == list((await call(f"{service}/ListCheckpoints", name=name)).checkpoints)
+    await pin(call, service, name)
     assert [] == list((await call(f"{service}/GetMetrics", name=name)).series)
     assert "cognate" in [one.name for one in (await call(f"{service}/ListArchitectures")).architectures]
     assert (await call(f"{service}/GetServerInfo")).info.version

@@ -234,6 +234,7 @@ class Caller:
 
     def __init__(self, channel: grpc.aio.Channel, contract: Contract) -> None:
         self._channel, self._contract = channel, contract
+        self.methods = contract.methods
         self.called: set[str] = set()
 
     async def __call__(self, method: str, **request: Any) -> Any:

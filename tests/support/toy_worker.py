@@ -13,6 +13,7 @@ from pathlib import Path
 from cognateforge.exceptions import DataUnavailableError
 from training_common.attempt import AttemptStopped, AttemptWaits, StopKind
 from training_common.jobs.states import JobState
+from training_common.retention import Retention
 from training_common.settings import ServiceSettings, load
 from training_common.worker import WorkerContext, run
 
@@ -29,6 +30,7 @@ def load_settings(file: Path | None) -> ToySettings:
 def work(context: WorkerContext[ToySettings]) -> None:
     attempt = context.attempt
     plan = json.loads(attempt.store.job.plan)
+    attempt.keep(Retention(**plan.get("retention", {})))
     step, value = 0, b""
     checkpoint = attempt.latest_checkpoint()
     if checkpoint is not None:
@@ -38,10 +40,16 @@ def work(context: WorkerContext[ToySettings]) -> None:
         raise AttemptWaits("Cognate", message="connection refused", give_up_after_s=plan.get("give_up_after_s", 0))
     attempt.move(JobState.RUNNING)
 
-    def write(folder: Path) -> None:
-        if attempt.store.attempt.number == 1 and step == plan.get("disk_full_at"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        (folder / "state.json").write_text(json.dumps({"step": step, "value": value.hex()}))
+    def save(step: int, value: bytes) -> None:
+        def write(folder: Path) -> None:
+            if attempt.store.attempt.number == 1 and step == plan.get("disk_full_at"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            (folder / "state.json").write_text(json.dumps({"step": step, "value": value.hex()}))
+            if attempt.store.attempt.number == 1 and step == plan.get("stuck_in_save_at"):
+                (attempt.workdir / "stuck").touch()
+                time.sleep(3600)
+
+        attempt.save_checkpoint(step=step, write=write, score=plan.get("scores", {}).get(str(step)))
 
     while step < plan["steps"]:
         stop = attempt.stop_requested()
@@ -49,7 +57,7 @@ def work(context: WorkerContext[ToySettings]) -> None:
             if stop is StopKind.YIELD and plan.get("keeps_going"):
                 time.sleep(3600)
             if stop.saves:
-                attempt.save_checkpoint(step=step, write=write)
+                save(step, value)
             raise AttemptStopped(stop)
         if step == plan.get("raise_at"):
             raise RuntimeError("secret detail of a library")
@@ -61,7 +69,7 @@ def work(context: WorkerContext[ToySettings]) -> None:
         step, value = step + 1, hashlib.sha256(value + bytes([step % 256])).digest()
         attempt.progress(step=step, total_steps=plan["steps"], metrics={"loss": 1 / step})
         if step % plan.get("checkpoint_every", 10) == 0:
-            attempt.save_checkpoint(step=step, write=write)
+            save(step, value)
     attempt.trained()
     attempt.event("result", {"message": value.hex()})
     attempt.move(JobState.SUCCEEDED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import random
+import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,6 +119,8 @@ class CheckpointRow:
     folder: str
     create_us: int
     available: bool
+    pinned: bool
+    score: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -557,6 +560,9 @@ class AttemptStore:
         self.database = database
         self.job = job
         self.attempt = attempt
+        # The newest step that this attempt has told of. Progress and checkpoints come from two threads.
+        self._told_step = -1
+        self._step_lock = threading.Lock()
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
@@ -595,6 +601,12 @@ class AttemptStore:
                 only_token=self.attempt.fencing_token,
                 changes=changes,
             )
+
+    def progress(self, *, step: int, payload: Mapping[str, Json]) -> None:
+        """Record that training went on. Errors: FencedOutError."""
+        with self._step_lock:
+            self._told_step = step
+            self.append("progress", payload, step=step)
 
     def move(self, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
         """Move the job. Errors: FencedOutError, IllegalTransitionError."""
@@ -653,19 +665,22 @@ class AttemptStore:
             merged = {**job.facts, **facts}
             connection.execute(sa.update(t.jobs).filter_by(id=self.job.id).values(facts=merged))
 
-    def add_checkpoint(self, *, step: int, digest: str, size_bytes: int, folder: str) -> None:
+    def add_checkpoint(
+        self, *, step: int, digest: str, size_bytes: int, folder: str, score: float | None = None
+    ) -> None:
         """Record a durable checkpoint and its event."""
         now = now_us()
         payload: dict[str, Json] = {"step": step, "digest": digest, "size_bytes": size_bytes, "create_us": now}
-        with self.writing() as connection:
+        with self._step_lock, self.writing() as connection:
             job = append_event(
                 connection,
                 self.job.id,
                 "checkpoint",
                 payload,
                 only_token=self.attempt.fencing_token,
-                # A checkpoint may come between two reports of progress, and it is where the job will go on.
-                changes={"step": step},
+                # A checkpoint may come between two reports of progress, and it is where the job will go on. Of one that
+                # was saved in the background later steps may be known already.
+                changes={"step": step} if step >= self._told_step else {},
             )
             connection.execute(
                 sa.insert(t.checkpoints).values(
@@ -676,19 +691,45 @@ class AttemptStore:
                     size_bytes=size_bytes,
                     folder=folder,
                     create_us=now,
+                    score=score,
                 )
             )
 
     def checkpoints(self) -> Sequence[CheckpointRow]:
-        """Return the job's checkpoints, newest first."""
-        return JobStore(self.database).checkpoints(self.job.id)
+        """Return the job's checkpoints whose files are there, newest first."""
+        query = (
+            sa.select(t.checkpoints)
+            .filter_by(job_id=self.job.id, available=True)
+            .order_by(t.checkpoints.c.step.desc(), t.checkpoints.c.id.desc())
+        )
+        with self.database.read() as connection:
+            return [CheckpointRow(**row) for row in connection.execute(query).mappings()]
+
+    def checkpoint_folders(self) -> frozenset[str]:
+        """Return the folders of all checkpoints that were ever recorded for the job."""
+        with self.database.read() as connection:
+            return frozenset(
+                connection.execute(sa.select(t.checkpoints.c.folder).filter_by(job_id=self.job.id)).scalars()
+            )
 
     def drop_checkpoint(self, row: CheckpointRow, *, kind: str, message: str) -> None:
-        """Mark a checkpoint's files as gone or damaged, and tell so."""
+        """Mark a checkpoint's files as damaged, and tell so."""
         with self.writing() as connection:
-            payload = note_of(kind, message, {"step": str(row.step)})
-            append_event(connection, self.job.id, "note", payload, only_token=self.attempt.fencing_token)
-            connection.execute(sa.update(t.checkpoints).filter_by(id=row.id).values(available=False))
+            self._drop(connection, row, kind, message)
+
+    def retire_checkpoint(self, row: CheckpointRow, *, kind: str, message: str) -> bool:
+        """Mark a checkpoint's files as gone, and tell so. Returns False, and does nothing, when it is pinned."""
+        with self.writing() as connection:
+            query = sa.select(t.checkpoints.c.id).filter_by(id=row.id, available=True, pinned=False)
+            if connection.execute(query.with_for_update()).first() is None:
+                return False
+            self._drop(connection, row, kind, message)
+            return True
+
+    def _drop(self, connection: sa.Connection, row: CheckpointRow, kind: str, message: str) -> None:
+        payload = note_of(kind, message, {"step": str(row.step)})
+        append_event(connection, self.job.id, "note", payload, only_token=self.attempt.fencing_token)
+        connection.execute(sa.update(t.checkpoints).filter_by(id=row.id).values(available=False))
 
     def _check(self, connection: sa.Connection) -> JobRow:
         query = sa.select(t.jobs).where(t.jobs.c.id == self.job.id, _may_write(self.attempt.fencing_token))

@@ -783,8 +783,13 @@ def config_from_json(value: Mapping[str, object]) -> CognateV1Config:
 
 def save_state(model: CognateV1, path: Path) -> None:
     """Write the weights as safetensors, with the architecture's fingerprint in the header."""
-    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    safetensors.torch.save_file(tensors, path, metadata={"architecture": architecture_fingerprint(model.config)})
+    save_tensors(model.state_dict(), model.config, path)
+
+
+def save_tensors(state: Mapping[str, Tensor], config: CognateV1Config, path: Path) -> None:
+    """Write what `state_dict` of a model returned, or a copy of it, as `save_state` does."""
+    tensors = {name: value.detach().contiguous() for name, value in state.items()}
+    safetensors.torch.save_file(tensors, path, metadata={"architecture": architecture_fingerprint(config)})
 
 
 def load_state(model: CognateV1, path: Path) -> None:

@@ -110,6 +110,8 @@ def checkpoint(row: CheckpointRow) -> job_pb2.Checkpoint:
         size_bytes=row.size_bytes,
         create_time=timestamp(row.create_us),
         available=row.available,
+        pinned=row.pinned,
+        score=row.score,
     )
 
 

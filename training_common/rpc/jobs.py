@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from cognateforge.exceptions import SequenceOutOfRangeError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.hub import ChangeHub
+from training_common.jobs.pins import set_pinned
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
 from training_common.jobs.store import JobRow, JobStore
@@ -117,6 +118,16 @@ class JobService(Generic[M]):
         rows = await self.store.database.run(self.store.checkpoints, job.id)
         return [convert.checkpoint(row) for row in rows]
 
+    async def pin(self, method: str, request: Any, answer: Callable[..., Message], *, pinned: bool) -> bytes:
+        """Pin or unpin a checkpoint once for the request id, and return the answer's bytes."""
+
+        def work(connection: sa.Connection) -> Message:
+            job = self.store.get(request.name, connection)
+            row = set_pinned(connection, job.id, step=request.step, digest=request.digest, pinned=pinned)
+            return answer(checkpoint=convert.checkpoint(row))
+
+        return await mutations.mutate(self.store.database, method, request, work)
+
     async def metrics(self, request: Any) -> list[job_pb2.MetricSeries]:
         """Return a job's metrics over its steps."""
         job = await self.store.database.run(self.store.get, request.name)
@@ -165,6 +176,14 @@ class JobRpcs(Generic[M]):
 
     async def ListCheckpoints(self, request: Any, context: Context) -> Any:
         return self._contract.ListCheckpointsResponse(checkpoints=await self._jobs.checkpoints(request.name))
+
+    async def PinCheckpoint(self, request: Any, context: Context) -> Any:
+        answer = self._contract.PinCheckpointResponse
+        return answer.FromString(await self._jobs.pin("PinCheckpoint", request, answer, pinned=True))
+
+    async def UnpinCheckpoint(self, request: Any, context: Context) -> Any:
+        answer = self._contract.UnpinCheckpointResponse
+        return answer.FromString(await self._jobs.pin("UnpinCheckpoint", request, answer, pinned=False))
 
     async def GetMetrics(self, request: Any, context: Context) -> Any:
         return self._contract.GetMetricsResponse(series=await self._jobs.metrics(request))

@@ -11,6 +11,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 # SQLite gives automatic keys to INTEGER columns only.
@@ -115,6 +117,10 @@ checkpoints = Table(
     Column("folder", String(128), nullable=False),
     Column("create_us", BigInteger, nullable=False),
     Column("available", Boolean, nullable=False, default=True),
+    # Nothing removes the files of a pinned one.
+    Column("pinned", Boolean, nullable=False, default=False, server_default=false()),
+    # The newest validation that was known when it was saved, in the service's own metric.
+    Column("score", Float),
     Index("ix_checkpoints_job_id_step", "job_id", "step"),
 )
 

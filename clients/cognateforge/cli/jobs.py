@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 JobName = Annotated[str, typer.Argument(help="Job: jobs/UUID, or the UUID alone.", metavar="NAME")]
 RequestId = Annotated[str | None, typer.Option(help="UUID of this wish: the same one again changes nothing twice.")]
+CheckpointStep = Annotated[int, typer.Argument(min=0, help="The checkpoint's step.", metavar="STEP")]
+CheckpointDigest = Annotated[str, typer.Option(help="Which one of that step. Default: the newest.")]
 Progress = Annotated[
     bool | None, typer.Option("--progress/--no-progress", help="Progress on stderr. Default: when it is a terminal.")
 ]
@@ -79,6 +81,11 @@ class JobService:
         """Return a job's checkpoints, newest first."""
         return list(self._stub.ListCheckpoints(self._request("ListCheckpointsRequest", name=name)).checkpoints)
 
+    def pin(self, verb: str, name: str, step: int, digest: str, request_id: str) -> Any:
+        """Pin or Unpin a checkpoint, and return it."""
+        fields = {"name": name, "step": step, "digest": digest, "request_id": request_id}
+        return getattr(self._stub, f"{verb}Checkpoint")(self._request(f"{verb}CheckpointRequest", **fields)).checkpoint
+
     def metrics(self, name: str, metrics: list[str]) -> list[MetricSeries]:
         """Return a job's metrics over its steps."""
         return list(self._stub.GetMetrics(self._request("GetMetricsRequest", name=name, metrics=metrics)).series)
@@ -128,7 +135,7 @@ def state_word(job: Job) -> str:
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for add in (_reading, _watching, _steering):
+    for add in (_reading, _watching, _steering, _pinning):
         add(app)
 
 
@@ -173,9 +180,10 @@ def _reading(app: typer.Typer) -> None:
         found, _ = owner(session, service, name)
         items = found.checkpoints(full_job_name(name))
         rows: list[Row] = [
-            (item, {}, (item.step, item.size_bytes, "yes" if item.available else "no", item.digest)) for item in items
+            (item, {}, (item.step, item.size_bytes, _yes(item.available), _yes(item.pinned), _score(item), item.digest))
+            for item in items
         ]
-        session.table(("step", "bytes", "available", "digest"), rows)
+        session.table(("step", "bytes", "available", "pinned", "score", "digest"), rows)
 
     @command(app)
     def metrics(
@@ -193,6 +201,14 @@ def _reading(app: typer.Typer) -> None:
             if item.values
         ]
         session.table(("metric", "unit", "points", "first", "last", "at step"), rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _score(item: Checkpoint) -> str:
+    return f"{item.score:.5g}" if item.HasField("score") else ""
 
 
 def _ends(values: Any) -> tuple[str, str]:
@@ -249,3 +265,39 @@ def _steering(app: typer.Typer) -> None:
     def cancel(session: Session, name: JobName, service: ServiceOption = None, request_id: RequestId = None) -> None:
         """Ask a job to end without an artifact."""
         steer(session, "Cancel", name, service, request_id)
+
+
+def _pinning(app: typer.Typer) -> None:
+    def change(
+        session: Session, verb: str, name: str, step: int, digest: str, service: Service | None, request_id: str | None
+    ) -> None:
+        found, item = owner(session, service, name)
+        checkpoint = found.pin(verb, item.job.name, step, digest, new_request_id(request_id))
+        if session.as_json:
+            session.show(checkpoint, service=found.service.value)
+        else:
+            say(f"{item.job.name} step {checkpoint.step} {'pinned' if checkpoint.pinned else 'unpinned'}")
+
+    @command(app)
+    def pin(
+        session: Session,
+        name: JobName,
+        step: CheckpointStep,
+        digest: CheckpointDigest = "",
+        service: ServiceOption = None,
+        request_id: RequestId = None,
+    ) -> None:
+        """Keep a checkpoint of a job, whatever its policy says."""
+        change(session, "Pin", name, step, digest, service, request_id)
+
+    @command(app)
+    def unpin(
+        session: Session,
+        name: JobName,
+        step: CheckpointStep,
+        digest: CheckpointDigest = "",
+        service: ServiceOption = None,
+        request_id: RequestId = None,
+    ) -> None:
+        """Leave a checkpoint to its job's policy again."""
+        change(session, "Unpin", name, step, digest, service, request_id)

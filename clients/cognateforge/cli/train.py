@@ -14,6 +14,7 @@ from cognateforge.cli.session import Session, command, new_request_id, print_lin
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1 import training_pb2
+    from cognateforge.job.v1.job_pb2 import CheckpointPolicy
 
 Watch = Annotated[bool, typer.Option("--watch", "--wait", help="Follow the job; the exit code tells how it ended.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
@@ -93,6 +94,9 @@ def _pretrain(app: typer.Typer) -> None:
         lr: Annotated[float, typer.Option("--lr", help="Highest learning rate. 0: the server's choice.")] = 0.0,
         warmup_steps: Annotated[int, typer.Option(help="Steps of warm-up. 0: a tenth of all.")] = 0,
         checkpoint_interval: Annotated[int, typer.Option(help="Steps between checkpoints. 0: 100.")] = 0,
+        keep_last: Annotated[int, typer.Option(help="Newest checkpoints that are kept. 0: 2.")] = 0,
+        keep_best: Annotated[int, typer.Option(help="Best checkpoints that are kept beside them.")] = 0,
+        keep_every: Annotated[int, typer.Option(help="Keep checkpoints whose step is a multiple. 0: none.")] = 0,
         progress_interval: Annotated[int, typer.Option(help="Steps between progress events. 0: 1.")] = 0,
         dataset: Annotated[
             list[str] | None, typer.Option(help="SET or SET:WEIGHT. May be repeated. Default: both sets.")
@@ -124,6 +128,7 @@ def _pretrain(app: typer.Typer) -> None:
             peak_learning_rate=lr,
             warmup_steps=warmup_steps,
             checkpoint_interval_steps=checkpoint_interval,
+            checkpoint_policy=_policy(keep_last, keep_best, keep_every),
             progress_interval_steps=progress_interval,
         )
         for share in dataset or []:
@@ -183,6 +188,9 @@ def _train(app: typer.Typer) -> None:
         seed: Seed = 0,
         data_seed: Annotated[int, typer.Option(help="Seed of generated data.")] = 0,
         checkpoint_interval: Annotated[int, typer.Option(help="Steps between checkpoints. 0: 100.")] = 0,
+        keep_last: Annotated[int, typer.Option(help="Newest checkpoints that are kept. 0: 2.")] = 0,
+        keep_best: Annotated[int, typer.Option(help="Best checkpoints that are kept beside them.")] = 0,
+        keep_every: Annotated[int, typer.Option(help="Keep checkpoints whose step is a multiple. 0: none.")] = 0,
         include_out_of_scope: Annotated[
             bool, typer.Option("--include-out-of-scope", help="Keep rows of no label, as a label.")
         ] = False,
@@ -216,6 +224,7 @@ def _train(app: typer.Typer) -> None:
             batch_size=batch_size,
             seed=seed,
             checkpoint_interval_steps=checkpoint_interval,
+            checkpoint_policy=_policy(keep_last, keep_best, keep_every),
         )
         if adaptation is AdaptationKind.FULL:
             plan.adaptation.full.SetInParent()
@@ -248,3 +257,11 @@ def _set_task(plan: training_pb2.TrainingPlan, task: Task, data: str, data_seed:
     if data == "generated":
         raise typer.BadParameter(f"only classification has generated rows; {task} needs a file", param_hint="--data")
     getattr(plan, task.value).file.path = data
+
+
+def _policy(last: int, best: int, every: int) -> CheckpointPolicy | None:
+    from cognateforge.job.v1 import job_pb2
+
+    if not (last or best or every):
+        return None
+    return job_pb2.CheckpointPolicy(keep_last=last, keep_best=best, keep_every_steps=every)

@@ -485,6 +485,7 @@ class TrainingPlan(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_POLICY_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     """Family of the agent that is made, for instance "intent-router". Its versions are numbered."""
     architecture: _builtins.str
@@ -529,6 +530,10 @@ class TrainingPlan(_message.Message):
     def optimization(self) -> Global___Optimization:
         """Which optimizer, how fast."""
 
+    @_builtins.property
+    def checkpoint_policy(self) -> _job_pb2.CheckpointPolicy:
+        """Which checkpoints are kept. Absent: the newest two."""
+
     def __init__(
         self,
         *,
@@ -546,10 +551,11 @@ class TrainingPlan(_message.Message):
         batch_size: _builtins.int = ...,
         seed: _builtins.int = ...,
         checkpoint_interval_steps: _builtins.int = ...,
+        checkpoint_policy: _job_pb2.CheckpointPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "base", b"base", "behavioural", b"behavioural", "classification", b"classification", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "base", b"base", "behavioural", b"behavioural", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "agent", b"agent", "architecture", b"architecture", "base", b"base", "batch_size", b"batch_size", "behavioural", b"behavioural", "checkpoint_interval_steps", b"checkpoint_interval_steps", "classification", b"classification", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "seed", b"seed", "task", b"task", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "agent", b"agent", "architecture", b"architecture", "base", b"base", "batch_size", b"batch_size", "behavioural", b"behavioural", "checkpoint_interval_steps", b"checkpoint_interval_steps", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "seed", b"seed", "task", b"task", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_base: _TypeAlias = _typing.Literal["foundation"]  # noqa: Y015
     _WhichOneofArgType_base: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
@@ -1136,6 +1142,122 @@ class ListCheckpointsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class PinCheckpointRequest(_message.Message):
+    """Which checkpoint to keep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID, new for every new wish."""
+    name: _builtins.str
+    """Whose checkpoint: "jobs/" and a UUID."""
+    step: _builtins.int
+    """The checkpoint's step."""
+    digest: _builtins.str
+    """Its digest, where several attempts have saved the same step. Empty means the newest of that step."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        step: _builtins.int = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "request_id", b"request_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinCheckpointRequest: _TypeAlias = PinCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class PinCheckpointResponse(_message.Message):
+    """The checkpoint after the change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> _job_pb2.Checkpoint:
+        """The checkpoint."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _job_pb2.Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinCheckpointResponse: _TypeAlias = PinCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class UnpinCheckpointRequest(_message.Message):
+    """Which checkpoint to leave to the policy again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID, new for every new wish."""
+    name: _builtins.str
+    """Whose checkpoint: "jobs/" and a UUID."""
+    step: _builtins.int
+    """The checkpoint's step."""
+    digest: _builtins.str
+    """Its digest, where several attempts have saved the same step. Empty means the newest of that step."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        step: _builtins.int = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "request_id", b"request_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinCheckpointRequest: _TypeAlias = UnpinCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class UnpinCheckpointResponse(_message.Message):
+    """The checkpoint after the change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> _job_pb2.Checkpoint:
+        """The checkpoint."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _job_pb2.Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinCheckpointResponse: _TypeAlias = UnpinCheckpointResponse  # noqa: Y015
 
 @_typing.final
 class GetMetricsRequest(_message.Message):

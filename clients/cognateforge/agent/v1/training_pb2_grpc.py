@@ -75,6 +75,16 @@ class AgentForgeTrainingServiceStub:
                 request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.PinCheckpoint = channel.unary_unary(
+                '/cognateforge.agent.v1.AgentForgeTrainingService/PinCheckpoint',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.PinCheckpointRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.PinCheckpointResponse.FromString,
+                _registered_method=True)
+        self.UnpinCheckpoint = channel.unary_unary(
+                '/cognateforge.agent.v1.AgentForgeTrainingService/UnpinCheckpoint',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointResponse.FromString,
+                _registered_method=True)
         self.GetMetrics = channel.unary_unary(
                 '/cognateforge.agent.v1.AgentForgeTrainingService/GetMetrics',
                 request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.GetMetricsRequest.SerializeToString,
@@ -184,6 +194,26 @@ class AgentForgeTrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinCheckpoint(self, request, context):
+        """Keeps a checkpoint's files until it is unpinned, whatever the plan's policy says. Pinning a pinned one changes nothing.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinCheckpoint(self, request, context):
+        """Leaves a checkpoint to the plan's policy again, which is applied when the job saves its next one.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetMetrics(self, request, context):
         """Returns a job's metrics over its steps.
 
@@ -266,6 +296,16 @@ def add_AgentForgeTrainingServiceServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'PinCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinCheckpoint,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.PinCheckpointRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.PinCheckpointResponse.SerializeToString,
+            ),
+            'UnpinCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinCheckpoint,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointResponse.SerializeToString,
             ),
             'GetMetrics': grpc.unary_unary_rpc_method_handler(
                     servicer.GetMetrics,
@@ -505,6 +545,60 @@ class AgentForgeTrainingService:
             '/cognateforge.agent.v1.AgentForgeTrainingService/ListCheckpoints',
             cognateforge_dot_agent_dot_v1_dot_training__pb2.ListCheckpointsRequest.SerializeToString,
             cognateforge_dot_agent_dot_v1_dot_training__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentForgeTrainingService/PinCheckpoint',
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.PinCheckpointRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.PinCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentForgeTrainingService/UnpinCheckpoint',
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

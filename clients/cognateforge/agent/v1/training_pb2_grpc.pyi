@@ -86,6 +86,18 @@ class AgentForgeTrainingServiceStub:
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND.
     """
+    PinCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_pb2.PinCheckpointRequest, _training_pb2.PinCheckpointResponse]
+    """Keeps a checkpoint's files until it is unpinned, whatever the plan's policy says. Pinning a pinned one changes nothing.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, REQUEST_ID_REUSED.
+    """
+    UnpinCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_pb2.UnpinCheckpointRequest, _training_pb2.UnpinCheckpointResponse]
+    """Leaves a checkpoint to the plan's policy again, which is applied when the job saves its next one.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
+    """
     GetMetrics: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetMetricsRequest, _training_pb2.GetMetricsResponse]
     """Returns a job's metrics over its steps.
 
@@ -166,6 +178,18 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND.
+    """
+    PinCheckpoint: _aio.UnaryUnaryMultiCallable[_training_pb2.PinCheckpointRequest, _training_pb2.PinCheckpointResponse]  # type: ignore[assignment]
+    """Keeps a checkpoint's files until it is unpinned, whatever the plan's policy says. Pinning a pinned one changes nothing.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, REQUEST_ID_REUSED.
+    """
+    UnpinCheckpoint: _aio.UnaryUnaryMultiCallable[_training_pb2.UnpinCheckpointRequest, _training_pb2.UnpinCheckpointResponse]  # type: ignore[assignment]
+    """Leaves a checkpoint to the plan's policy again, which is applied when the job saves its next one.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
     """
     GetMetrics: _aio.UnaryUnaryMultiCallable[_training_pb2.GetMetricsRequest, _training_pb2.GetMetricsResponse]  # type: ignore[assignment]
     """Returns a job's metrics over its steps.
@@ -292,6 +316,30 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def PinCheckpoint(
+        self,
+        request: _training_pb2.PinCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.PinCheckpointResponse, _abc.Awaitable[_training_pb2.PinCheckpointResponse]]:
+        """Keeps a checkpoint's files until it is unpinned, whatever the plan's policy says. Pinning a pinned one changes nothing.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinCheckpoint(
+        self,
+        request: _training_pb2.UnpinCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.UnpinCheckpointResponse, _abc.Awaitable[_training_pb2.UnpinCheckpointResponse]]:
+        """Leaves a checkpoint to the plan's policy again, which is applied when the job saves its next one.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod

@@ -154,6 +154,7 @@ class PretrainingPlan(_message.Message):
     PROGRESS_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     CURRICULUM_FIELD_NUMBER: _builtins.int
     ACCELERATION_CONTROL_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_POLICY_FIELD_NUMBER: _builtins.int
     total_steps: _builtins.int
     """Optimizer steps. 1 to 10,000,000."""
     seed: _builtins.int
@@ -188,6 +189,10 @@ class PretrainingPlan(_message.Message):
         reported. It costs as much time, memory and checkpoint space again for each of its learning rates.
         """
 
+    @_builtins.property
+    def checkpoint_policy(self) -> _job_pb2.CheckpointPolicy:
+        """Which checkpoints are kept. Absent: the newest two."""
+
     def __init__(
         self,
         *,
@@ -202,10 +207,11 @@ class PretrainingPlan(_message.Message):
         progress_interval_steps: _builtins.int = ...,
         curriculum: Global___Curriculum | None = ...,
         acceleration_control: Global___AccelerationControl | None = ...,
+        checkpoint_policy: _job_pb2.CheckpointPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "curriculum", b"curriculum"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "checkpoint_policy", b"checkpoint_policy", "curriculum", b"curriculum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "batch_size", b"batch_size", "checkpoint_interval_steps", b"checkpoint_interval_steps", "curriculum", b"curriculum", "datasets", b"datasets", "peak_learning_rate", b"peak_learning_rate", "progress_interval_steps", b"progress_interval_steps", "seed", b"seed", "sequence_length", b"sequence_length", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "batch_size", b"batch_size", "checkpoint_interval_steps", b"checkpoint_interval_steps", "checkpoint_policy", b"checkpoint_policy", "curriculum", b"curriculum", "datasets", b"datasets", "peak_learning_rate", b"peak_learning_rate", "progress_interval_steps", b"progress_interval_steps", "seed", b"seed", "sequence_length", b"sequence_length", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -694,6 +700,122 @@ class ListCheckpointsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class PinCheckpointRequest(_message.Message):
+    """Which checkpoint to keep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID, new for every new wish."""
+    name: _builtins.str
+    """Whose checkpoint: "jobs/" and a UUID."""
+    step: _builtins.int
+    """The checkpoint's step."""
+    digest: _builtins.str
+    """Its digest, where several attempts have saved the same step. Empty means the newest of that step."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        step: _builtins.int = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "request_id", b"request_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinCheckpointRequest: _TypeAlias = PinCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class PinCheckpointResponse(_message.Message):
+    """The checkpoint after the change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> _job_pb2.Checkpoint:
+        """The checkpoint."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _job_pb2.Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinCheckpointResponse: _TypeAlias = PinCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class UnpinCheckpointRequest(_message.Message):
+    """Which checkpoint to leave to the policy again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID, new for every new wish."""
+    name: _builtins.str
+    """Whose checkpoint: "jobs/" and a UUID."""
+    step: _builtins.int
+    """The checkpoint's step."""
+    digest: _builtins.str
+    """Its digest, where several attempts have saved the same step. Empty means the newest of that step."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        step: _builtins.int = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "request_id", b"request_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinCheckpointRequest: _TypeAlias = UnpinCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class UnpinCheckpointResponse(_message.Message):
+    """The checkpoint after the change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> _job_pb2.Checkpoint:
+        """The checkpoint."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _job_pb2.Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinCheckpointResponse: _TypeAlias = UnpinCheckpointResponse  # noqa: Y015
 
 @_typing.final
 class GetMetricsRequest(_message.Message):

@@ -82,6 +82,18 @@ class CognatePretrainingServiceStub:
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND.
     """
+    PinCheckpoint: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.PinCheckpointRequest, _pretraining_pb2.PinCheckpointResponse]
+    """Keeps a checkpoint's files until it is unpinned, whatever the plan's policy says. Pinning a pinned one changes nothing.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, REQUEST_ID_REUSED.
+    """
+    UnpinCheckpoint: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.UnpinCheckpointRequest, _pretraining_pb2.UnpinCheckpointResponse]
+    """Leaves a checkpoint to the plan's policy again, which is applied when the job saves its next one.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
+    """
     GetMetrics: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.GetMetricsRequest, _pretraining_pb2.GetMetricsResponse]
     """Returns a job's metrics over its steps.
 
@@ -154,6 +166,18 @@ class CognatePretrainingServiceAsyncStub(CognatePretrainingServiceStub):
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND.
+    """
+    PinCheckpoint: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.PinCheckpointRequest, _pretraining_pb2.PinCheckpointResponse]  # type: ignore[assignment]
+    """Keeps a checkpoint's files until it is unpinned, whatever the plan's policy says. Pinning a pinned one changes nothing.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, REQUEST_ID_REUSED.
+    """
+    UnpinCheckpoint: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.UnpinCheckpointRequest, _pretraining_pb2.UnpinCheckpointResponse]  # type: ignore[assignment]
+    """Leaves a checkpoint to the plan's policy again, which is applied when the job saves its next one.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
     """
     GetMetrics: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.GetMetricsRequest, _pretraining_pb2.GetMetricsResponse]  # type: ignore[assignment]
     """Returns a job's metrics over its steps.
@@ -272,6 +296,30 @@ class CognatePretrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def PinCheckpoint(
+        self,
+        request: _pretraining_pb2.PinCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pretraining_pb2.PinCheckpointResponse, _abc.Awaitable[_pretraining_pb2.PinCheckpointResponse]]:
+        """Keeps a checkpoint's files until it is unpinned, whatever the plan's policy says. Pinning a pinned one changes nothing.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinCheckpoint(
+        self,
+        request: _pretraining_pb2.UnpinCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pretraining_pb2.UnpinCheckpointResponse, _abc.Awaitable[_pretraining_pb2.UnpinCheckpointResponse]]:
+        """Leaves a checkpoint to the plan's policy again, which is applied when the job saves its next one.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod

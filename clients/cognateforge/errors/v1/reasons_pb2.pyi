@@ -96,6 +96,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The lease has ended, or the fencing token is not its own. Nothing was changed."""
     REASON_CAPACITY_TAKEN: _Reason.ValueType  # 34
     """The capacity is in use, lent already, or kept back. It may be free later."""
+    REASON_CHECKPOINT_NOT_FOUND: _Reason.ValueType  # 41
+    """The job has no checkpoint of that step, or none with that digest."""
+    REASON_CHECKPOINT_GONE: _Reason.ValueType  # 42
+    """The checkpoint's files were removed by retention or found damaged."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -169,6 +173,10 @@ REASON_LEASE_ENDED: Reason.ValueType  # 33
 """The lease has ended, or the fencing token is not its own. Nothing was changed."""
 REASON_CAPACITY_TAKEN: Reason.ValueType  # 34
 """The capacity is in use, lent already, or kept back. It may be free later."""
+REASON_CHECKPOINT_NOT_FOUND: Reason.ValueType  # 41
+"""The job has no checkpoint of that step, or none with that digest."""
+REASON_CHECKPOINT_GONE: Reason.ValueType  # 42
+"""The checkpoint's files were removed by retention or found damaged."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

@@ -342,6 +342,8 @@ class Checkpoint(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     AVAILABLE_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Finished optimizer steps at the time."""
     digest: _builtins.str
@@ -350,6 +352,12 @@ class Checkpoint(_message.Message):
     """Size of its files in bytes."""
     available: _builtins.bool
     """False once its files were removed by retention or found damaged."""
+    pinned: _builtins.bool
+    """Whether retention must leave its files alone."""
+    score: _builtins.float
+    """Newest validation of the job when it was saved: validation_loss in pretraining, validation_accuracy of an agent.
+    Absent when nothing was measured before.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was durable."""
@@ -362,14 +370,50 @@ class Checkpoint(_message.Message):
         size_bytes: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         available: _builtins.bool = ...,
+        pinned: _builtins.bool = ...,
+        score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "create_time", b"create_time", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "create_time", b"create_time", "digest", b"digest", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "available", b"available", "create_time", b"create_time", "digest", b"digest", "pinned", b"pinned", "score", b"score", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
+    _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class CheckpointPolicy(_message.Message):
+    """Which checkpoints of a job are kept. The newest two always are, and so are pinned ones."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEEP_LAST_FIELD_NUMBER: _builtins.int
+    KEEP_BEST_FIELD_NUMBER: _builtins.int
+    KEEP_EVERY_STEPS_FIELD_NUMBER: _builtins.int
+    keep_last: _builtins.int
+    """How many of the newest. 0 means 2; at most 1,000, and what is below 2 counts as 2."""
+    keep_best: _builtins.int
+    """How many of those with the best score: the lowest validation_loss, or the highest validation_accuracy. 0 means none;
+    at most 1,000. A checkpoint without a score is none of them.
+    """
+    keep_every_steps: _builtins.int
+    """Keep for good those whose step is a multiple of this. 0 means none."""
+    def __init__(
+        self,
+        *,
+        keep_last: _builtins.int = ...,
+        keep_best: _builtins.int = ...,
+        keep_every_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_best", b"keep_best", "keep_every_steps", b"keep_every_steps", "keep_last", b"keep_last"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+Global___CheckpointPolicy: _TypeAlias = CheckpointPolicy  # noqa: Y015
 
 @_typing.final
 class ArtifactPublished(_message.Message):
