@@ -1,6 +1,8 @@
 """Cuts at random steps, also in the middle of a save beside training: no bit of the weights changes."""
 
+import contextlib
 import random
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +27,7 @@ class BackgroundAttempt(MemoryAttempt):
         super().__init__(workdir)
         self._cut_at, self._lag, self._seen = cut_at, lag, 0
         self._go: list[tuple[int, threading.Event]] = []
+        self._writers: list[threading.Thread] = []
         self._dead = threading.Event()
         self.lost = 0
 
@@ -32,7 +35,7 @@ class BackgroundAttempt(MemoryAttempt):
         self._seen += 1
         if self._seen == self._cut_at:
             self._dead.set()
-            self._release(10**9)
+            self._release(sys.maxsize)
             raise AttemptStopped(StopKind.REVOKED)
         self._release(self._seen)
         return None
@@ -56,8 +59,16 @@ class BackgroundAttempt(MemoryAttempt):
                 return
             saved.set_result(MemoryAttempt.save_checkpoint(self, step=step, write=write).result())
 
-        threading.Thread(target=run).start()
+        self._writers.append(threading.Thread(target=run))
+        self._writers[-1].start()
         return saved
+
+    def close(self) -> None:
+        """Lose what is not written yet, as the end of the process would."""
+        self._dead.set()
+        self._release(sys.maxsize)
+        for writer in self._writers:
+            writer.join()
 
 
 class Lazy(Future[CheckpointRef]):
@@ -83,11 +94,13 @@ def test_a_run_cut_at_random_ends_with_the_same_bits(seed: int, whole: bytes, tm
     """Two cuts each, at any step; saves lag behind training by up to six steps, so that many cuts are within one."""
     chance = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     for _ in range(2):
-        attempt = BackgroundAttempt(tmp_path, cut_at=chance.randint(1, 12), lag=chance.randint(0, 6))
-        try:
-            pretrain(CONFIG, CountingStream(packed=True, carried=True), attempt)
-        except AttemptStopped:
-            continue
-    last = BackgroundAttempt(tmp_path, lag=chance.randint(0, 6))
-    result = pretrain(CONFIG, CountingStream(packed=True, carried=True), last)
+        with contextlib.closing(
+            BackgroundAttempt(tmp_path, cut_at=chance.randint(1, 12), lag=chance.randint(0, 6))
+        ) as cut:
+            try:
+                pretrain(CONFIG, CountingStream(packed=True, carried=True), cut)
+            except AttemptStopped:
+                continue
+    with contextlib.closing(BackgroundAttempt(tmp_path, lag=chance.randint(0, 6))) as last:
+        result = pretrain(CONFIG, CountingStream(packed=True, carried=True), last)
     assert weights(result) == whole

@@ -27,6 +27,7 @@ from typing import Any
 import grpc
 import hypothesis
 import psutil
+import sqlalchemy as sa
 from google.protobuf import descriptor_pool, duration_pb2
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
@@ -45,6 +46,7 @@ from cognateforge.exchange.v1 import resource_pb2, resource_pb2_grpc
 from tests.fuzz.requests import Request, requests
 from tests.support.published import publish_agent, publish_model
 from training_common.jobs.store import JobStore
+from training_common.store import tables as t
 from training_common.store.database import Database
 
 USUAL_TIMEOUT_S = 5.0
@@ -52,6 +54,15 @@ USUAL_TIMEOUT_S = 5.0
 HEARTBEAT_S = 0.02
 _QUIET_S = 0.1
 ROUNDS = 10
+# Of the first job that waits; its folder is never opened.
+CHECKPOINT: dict[str, Any] = {
+    "attempt": 1,
+    "step": 4,
+    "digest": f"sha256:{'0' * 64}",
+    "size_bytes": 1,
+    "folder": "1-4",
+    "create_us": 1_700_000_000_000_000,
+}
 NOT_SERVED = {"ValidateModel", "EvaluateAgent"}
 # What a service may be busy with by itself: leases end.
 _MOVES_BY_ITSELF = {"leases", "lease_clock"}
@@ -141,7 +152,9 @@ def running(name: str, folder: Path, **more: str) -> Iterator[Service]:
     with database.write() as connection:
         for _ in range(5):
             plan = pretraining_pb2.PretrainingPlan(total_steps=9).SerializeToString() if name == "cognate" else b""
-            jobs.append(JobStore(database).submit(connection, plan=plan, total_steps=9, caller="seed").name)
+            jobs.append(JobStore(database).submit(connection, plan=plan, total_steps=9, caller="seed"))
+        # As if an earlier attempt of the first had saved it.
+        connection.execute(sa.insert(t.checkpoints).values(job_id=jobs[0].id, available=True, **CHECKPOINT))
     database.close()
     published = [(publish_model if name == "cognate" else publish_agent)(folder) for _ in range(3)]
     prefix = f"{name.upper()}_SERVER_"
@@ -173,7 +186,7 @@ def running(name: str, folder: Path, **more: str) -> Iterator[Service]:
             yield Service(
                 name=name,
                 methods=_methods(modules[name].SERVICES),
-                known=(*jobs, *(row.name for row in published), family),
+                known=(*(job.name for job in jobs), *(row.name for row in published), family),
                 channel=channel,
                 store=Store(folder / "store.db"),
                 process=psutil.Process(server.pid),
@@ -183,9 +196,10 @@ def running(name: str, folder: Path, **more: str) -> Iterator[Service]:
         server.wait(15)
 
 
-def served_requests(cognate: grpc.Channel) -> dict[str, list[Message]]:
+def served_requests(services: Sequence[Service]) -> dict[str, list[Message]]:
     """Return requests that chance would not find, by the methods that serve them. Some leases are acquired for them."""
-    resources = resource_pb2_grpc.ResourceServiceStub(cognate)
+    cognate, agent = services
+    resources = resource_pb2_grpc.ResourceServiceStub(cognate.channel)
     leases = []
     for _ in range(2):
         acquire = resource_pb2.AcquireLeaseRequest(
@@ -222,6 +236,14 @@ def served_requests(cognate: grpc.Channel) -> dict[str, list[Message]]:
             resource_pb2.ReleaseLeaseRequest(name=end.name, fencing_token=end.fencing_token),
         ),
         ("exchange.v1.ResourceService.WatchLease", resource_pb2.WatchLeaseRequest(name=keep.name)),
+        *(
+            (f"{package}.{service}.{verb}Checkpoint", request(name=owner.known[0], step=CHECKPOINT["step"]))
+            for package, service, owner, module in (
+                ("cognate.v1", "CognatePretrainingService", cognate, pretraining_pb2),
+                ("agent.v1", "AgentForgeTrainingService", agent, training_pb2),
+            )
+            for verb, request in (("Pin", module.PinCheckpointRequest), ("Unpin", module.UnpinCheckpointRequest))
+        ),
     ]
     return {f"cognateforge.{name}": [message] for name, message in made}
 
@@ -300,7 +322,7 @@ def fuzz(folder: Path, *, count: int, seed: int) -> dict[str, Any]:
             stack.enter_context(running("cognate", folder / "cognate", LENDING__GPUS="4")),
             stack.enter_context(running("agent", folder / "agent", COGNATE__ASK_WITHIN_S="0")),
         ]
-        served = served_requests(services[0].channel)
+        served = served_requests(services)
         services[0].store.has_changed()
         targets = [
             (
@@ -317,7 +339,9 @@ def fuzz(folder: Path, *, count: int, seed: int) -> dict[str, Any]:
         for turn in range(ROUNDS):
             for number, (service, method, strategy) in enumerate(targets):
                 examples = _share(count, turn * len(targets) + number, ROUNDS * len(targets))
-                _press(service, method, strategy, tally, examples=examples, seed=seed * ROUNDS + turn)
+                # Each its own: of one seed, all would draw the same request ids, which serve once.
+                own_seed = (seed * ROUNDS + turn) * len(targets) + number
+                _press(service, method, strategy, tally, examples=examples, seed=own_seed)
             for service in services:
                 rss[service.name].append(service.process.memory_info().rss)
         spent_s = time.monotonic() - start_s

@@ -22,6 +22,7 @@ from tests.support.contracts import newer, serving
 from tests.support.servers import running_cognate
 from tests.support.toy_service import ToyService
 from tests.support.toy_worker import expected_result
+from tests.support.waiting import until
 from training_common.engines.local import LocalEngine
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import JobRow, JobStore
@@ -239,6 +240,8 @@ async def test_a_stopped_borrower_that_goes_on_after_the_end_changes_nothing(tmp
         worker = psutil.Process(pid(both, job))
         with both.toy.database.write():  # so that it is stopped in no commit of its own: that would be a write before
             os.kill(worker.pid, signal.SIGSTOP)
+            # One thread takes the signal, the others may run on.
+            await until(lambda: worker.status() == psutil.STATUS_STOPPED)
         before, events = both.now(job), both.toy.events(job)
         end = time.monotonic() + 20
         while await both.lent():  # the service is gone as well: no tick, no renewal
