@@ -264,6 +264,7 @@ async def test_a_lease_in_an_unknown_state_is_yielded(tmp_path: Path) -> None:
         lease = {"name": both.now(job).lease, "state": "LEASE_STATE_NEW", "remaining": "20s", "amount": 2}
         with serving(newer(), {"ResourceService/RenewLease": {"lease": lease}}) as address:
             newer_cognate = CognateLink(CognateEndpoint(address=address))
+            both.borrower.stop()
             both.borrower = Borrower(
                 both.toy.store,
                 both.toy.scheduler,
