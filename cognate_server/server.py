@@ -52,7 +52,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         settings.workers,
         settings_file=settings_file,
         server=settings.server_name,
-        may_start=resources.make_room,
+        in_the_way=resources.make_room,
     )
     events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
     changed_leases = ChangeHub(database, leases.progress)

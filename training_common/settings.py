@@ -58,6 +58,9 @@ class WorkerSettings(Section):
         le=10_000,
         description="workers in a row that were ended from outside before a new checkpoint, before FAILED",
     )
+    deadline_grace_s: float = Field(
+        default=60.0, gt=0, le=3600, description="time to save and let go after finish_by, before the worker is killed"
+    )
     checkpoints: Literal["async", "sync"] = Field(
         default="async",
         description="async writes beside training and holds one more copy of its state in memory; sync stops training",

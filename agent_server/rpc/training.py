@@ -16,6 +16,7 @@ from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.store import JobRow
+from training_common.rpc.convert import scheduling as to_scheduling
 from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, JobRpcs, JobService
 from training_common.settings import DataSettings
@@ -50,7 +51,11 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
             if refused is not None:
                 raise refused
             return self._jobs.store.submit(
-                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
+                connection,
+                plan=plan.SerializeToString(),
+                total_steps=plan.total_steps,
+                caller=caller,
+                scheduling=to_scheduling(request.scheduling),
             )
 
         answer = await self._jobs.mutate(

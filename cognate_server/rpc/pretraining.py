@@ -12,6 +12,7 @@ from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.store import JobRow
+from training_common.rpc.convert import scheduling as to_scheduling
 from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, JobRpcs, JobService
 from training_common.settings import DataSettings
@@ -33,7 +34,11 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
             # Not before: a repeated start is answered as the first time, even when the data is gone by now.
             require_data(plan, self._data)
             return self._jobs.store.submit(
-                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
+                connection,
+                plan=plan.SerializeToString(),
+                total_steps=plan.total_steps,
+                caller=caller,
+                scheduling=to_scheduling(request.scheduling),
             )
 
         answer = await self._jobs.mutate(

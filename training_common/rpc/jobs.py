@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -21,7 +21,9 @@ from training_common.jobs.hub import ChangeHub
 from training_common.jobs.pins import set_pinned
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
+from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow, JobStore
+from training_common.jobs.waits import waits
 from training_common.rpc import convert, mutations, paging
 from training_common.rpc.series import SeriesBuilder
 
@@ -49,7 +51,7 @@ class JobService(Generic[M]):
         self.store = store
         self._scheduler = scheduler
         self._hub = hub
-        self.to_message = to_message
+        self._to_message = to_message
         self._units = units
         self._heartbeat_s = heartbeat_s
         self._frames: SharedReads[tuple[JobRow, list[job_pb2.WatchFrame]]] = SharedReads(store.database)
@@ -58,24 +60,50 @@ class JobService(Generic[M]):
         self, method: str, request: Any, work: Callable[[sa.Connection], JobRow], answer: Callable[[M], Message]
     ) -> bytes:
         """Do a mutation once for its request id, and return the answer's bytes, replayed or new."""
-        stored = await mutations.mutate(
-            self.store.database, method, request, lambda connection: answer(self.to_message(work(connection)))
-        )
+
+        def transact(connection: sa.Connection) -> Message:
+            [message] = self._messages(connection, [work(connection)])
+            return answer(message)
+
+        stored = await mutations.mutate(self.store.database, method, request, transact)
         self._scheduler.wake()
         return stored
 
     async def get(self, name: str) -> M:
         """Return one job's message."""
-        return self.to_message(await self.store.database.run_brief(self.store.get, name))
+        row = await self.store.database.run_brief(self.store.get, name)
+        if row.state not in WAITING:
+            return self._to_message(row)
+        [message] = await self.store.database.run(self._read_messages, [row])
+        return message
+
+    def _read_messages(self, rows: Sequence[JobRow]) -> list[M]:
+        with self.store.database.read() as connection:
+            return self._messages(connection, rows)
+
+    def _messages(self, connection: sa.Connection, rows: Sequence[JobRow]) -> list[M]:
+        """Return the messages of jobs, with what they wait for now."""
+        found = waits(connection, rows, self._scheduler.standing)
+        messages = []
+        for row in rows:
+            message: Any = self._to_message(row)
+            if row.id in found:
+                message.job.wait.CopyFrom(convert.wait(found[row.id]))
+            messages.append(message)
+        return messages
 
     async def page(self, request: Any) -> tuple[list[M], str]:
         """Return a page of jobs and the next page's token."""
         before = paging.read_token(request, request.page_token)
         size = paging.page_size(request.page_size)
         wanted = convert.states(request.states)
-        rows = await self.store.database.run(lambda: self.store.page(states=wanted, before_id=before, limit=size + 1))
-        token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
-        return [self.to_message(row) for row in rows[:size]], token
+
+        def read() -> tuple[list[M], str]:
+            rows = self.store.page(states=wanted, before_id=before, limit=size + 1)
+            token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
+            return self._read_messages(rows[:size]), token
+
+        return await self.store.database.run(read)
 
     async def watch(self, name: str, after_sequence: int) -> AsyncIterator[job_pb2.WatchFrame]:
         """Yield every event after `after_sequence` once and in order, heartbeats, and the end frame."""
