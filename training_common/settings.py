@@ -100,6 +100,19 @@ class SecuritySettings(Section):
     )
 
 
+class PriceSettings(Section):
+    """What a worker of this server costs, for estimates. Without a price no cost is told."""
+
+    worker_hour: float | None = Field(default=None, ge=0, description="price of a worker for an hour; none: no cost")
+    currency: str = Field(default="", pattern="^([A-Z]{3})?$", description="ISO 4217 code of the price, as EUR")
+
+    @model_validator(mode="after")
+    def _has_a_currency(self) -> Self:
+        if self.worker_hour is not None and not self.currency:
+            raise ValueError("worker_hour has no currency: set currency beside it")
+        return self
+
+
 class AuditSettings(Section):
     """How much of the audit log is kept."""
 
@@ -159,6 +172,7 @@ class ServiceSettings(Section):
     limits: LimitSettings = LimitSettings()
     consul: ConsulSettings = ConsulSettings()
     audit: AuditSettings = AuditSettings()
+    price: PriceSettings = PriceSettings()
 
     @model_validator(mode="after")
     def _plaintext_stays_local(self) -> Self:

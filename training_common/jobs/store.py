@@ -31,6 +31,7 @@ from cognateforge.exceptions import (
 )
 from training_common.attempt import AttemptWaits, FencedOutError, Json, StopKind
 from training_common.jobs import queue
+from training_common.jobs.speed import measured_steps_per_s
 from training_common.jobs.states import FINAL, HELD, MAY_WAIT, MOVES, WAITING, JobState
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
@@ -682,6 +683,9 @@ class AttemptStore:
     def move_in(self, connection: sa.Connection, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
         """Move the job in the caller's transaction; a state that holds no worker ends the attempt too."""
         job = self._check(connection)
+        if to is JobState.VALIDATING and not job.lease:  # borrowed capacity is no measure of this server
+            measured = measured_steps_per_s(connection, job.id, self.attempt.number)
+            connection.execute(sa.update(t.attempts).filter_by(id=self.attempt.id).values(steps_per_s=measured))
         if to not in HELD:
             JobStore._end_attempt(connection, self.attempt.id)
             changes = {"wish": "", **changes}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 import sqlalchemy as sa
@@ -25,6 +26,8 @@ from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow, JobStore
 from training_common.jobs.waits import waits
 from training_common.rpc import convert, mutations, paging
+from training_common.rpc.estimates import Estimator
+from training_common.rpc.identity import current_caller
 from training_common.rpc.series import SeriesBuilder
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
@@ -33,6 +36,17 @@ _METRICS_BATCH = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
+A = TypeVar("A", bound=Message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A job that may be made. memory: bytes of its worker's parts. configuration: what decides how fast it is."""
+
+    plan: Message
+    total_steps: int
+    memory: Mapping[str, int]
+    configuration: str
 
 
 class JobService(Generic[M]):
@@ -45,6 +59,7 @@ class JobService(Generic[M]):
         scheduler: Scheduler,
         hub: ChangeHub,
         to_message: Callable[[JobRow], M],
+        estimator: Estimator,
         units: Mapping[str, str],
         heartbeat_s: float,
     ) -> None:
@@ -52,6 +67,7 @@ class JobService(Generic[M]):
         self._scheduler = scheduler
         self._hub = hub
         self._to_message = to_message
+        self._estimator = estimator
         self._units = units
         self._heartbeat_s = heartbeat_s
         self._frames: SharedReads[tuple[JobRow, list[job_pb2.WatchFrame]]] = SharedReads(store.database)
@@ -68,6 +84,48 @@ class JobService(Generic[M]):
         stored = await mutations.mutate(self.store.database, method, request, transact)
         self._scheduler.wake()
         return stored
+
+    async def start(self, method: str, request: Any, draft: Callable[[], Draft], answer: type[A]) -> A:
+        """Submit a job once for the request id, or only tell what would be made; `answer` is the response's class.
+
+        draft: checks the request in full, and says what it comes to. A repeated start is answered as the first time,
+        whatever would be refused by now, so that it is only asked for a new one.
+        """
+
+        def made(connection: sa.Connection, new: Draft) -> A:
+            estimate = self._estimator.estimate(
+                connection, memory=new.memory, configuration=new.configuration, total_steps=new.total_steps
+            )
+            return answer(estimate=estimate)
+
+        def check() -> A:
+            new = draft()
+            convert.scheduling(request.scheduling)
+            with self.store.database.read() as connection:
+                response: Any = made(connection, new)
+            response.job.plan.CopyFrom(new.plan)
+            return cast("A", response)
+
+        def submit(connection: sa.Connection) -> A:
+            new = draft()
+            response: Any = made(connection, new)
+            job = self.store.submit(
+                connection,
+                plan=new.plan.SerializeToString(),
+                total_steps=new.total_steps,
+                caller=caller,
+                scheduling=convert.scheduling(request.scheduling),
+                configuration=new.configuration,
+            )
+            response.job.CopyFrom(self._messages(connection, [job])[0])
+            return cast("A", response)
+
+        caller = current_caller().name
+        if request.validate_only:
+            return await self.store.database.run(check)
+        stored = await mutations.mutate(self.store.database, method, request, submit)
+        self._scheduler.wake()
+        return answer.FromString(stored)
 
     async def get(self, name: str) -> M:
         """Return one job's message."""

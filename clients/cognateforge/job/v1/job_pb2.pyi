@@ -257,7 +257,9 @@ class MemoryPart(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """What it holds: "runtime", "weights", "gradients", "optimizer", "filter", "checkpoint_copy", "activations", "control"."""
+    """What it holds: "runtime", "weights", "gradients", "optimizer", "filter", "checkpoint_copy", "activations", "control",
+    "kernels".
+    """
     size_bytes: _builtins.int
     """Bytes."""
     def __init__(
