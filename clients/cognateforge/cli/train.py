@@ -90,7 +90,7 @@ def _submitted(session: Session, service: Service, answer: Any, watch: bool, pro
     if not item.HasField("job"):  # nothing was made
         session.show(answer, service=service.value)
         return Exit.OK
-    if not session.as_json:
+    if not session.as_json and answer.HasField("estimate"):
         say(needs(answer.estimate))
     if session.as_json:
         session.show(item, service=service.value)
