@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 
 from cognate_server.settings import CognateSettings
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
@@ -13,9 +15,9 @@ _MIB = 2**20
 _FLOAT_BYTES = 4
 # Measured by bench `estimates`: a worker before its model, what a token of a step leaves behind until
 # its gradient is known, and what products in bfloat16 keep for every number of tokens that they have met.
-RUNTIME_BYTES = 600 * _MIB
-TOKEN_BYTES = 1 * _MIB
-BFLOAT16_KERNEL_BYTES = 1200 * _MIB
+RUNTIME_BYTES = 590 * _MIB
+TOKEN_BYTES = round(0.8 * _MIB)
+BFLOAT16_KERNEL_BYTES = 1500 * _MIB
 
 
 def memory(plan: pb.PretrainingPlan, settings: CognateSettings) -> Mapping[str, int]:
@@ -34,9 +36,20 @@ def memory(plan: pb.PretrainingPlan, settings: CognateSettings) -> Mapping[str, 
         parts["control"] = controls * 4 * model  # weights, gradients, two moments
     if settings.workers.checkpoints == "async":
         parts["checkpoint_copy"] = (4 + 3 * controls) * model  # all of it but gradients
-    if settings.pretraining.precision != "float32":
+    precision = settings.pretraining.precision
+    if precision == "bfloat16" or (precision == "auto" and _multiplies_bfloat16()):
         parts["kernels"] = BFLOAT16_KERNEL_BYTES
     return parts
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether workers choose bfloat16 here, as torch would tell. Where nobody can say: yes, which needs more."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return True
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def configuration(plan: pb.PretrainingPlan, settings: CognateSettings) -> str:

@@ -154,7 +154,7 @@ class CognateResourceManager:
         return self._workers.threads or self._total(Resource.CPU)
 
     def _running(self, connection: sa.Connection) -> int:
-        return sum(count for state, count in self._store.counts(connection).items() if state in HELD)
+        return sum(self._store.counts(connection, HELD).values())
 
     def _own(self, connection: sa.Connection, kind: Resource) -> int:
         """Return what our jobs hold. They use no graphics processor: the trainer runs on processor cores."""

@@ -275,10 +275,8 @@ def measure(folder: Path, urls: list[str], jobs: int) -> None:
     places = [place(folder / "full", urls[0], jobs), place(folder / "empty", urls[1], 0)]
     filled_s = time.perf_counter() - filled_s
     full, empty = places
-    rates = []
+    rates = [1 / seconds for seconds in median_of(places, claim, CLAIMS)]
     for one in places:
-        claim(one)
-        rates.append(CLAIMS / timed(lambda one=one: [claim(one) for _ in range(CLAIMS)]))  # type: ignore[misc]
         release_all(one)
     times = {"idle_tick": median_of(places, idle_tick, CALLS), **lists(places)}
     times["watch"] = watch_latencies(places)
@@ -293,7 +291,7 @@ def measure(folder: Path, urls: list[str], jobs: int) -> None:
         jobs=jobs,
         waiting=WAITING,
         fill_s=round(filled_s, 1),
-        **in_ms(times),
+        times=in_ms(times),
         submit_to_first_step_s=[round(seconds, 2) for seconds in steps],
     )
 
