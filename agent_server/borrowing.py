@@ -145,14 +145,16 @@ class Borrower:
         )
         try:
             lease = self._link.client().resources.AcquireLease(request).lease
-        except CapacityTakenError:
+        except CapacityTakenError as error:
+            self._scheduler.beyond = f"nothing can be borrowed: {error.message}"
             return
         except ForgeError as error:
             if not self._away:
                 log.warning("nothing can be borrowed for now", error=error.message)
             self._away = True
+            self._scheduler.beyond = f"nothing can be borrowed: {error.message}"
             return
-        self._ask_at_s, self._away = 0.0, False
+        self._ask_at_s, self._away, self._scheduler.beyond = 0.0, False, ""
         self._follow(lease.name, lease.fencing_token)
         loan = Loan(
             lease=lease.name,

@@ -24,6 +24,7 @@ from training_common.folder_lock import FolderLock
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
+from training_common.rpc.estimates import Estimator
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
 from training_common.rpc.server import RunningServer, create_server
@@ -57,13 +58,14 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         scheduler=scheduler,
         hub=events,
         to_message=convert.job,
+        estimator=Estimator(server=settings.server_name, price=settings.price),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
     )
     link = CognateLink(settings.cognate)
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
-        TrainingServicer(jobs, factory=factory, data=settings.data, cognate=link, info=info), server
+        TrainingServicer(jobs, factory=factory, settings=settings, cognate=link, info=info), server
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
     borrower = Borrower(store, scheduler, link, slots=settings.workers.slots, settings=settings.borrow)

@@ -96,7 +96,7 @@ def from_plan(plan: pb.TrainingPlan, *, foundation: str = "", foundation_digest:
         task=plan.WhichOneof("task") or "",
         foundation=foundation,
         foundation_digest=foundation_digest,
-        adaptation=_adaptation(plan.adaptation),
+        adaptation=adaptation_of(plan),
         optimization=Optimization(
             optimizer=OptimizerKind(optimization.WhichOneof("optimizer") or OptimizerKind.ADAMW),
             lr=optimization.peak_learning_rate or Optimization.lr,
@@ -113,8 +113,9 @@ def from_plan(plan: pb.TrainingPlan, *, foundation: str = "", foundation_digest:
     )
 
 
-def _adaptation(adaptation: pb.Adaptation) -> Adaptation:
-    lora = None
+def adaptation_of(plan: pb.TrainingPlan) -> Adaptation:
+    """Return how much of the base a plan trains."""
+    adaptation, lora = plan.adaptation, None
     if adaptation.WhichOneof("method") == "lora":
         asked = adaptation.lora
         lora = Lora(rank=asked.rank or Lora.rank, alpha=asked.alpha, dropout=asked.dropout)

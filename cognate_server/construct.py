@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from training_common.models.cognate_v1 import CognateV1, CognateV1Config, count_parameters
+from training_common.models.fingerprints import COGNATE_V1_25M_PARAMETERS
 
 SPECIFICATION = CognateV1Config()
-SPECIFIED_PARAMETERS = 24_998_668
+SPECIFIED_PARAMETERS = COGNATE_V1_25M_PARAMETERS
 
 EMBEDDING_STD = 0.02
 STEP_VECTOR_STD = 0.1

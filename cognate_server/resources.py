@@ -101,14 +101,15 @@ class CognateResourceManager:
         """Keep a lease for longer, in the caller's transaction. Errors: LeaseNotFoundError, LeaseEndedError."""
         return self.leases.renew(connection, name, holder=holder, token=token, ttl_us=self._ttl_us(ttl_s))
 
-    def make_room(self) -> bool:
-        """Whether a waiting job may start. While what it needs is lent, ask for it back, and say so in the job.
+    def make_room(self) -> str:
+        """Return what keeps a waiting job from a free slot, in words, or nothing.
 
-        From the moment a job waits for a free slot nothing more of its share is lent, so an answer of yes stays true.
+        While what it needs is lent, ask for it back, and say so in the job. From the moment a job waits for a free slot
+        nothing more of its share is lent, so an answer of nothing stays true.
         """
         with self.database.read() as connection:
             if not self.leases.lent(connection, Resource.CPU, now_us()):
-                return True
+                return ""
         with self.database.write() as connection:
             now = now_us()
             lent = self.leases.active(connection, Resource.CPU, now)
@@ -116,7 +117,8 @@ class CognateResourceManager:
             free = self._total(Resource.CPU) - self._own(connection, Resource.CPU) - sum(one.amount for one in lent)
             missing = self._cores_per_job() - free
             if missing <= 0 or not lent or job is None:
-                return True
+                return ""
+            wanted = f"{missing} cores are missing, which are lent to {', '.join(sorted({one.holder for one in lent}))}"
             missing -= sum(one.amount for one in lent if one.state is LeaseState.REVOKING)
             for lease in lent:
                 if missing <= 0:
@@ -125,7 +127,7 @@ class CognateResourceManager:
                     revoked = self.leases.revoke(connection, lease, grace_us=round(self._lending.grace_s * 1e6))
                     missing -= lease.amount
                     self._tell(connection, job.id, revoked, now)
-            return False
+            return f"{wanted}, and were asked back"
 
     def _tell(self, connection: sa.Connection, job_id: int, lease: LeaseRow, now: int) -> None:
         left_s = max(0.0, (lease.until_us - now) / 1e6)
@@ -152,7 +154,7 @@ class CognateResourceManager:
         return self._workers.threads or self._total(Resource.CPU)
 
     def _running(self, connection: sa.Connection) -> int:
-        return sum(count for state, count in self._store.counts(connection).items() if state in HELD)
+        return sum(self._store.counts(connection, HELD).values())
 
     def _own(self, connection: sa.Connection, kind: Resource) -> int:
         """Return what our jobs hold. They use no graphics processor: the trainer runs on processor cores."""

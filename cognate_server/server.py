@@ -24,6 +24,7 @@ from training_common.folder_lock import FolderLock
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
+from training_common.rpc.estimates import Estimator
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
 from training_common.rpc.server import RunningServer, create_server
@@ -52,7 +53,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         settings.workers,
         settings_file=settings_file,
         server=settings.server_name,
-        may_start=resources.make_room,
+        in_the_way=resources.make_room,
     )
     events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
     changed_leases = ChangeHub(database, leases.progress)
@@ -62,12 +63,13 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         scheduler=scheduler,
         hub=events,
         to_message=convert.job,
+        estimator=Estimator(server=settings.server_name, price=settings.price),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
-        PretrainingServicer(jobs, data=settings.data, info=info), server
+        PretrainingServicer(jobs, settings=settings, info=info), server
     )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server

@@ -25,13 +25,15 @@ class StopKind(enum.StrEnum):
     CANCEL = "cancel"
     # What it runs on is wanted back: it goes on elsewhere.
     YIELD = "yield"
+    # The job has not ended by its deadline.
+    DEADLINE = "deadline"
     # The job is no longer this attempt's.
     REVOKED = "revoked"
 
     @property
     def saves(self) -> bool:
         """Whether the attempt saves a checkpoint first."""
-        return self in (StopKind.PAUSE, StopKind.YIELD)
+        return self in (StopKind.PAUSE, StopKind.YIELD, StopKind.DEADLINE)
 
 
 class AttemptStopped(Exception):  # noqa: N818 - an instruction, not an error

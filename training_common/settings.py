@@ -58,6 +58,9 @@ class WorkerSettings(Section):
         le=10_000,
         description="workers in a row that were ended from outside before a new checkpoint, before FAILED",
     )
+    deadline_grace_s: float = Field(
+        default=60.0, gt=0, le=3600, description="time to save and let go after finish_by, before the worker is killed"
+    )
     checkpoints: Literal["async", "sync"] = Field(
         default="async",
         description="async writes beside training and holds one more copy of its state in memory; sync stops training",
@@ -95,6 +98,19 @@ class SecuritySettings(Section):
         default=("viewer", "operator", "agent_service"),
         description="without TLS: roles of callers on loopback and Unix sockets",
     )
+
+
+class PriceSettings(Section):
+    """What a worker of this server costs, for estimates. Without a price no cost is told."""
+
+    worker_hour: float | None = Field(default=None, ge=0, description="price of a worker for an hour; none: no cost")
+    currency: str = Field(default="", pattern="^([A-Z]{3})?$", description="ISO 4217 code of the price, as EUR")
+
+    @model_validator(mode="after")
+    def _has_a_currency(self) -> Self:
+        if self.worker_hour is not None and not self.currency:
+            raise ValueError("worker_hour has no currency: set currency beside it")
+        return self
 
 
 class AuditSettings(Section):
@@ -156,6 +172,7 @@ class ServiceSettings(Section):
     limits: LimitSettings = LimitSettings()
     consul: ConsulSettings = ConsulSettings()
     audit: AuditSettings = AuditSettings()
+    price: PriceSettings = PriceSettings()
 
     @model_validator(mode="after")
     def _plaintext_stays_local(self) -> Self:

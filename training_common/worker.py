@@ -40,7 +40,7 @@ from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
 from training_common.engines.local import EX_TEMPFAIL, own_handle
 from training_common.jobs.states import JobState
-from training_common.jobs.store import AttemptStore, JobStore, note_of
+from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
 from training_common.retention import Retention
 from training_common.settings import ServiceSettings
 from training_common.store.database import Database
@@ -234,6 +234,9 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
         wish = store.heartbeat()
         if wish == StopKind.CANCEL:
             store.move(JobState.CANCELLED, message="cancelled on request")
+        elif wish == StopKind.DEADLINE:
+            failure = past_finish_by(store.job)
+            store.move(JobState.FAILED, message=failure["failure_message"], **failure)
         elif wish == StopKind.YIELD:
             store.move(JobState.RECOVERING, message="gave borrowed capacity back; goes on from its checkpoint")
         else:

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent_server.adaptation import ParameterCount
 from agent_server.architectures.factory import FoundationRequirement
-from training_common.models.fingerprints import COGNATE_V1_25M
+from training_common.models.fingerprints import (
+    COGNATE_V1_25M,
+    COGNATE_V1_25M_ADAPTIVE,
+    COGNATE_V1_25M_HEAD,
+    COGNATE_V1_25M_LINEAR_ENDS,
+    COGNATE_V1_25M_PARAMETERS,
+)
 
 if TYPE_CHECKING:
     from agent_server.adaptation import Adaptation
@@ -29,6 +36,16 @@ class CognateArchitecture:
 
     def __init__(self, requirement: FoundationRequirement = COGNATE_25M) -> None:
         self.required_architecture: FoundationRequirement | None = requirement
+
+    def parameters(self, adaptation: Adaptation) -> ParameterCount:
+        """Return the parameters of a classifier's base and adapters, without its head."""
+        adaptive = COGNATE_V1_25M_ADAPTIVE if adaptation.unfreeze_act_ltm else 0
+        if adaptation.lora is not None:
+            adapters = adaptation.lora.rank * COGNATE_V1_25M_LINEAR_ENDS
+            return ParameterCount(trainable=adapters + adaptive, total=COGNATE_V1_25M_PARAMETERS + adapters)
+        frozen = COGNATE_V1_25M_HEAD + COGNATE_V1_25M_ADAPTIVE
+        trainable = COGNATE_V1_25M_PARAMETERS - frozen + adaptive
+        return ParameterCount(trainable=trainable, total=COGNATE_V1_25M_PARAMETERS)
 
     def build(
         self, *, foundation_dir: Path, task: str, labels: Sequence[str], adaptation: Adaptation, seed: int

@@ -5,20 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import sqlalchemy as sa
-
-from agent_server import foundation
+from agent_server import estimates, foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.plan import require_feasible, with_defaults
 from agent_server.rpc import convert
+from agent_server.settings import AgentSettings
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
 from cognateforge.job.v1 import job_pb2
-from training_common.jobs.store import JobRow
-from training_common.rpc.identity import current_caller
-from training_common.rpc.jobs import Context, JobRpcs, JobService
-from training_common.settings import DataSettings
+from training_common.rpc.jobs import Context, Draft, JobRpcs, JobService
 
 
 class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrainingServiceServicer):
@@ -29,37 +25,32 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         jobs: JobService[pb.TrainingJob],
         *,
         factory: AgentArchitectureFactory,
-        data: DataSettings,
+        settings: AgentSettings,
         cognate: foundation.CognateLink,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
         self._factory = factory
-        self._data = data
+        self._settings = settings
         self._cognate = cognate
         self._info = info
 
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan = with_defaults(request.plan)
-        caller = current_caller().name
         refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
 
-        def submit(connection: sa.Connection) -> JobRow:
-            # Not before: a repeated start is answered as the first time, even when the data is gone by now.
-            require_feasible(plan, self._factory, self._data)
+        def draft() -> Draft:
+            require_feasible(plan, self._factory, self._settings.data)
             if refused is not None:
                 raise refused
-            return self._jobs.store.submit(
-                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
+            return Draft(
+                plan=plan,
+                total_steps=plan.total_steps,
+                memory=estimates.memory(plan, self._factory.get(plan.architecture), self._settings),
+                configuration=estimates.configuration(plan, self._settings),
             )
 
-        answer = await self._jobs.mutate(
-            "StartTraining",
-            request,
-            submit,
-            lambda job: pb.StartTrainingResponse(job=job),
-        )
-        return pb.StartTrainingResponse.FromString(answer)
+        return await self._jobs.start("StartTraining", request, draft, pb.StartTrainingResponse)
 
     def _ask_cognate(self, plan: pb.TrainingPlan, caller_left_s: float | None) -> PreconditionError | None:
         architecture = self._factory.architectures.get(plan.architecture)

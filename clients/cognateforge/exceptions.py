@@ -12,7 +12,7 @@
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
     │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
-    │                                  CapacityTakenError, CheckpointGoneError
+    │                                  CapacityTakenError, CheckpointGoneError, JobDeadlineExceededError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -297,6 +297,12 @@ class CheckpointGoneError(PreconditionError):
     """The checkpoint's files were removed by retention or found damaged."""
 
     reason = Reason.REASON_CHECKPOINT_GONE
+
+
+class JobDeadlineExceededError(PreconditionError):
+    """The job passed a deadline of its own."""
+
+    reason = Reason.REASON_JOB_DEADLINE_EXCEEDED
 
 
 class NotImplementedByServerError(ForgeError):

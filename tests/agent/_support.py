@@ -35,8 +35,8 @@ TINY = CognateV1Config(
 )
 
 
-def write_foundation(folder: Path, texts: Sequence[str], *, seed: int = 0) -> Path:
-    """Write a tiny random Cognate with a tokenizer of those texts, as a fetch would leave it."""
+def write_foundation(folder: Path, texts: Sequence[str], *, seed: int = 0, config: CognateV1Config = TINY) -> Path:
+    """Write a random Cognate, a tiny one, with a tokenizer of those texts, as a fetch would leave it."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,7 +45,7 @@ def write_foundation(folder: Path, texts: Sequence[str], *, seed: int = 0) -> Pa
         texts, trainers.BpeTrainer(vocab_size=_TOKENIZER_VOCABULARY, initial_alphabet=alphabet, show_progress=False)
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    model, generator = CognateV1(TINY), torch.Generator().manual_seed(seed)
+    model, generator = CognateV1(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -53,7 +53,7 @@ def write_foundation(folder: Path, texts: Sequence[str], *, seed: int = 0) -> Pa
             elif not name.endswith("scale_D"):
                 parameter.normal_(0, 0.1, generator=generator)
     save_state(model, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config_to_json(TINY)), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config_to_json(config)), encoding="utf-8")
     return folder
 
 

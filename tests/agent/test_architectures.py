@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import agent_server
-from agent_server.adaptation import Adaptation, Lora
+from agent_server.adaptation import Adaptation, Lora, adapt, count_parameters
 from agent_server.architectures.cognate import COGNATE_25M, CognateArchitecture
 from agent_server.architectures.factory import GROUP, AgentArchitectureFactory
 from cognateforge.exceptions import (
@@ -27,6 +28,7 @@ from tests.agent._support import TINY, toy_rows, write_foundation
 from training_common.models.cognate_v1 import (
     ACT_PREFIXES,
     LTM_PREFIXES,
+    CognateV1,
     CognateV1Config,
     architecture_fingerprint,
     config_to_json,
@@ -140,6 +142,25 @@ def test_the_fingerprint_is_that_of_the_architecture() -> None:
     """The constant that processes without torch use equals the computed fingerprint of Cognate-25M."""
     assert f"sha256:{architecture_fingerprint(CognateV1Config())}" == COGNATE_V1_25M
     assert COGNATE_25M.fingerprint == COGNATE_V1_25M
+
+
+@pytest.mark.parametrize("unfreeze", [False, True])
+@pytest.mark.parametrize("lora", [None, Lora(rank=8)])
+def test_the_sizes_are_those_of_the_architecture(lora: Lora | None, unfreeze: bool) -> None:
+    """What processes without torch count with equals what is trained of Cognate-25M, and what there is in all."""
+    adaptation = Adaptation(lora=lora, unfreeze_act_ltm=unfreeze)
+    with torch.device("meta"):
+        model = CognateV1(CognateV1Config())
+        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        adapt(
+            model,
+            adaptation,
+            linear_layers=[name for name in layers if name.startswith(("prelude.", "core.", "coda."))],
+            adaptive_prefixes=ACT_PREFIXES + LTM_PREFIXES,
+            unused_prefixes=("head.", "head_bias_V"),
+            seed=0,
+        )
+    assert count_parameters(model) == CognateArchitecture().parameters(adaptation)
 
 
 def test_no_module_of_the_agent_service_names_the_filter() -> None:

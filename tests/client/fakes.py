@@ -257,6 +257,7 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
         self.job = pretraining_pb2.PretrainingJob(
             job=job_pb2.Job(name=JOB, state=job_pb2.JOB_STATE_RUNNING, observed=True, step=2, total_steps=20, attempt=1)
         )
+        self.estimate: job_pb2.Estimate | None = None
 
     def _known(self, name: str, context: grpc.ServicerContext) -> None:
         if name != JOB:
@@ -264,8 +265,9 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
 
     def StartPretraining(self, request: Any, context: Any) -> Any:
         self.script.meet("StartPretraining", request, context)
+        made = None if request.validate_only else self.job.job
         return pretraining_pb2.StartPretrainingResponse(
-            job=pretraining_pb2.PretrainingJob(job=self.job.job, plan=request.plan)
+            job=pretraining_pb2.PretrainingJob(job=made, plan=request.plan), estimate=self.estimate
         )
 
     def GetJob(self, request: Any, context: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,52 @@ def test_pretrain_asks_for_a_curriculum(forge: Forge, fake: Fake) -> None:
     assert (plan.curriculum.steps, plan.curriculum.initial_competence) == (9, 0.25)
     assert forge("pretrain", "--steps", "30", "--curriculum-steps", "9").exit_code == 2
     assert len(fake.script.calls) == 2
+
+
+@pytest.mark.parametrize("command", ["pretrain", "train"])
+def test_a_start_says_when_it_is_to_run(forge: Forge, fake: Fake, command: str) -> None:
+    """Priority and deadlines, as times or from now on; what is no moment never reaches the server."""
+    words = [command, "--steps", "30"]
+    if command == "train":
+        words += ["--agent", "intent-router", "--foundation", "cognate-25m@7", "--data", "generated"]
+    assert 0 == forge(*words).exit_code
+    assert not fake.script.calls[-1].request.HasField("scheduling")
+    before = time.time()
+    asked = ("--priority", "7", "--start-by", "30m", "--finish-by", "2027-12-24T18:00:00Z", "--validate-only")
+    assert 0 == forge(*words, *asked).exit_code
+    request = fake.script.calls[-1].request
+    assert (7, True) == (request.scheduling.priority, request.validate_only)
+    assert "2027-12-24T18:00:00Z" == request.scheduling.finish_by.ToJsonString()
+    assert 1799 <= request.scheduling.start_by.ToSeconds() - before <= 1801 + time.time() - before
+    result = forge(*words, "--finish-by", "tomorrow")
+    assert (2, 2) == (result.exit_code, len(fake.script.calls))
+    assert "is no moment" in result.stderr
+
+
+def test_a_dry_run_shows_the_estimate(forge: Forge, fake: Fake) -> None:
+    """In whole, as text and as JSON; a real start has one line of it for people."""
+    estimate = job_pb2.Estimate(memory_bytes=2_500_000_000, steps_per_s=0.5, measured_attempts=3)
+    estimate.run_time.FromSeconds(60)
+    estimate.cost.amount, estimate.cost.currency = 0.25, "EUR"
+    fake.pretraining.estimate = estimate
+    dry = forge("pretrain", "--steps", "30", "--validate-only")
+    assert (0, True) == (dry.exit_code, "memory_bytes: 2500000000" in dry.stdout)
+    [row] = forge.json("pretrain", "--steps", "30", "--validate-only")
+    assert (0.5, 30) == (row["estimate"]["steps_per_s"], row["job"]["plan"]["total_steps"])
+    real = forge("pretrain", "--steps", "30")
+    words = "expected: 2.5 GB of memory, 60 s of training, by 3 measured attempts, 0.25 EUR"
+    assert (f"{JOB}\n", words) == (real.stdout, real.stderr.strip())
+
+
+def test_jobs_tell_what_they_wait_for(forge: Forge, fake: Fake) -> None:
+    """The place in the queue, or until when."""
+    job = fake.pretraining.job.job
+    job.state = job_pb2.JOB_STATE_QUEUED
+    job.wait.CopyFrom(job_pb2.Wait(reason=job_pb2.WAIT_REASON_SLOT, queue_position=3))
+    assert "slot, place 3" in forge("jobs", "cognate").stdout
+    job.wait.CopyFrom(job_pb2.Wait(reason=job_pb2.WAIT_REASON_PEER))
+    job.wait.not_before.FromSeconds(0)
+    assert "peer, until 1970-01-01T00:00:00Z" in forge("jobs", "cognate").stdout
 
 
 def test_pretrain_refuses_an_unknown_set(forge: Forge, fake: Fake) -> None:

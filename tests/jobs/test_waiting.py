@@ -11,6 +11,7 @@ from cognateforge.exceptions import IllegalTransitionError
 from tests.support.toy_service import ToyService
 from tests.support.toy_worker import expected_result
 from training_common.attempt import AttemptWaits, FencedOutError
+from training_common.jobs import queue
 from training_common.jobs import store as jobs_store
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import AttemptStore, JobRow, JobStore, Loss
@@ -32,8 +33,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for hundredths of a second from now on."""
-    monkeypatch.setattr(jobs_store, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(jobs_store, "LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(queue, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(queue, "LONGEST_WAIT_S", 0.02)
 
 
 def waits(row: JobRow) -> bool:

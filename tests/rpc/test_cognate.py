@@ -293,7 +293,7 @@ async def test_an_illegal_move_names_the_legal_ones(cognate: AsyncCognateClient)
     name = (await cognate.pretraining.StartPretraining(start())).job.job.name
     with pytest.raises(IllegalTransitionError) as caught:
         await cognate.pretraining.ResumeJob(pb.ResumeJobRequest(request_id=str(uuid.uuid4()), name=name))
-    assert "CANCELLED, PAUSED, PREPARING" == caught.value.metadata["allowed"]
+    assert "CANCELLED, FAILED, PAUSED, PREPARING" == caught.value.metadata["allowed"]
     assert ["name"] == [violation.field for violation in caught.value.violations]
 
 

@@ -100,7 +100,7 @@ def run_through_kills(
         kill_at = time.monotonic() + 2
         while time.monotonic() - start_s < timeout_s:
             with database.read() as connection:
-                counts = store.counts(connection)
+                counts = store.counts(connection, list(JobState))
             if sum(count for state, count in counts.items() if state in FINAL) == jobs:
                 break
             if kills and time.monotonic() >= kill_at:

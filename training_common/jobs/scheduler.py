@@ -17,6 +17,7 @@ import structlog
 
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss
+from training_common.jobs.waits import Standing
 from training_common.settings import WorkerSettings
 
 log = structlog.get_logger(__name__)
@@ -70,16 +71,16 @@ class Scheduler:
         *,
         settings_file: Path | None,
         server: str = "",
-        may_start: Callable[[], bool] = lambda: True,
+        in_the_way: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """server: this server's name among those that share the store; it looks after the workers it has started.
-        may_start: asked before a job is given a worker, for instance whether the host has room for it."""
+        in_the_way: asked before a job is given a free slot: what keeps it from it, in words, or nothing."""
         self._store = store
         self._engine = engine
         self._settings = settings
         self._settings_file = settings_file
-        self._may_start = may_start
+        self._in_the_way = in_the_way
         self._server = server
         self._wake = asyncio.Event()
         # Handles of workers that were launched here and have not registered yet, by attempt id.
@@ -89,6 +90,22 @@ class Scheduler:
         self._launch_again_at = 0.0
         self._launch_pause_s = LAUNCH_PAUSE_S
         self._life = SignsOfLife(clock)
+        # What the last look found: own slots in use, and what kept a job from a free one.
+        self._taken, self._lent = 0, ""
+        # Why no other place than a slot is to be had now, in words; told by who looks for such places.
+        self.beyond = ""
+
+    @property
+    def standing(self) -> Standing:
+        """What this server can give to waiting jobs, as of its last look."""
+        again_s = max(0.0, self._launch_again_at - self._clock()) if self.last_launch_failed else None
+        return Standing(
+            slots=self._settings.slots,
+            taken=self._taken,
+            lent=self._lent,
+            launch_again_s=again_s,
+            beyond=self.beyond,
+        )
 
     def wake(self) -> None:
         """Look for work now. Call it on the event loop."""
@@ -110,7 +127,7 @@ class Scheduler:
                 pass
 
     def tick(self) -> None:
-        """Look at every held job once, then fill the free slots."""
+        """Look at every held job and every deadline once, then fill the free slots."""
         self._engine.tidy()
         held, every = [], self._store.held()
         self._life.look((attempt.id, attempt.heartbeat_us) for _, attempt in every)
@@ -121,11 +138,24 @@ class Scheduler:
                 self._look_at(job, attempt)
             else:
                 self._look_at_anothers(job, attempt)
+        self._end_overdue()
+        self._taken, self._lent = sum(not job.lease for job, _ in held), ""
         if self._clock() < self._launch_again_at:
             return
-        for _ in range(self._settings.slots - sum(not job.lease for job, _ in held)):
-            if not self._may_start() or self._start() is None:
+        while self._taken < self._settings.slots:
+            self._lent = self._in_the_way()
+            if self._lent or self._start() is None:
                 return
+            self._taken += 1
+
+    def _end_overdue(self) -> None:
+        """End jobs that have passed a deadline. One that a worker holds gets time to save and let go."""
+        for late in self._store.overdue():
+            if self._store.pass_deadline(late.name, grace_s=self._settings.deadline_grace_s) is None:
+                continue
+            for job, attempt in self._store.held():
+                if job.id == late.id:
+                    self.give_up(job, attempt, f"attempt {attempt.number}: still at work after its deadline's grace")
 
     def _look_at(self, job: JobRow, attempt: AttemptRow) -> None:
         handle = attempt.handle or self._launched.get(attempt.id, "")
@@ -172,7 +202,8 @@ class Scheduler:
     def give_up(self, job: JobRow, attempt: AttemptRow, message: str) -> None:
         """End a worker and take its job away: the job goes on elsewhere, and its retry budget is not touched."""
         handle = attempt.handle or self._launched.get(attempt.id, "")
-        if handle:
+        # A worker of another server is fenced out: its handle could name a process of this machine.
+        if handle and attempt.server in ("", self._server):
             self._engine.kill(handle)
         self._cut(job, attempt, message)
 

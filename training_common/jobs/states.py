@@ -6,6 +6,7 @@
                  +------------+------------+--> FAILED
                  +------------+---> PAUSING -> PAUSED -> QUEUED
                  +------------+------------+--> CANCELLING -> CANCELLED
+    QUEUED, PAUSED, RECOVERING -> FAILED                                    a deadline of the job has passed
                  +--> QUEUED                                                what it needs is away: another job's turn
 
 Losing sight of a worker is no state: see the `observed` column.
@@ -35,14 +36,14 @@ class JobState(enum.StrEnum):
 S = JobState
 
 MOVES: dict[JobState, frozenset[JobState]] = {
-    S.QUEUED: frozenset({S.PREPARING, S.PAUSED, S.CANCELLED}),
+    S.QUEUED: frozenset({S.PREPARING, S.FAILED, S.PAUSED, S.CANCELLED}),
     S.PREPARING: frozenset({S.RUNNING, S.RECOVERING, S.FAILED, S.PAUSING, S.CANCELLING}),
     S.RUNNING: frozenset({S.VALIDATING, S.RECOVERING, S.FAILED, S.PAUSING, S.CANCELLING}),
     S.VALIDATING: frozenset({S.SUCCEEDED, S.RECOVERING, S.FAILED, S.CANCELLING}),
     S.RECOVERING: frozenset({S.PREPARING, S.FAILED, S.PAUSED, S.CANCELLED}),
     S.PAUSING: frozenset({S.PAUSED, S.FAILED, S.CANCELLING}),
     S.CANCELLING: frozenset({S.CANCELLED}),
-    S.PAUSED: frozenset({S.QUEUED, S.CANCELLED}),
+    S.PAUSED: frozenset({S.QUEUED, S.FAILED, S.CANCELLED}),
     S.SUCCEEDED: frozenset(),
     S.FAILED: frozenset(),
     S.CANCELLED: frozenset(),

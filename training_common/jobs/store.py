@@ -24,20 +24,22 @@ from sqlalchemy.dialects import postgresql, sqlite
 from cognateforge.exceptions import (
     FieldViolation,
     IllegalTransitionError,
+    JobDeadlineExceededError,
     JobNotFoundError,
     RequestIdReusedError,
     UnavailableError,
 )
-from training_common.attempt import AttemptWaits, FencedOutError, Json
+from training_common.attempt import AttemptWaits, FencedOutError, Json, StopKind
+from training_common.jobs import queue
+from training_common.jobs.speed import measured_steps_per_s
 from training_common.jobs.states import FINAL, HELD, MAY_WAIT, MOVES, WAITING, JobState
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
 
 MAX_TEXT_CHARS = 2000
-# Pauses of a job that waits for something, or whose workers are ended again and again: 2, 4, 8 s and so on, each
-# shortened by up to half so that jobs do not come back together. A minute is about what the start of a worker is worth:
-# torch alone takes seconds to import.
-FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
+
+# A worker is on its way out for another reason.
+_STOPPING = frozenset({JobState.PAUSING, JobState.CANCELLING})
 
 # Built once: SQLAlchemy takes longer to build and to look up a statement than SQLite takes to answer this one.
 _BY_NAME = sa.select(t.jobs).where(t.jobs.c.name == sa.bindparam("name"))
@@ -64,6 +66,13 @@ class JobRow:
     not_before_us: int
     waits: int
     waiting_since_us: int | None
+    waits_for: str
+    priority: int
+    queue_us: int
+    start_by_us: int | None
+    finish_by_us: int | None
+    deadline_us: int | None
+    configuration: str
     lease: str
     lease_token: int
     lease_until_us: int | None
@@ -104,6 +113,7 @@ class AttemptRow:
     start_us: int
     heartbeat_us: int
     end_us: int | None
+    steps_per_s: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,21 +151,13 @@ class Loss(enum.StrEnum):
 
 
 # What a job had to wait for is there.
-_NO_WAIT: Mapping[str, Any] = {"not_before_us": 0, "waits": 0, "waiting_since_us": None}
+_NO_WAIT: Mapping[str, Any] = {"not_before_us": 0, "waits": 0, "waiting_since_us": None, "waits_for": ""}
 
 
 def _may_write(token: int) -> sa.ColumnElement[bool]:
     """Whether a worker with this token may write: the job is still its own, and so is what it runs on."""
     until = t.jobs.c.lease_until_us
     return (t.jobs.c.fencing_token == token) & (until.is_(None) | (until > now_us()))
-
-
-def _is_due() -> sa.ColumnElement[bool]:
-    now = now_us()
-    # Nothing waits for longer than that: a later moment was written before the clock was set back.
-    beyond = now + round(2e6 * LONGEST_WAIT_S)
-    not_before = t.jobs.c.not_before_us
-    return t.jobs.c.state.in_([state.value for state in WAITING]) & ((not_before <= now) | (not_before > beyond))
 
 
 def _job(row: sa.RowMapping) -> JobRow:
@@ -228,7 +230,7 @@ def move(
             metadata={"state": job.state, "allowed": allowed},
         )
     if to in FINAL:
-        changes = {"end_us": now_us(), "wish": "", "observed": True, **changes}
+        changes = {"end_us": now_us(), "wish": "", "observed": True, "deadline_us": None, **changes}
     if to is JobState.RUNNING:
         changes = {**_NO_WAIT, **changes}
         if job.waits:  # what it waited for is there, for the others too
@@ -284,16 +286,28 @@ class JobStore:
 
     # --- servicer
 
-    def submit(self, connection: sa.Connection, *, plan: bytes, total_steps: int, caller: str) -> JobRow:
-        """Store a new QUEUED job and its first event."""
-        values = {
+    def submit(
+        self,
+        connection: sa.Connection,
+        *,
+        plan: bytes,
+        total_steps: int,
+        caller: str,
+        scheduling: queue.Scheduling = queue.USUAL,
+        configuration: str = "",
+    ) -> JobRow:
+        """Store a new QUEUED job and its first event. configuration: digest of what decides how fast its steps are."""
+        now = now_us()
+        values: dict[str, Any] = {
             "name": f"jobs/{uuid.uuid4()}",
             "state": JobState.QUEUED.value,
             "plan": plan,
             "caller": caller,
             "total_steps": total_steps,
-            "create_us": now_us(),
+            "create_us": now,
+            "configuration": configuration,
             "facts": {},
+            **scheduling.columns(now),
         }
         job_id = connection.execute(sa.insert(t.jobs).values(**values).returning(t.jobs.c.id)).scalar_one()
         payload = {"from": "", "to": JobState.QUEUED.value, "message": "submitted"}
@@ -382,19 +396,20 @@ class JobStore:
         with self.database.read() as connection:
             return [CheckpointRow(**row) for row in connection.execute(query).mappings()]
 
-    def counts(self, connection: sa.Connection) -> dict[JobState, int]:
-        """Return how many jobs are in each state."""
-        query = sa.select(t.jobs.c.state, sa.func.count()).group_by(t.jobs.c.state)
+    def counts(self, connection: sa.Connection, states: Collection[JobState]) -> dict[JobState, int]:
+        """Return how many jobs are in each of the states that has any."""
+        wanted = t.jobs.c.state.in_([state.value for state in states])
+        query = sa.select(t.jobs.c.state, sa.func.count()).where(wanted).group_by(t.jobs.c.state)
         return {JobState(state): count for state, count in connection.execute(query)}
 
     def due(self, connection: sa.Connection) -> int:
         """Return how many jobs wait for nothing but a worker."""
-        query = sa.select(sa.func.count()).select_from(t.jobs).where(_is_due())
+        query = sa.select(sa.func.count()).select_from(t.jobs).where(queue.is_due())
         return connection.execute(query).scalar_one()
 
     def next_due(self, connection: sa.Connection) -> JobRow | None:
         """Return the job that is the next to get a worker. Those that another server is just taking are passed over."""
-        query = sa.select(t.jobs).where(_is_due()).order_by(t.jobs.c.id).limit(1)
+        query = sa.select(t.jobs).where(queue.is_due()).order_by(*queue.ORDER).limit(1)
         if connection.get_execution_options().get("forge_write"):
             query = query.with_for_update(skip_locked=True)
         row = connection.execute(query).mappings().one_or_none()
@@ -414,6 +429,38 @@ class JobStore:
         append_event(connection, job_id, "note", note_of(kind, message, facts))
 
     # --- scheduler
+
+    def overdue(self) -> list[JobRow]:
+        """Return the jobs that somebody must look at because of a deadline, the first ones of them."""
+        # In the order of the index, and not by id: the whole table would be looked through twice a second.
+        query = sa.select(t.jobs).where(t.jobs.c.deadline_us <= now_us()).order_by(t.jobs.c.deadline_us).limit(100)
+        with self.database.read() as connection:
+            return [_job(row) for row in connection.execute(query).mappings()]
+
+    def pass_deadline(self, name: str, *, grace_s: float) -> JobRow | None:
+        """End a job that is past a deadline, or ask its worker to; return it where its worker has used up the grace.
+
+        A job that is being paused or cancelled is left to that: paused, it is looked at again.
+        """
+        with self.database.write() as connection:
+            job, now = self._lock(name, connection), now_us()
+            if job.deadline_us is None or job.deadline_us > now or job.state in _STOPPING:
+                return None
+            if job.state not in HELD:
+                started = job.start_us is not None or job.start_by_us is None or job.start_by_us > now
+                failure = past_finish_by(job) if started else _past_start_by(job)
+                move(connection, job, JobState.FAILED, message=failure["failure_message"], **failure)
+                return None
+            if job.wish == StopKind.DEADLINE:
+                return job
+            message = f"{past_finish_by(job)['failure_message']}: its worker is asked to save a checkpoint and let go"
+            connection.execute(
+                sa.update(t.jobs)
+                .filter_by(id=job.id)
+                .values(wish=StopKind.DEADLINE.value, deadline_us=now + round(grace_s * 1e6))
+            )
+            self.note(connection, job.id, "deadline_passed", message, {"grace_s": f"{grace_s:g}"})
+            return None
 
     def held(self) -> list[tuple[JobRow, AttemptRow]]:
         """Return every job that a worker holds, with its current attempt."""
@@ -435,7 +482,7 @@ class JobStore:
         ]
 
     def begin_attempt(self, engine: str, server: str = "", loan: Loan | None = None) -> JobRow | None:
-        """Take the oldest waiting job whose time has come for a new attempt, or return None.
+        """Take the first job of the queue for a new attempt, or return None.
 
         The worker is launched after the commit. server: who looks after it. loan: borrowed capacity that it runs on.
         """
@@ -452,6 +499,7 @@ class JobStore:
                 fencing_token=token,
                 start_us=job.start_us or now,
                 observed=True,
+                deadline_us=job.finish_by_us,
                 lease=loan.lease if loan else "",
                 lease_token=loan.token if loan else 0,
                 lease_until_us=loan.until_us if loan else None,
@@ -493,13 +541,16 @@ class JobStore:
                 return move(connection, current, JobState.CANCELLED, message=message, **changes)
             if current.state is JobState.PAUSING:
                 return move(connection, current, JobState.PAUSED, message=message, **changes)
+            if current.wish == StopKind.DEADLINE:
+                return move(connection, current, JobState.FAILED, message=message, **changes, **past_finish_by(current))
             if loss is not None and counts[loss] > most:
                 lost = f"{counts[loss]} attempts in a row were lost without a new checkpoint; last: {message}"
                 failure: dict[str, Any] = {"failure_reason": "RETRY_BUDGET_SPENT", "failure_message": lost}
                 return move(connection, current, JobState.FAILED, message=message, **changes, **failure)
             if loss is Loss.KILLED and counts[loss] > 1:
                 # A machine that ends workers, for want of memory for instance, is not pressed.
-                changes["not_before_us"] = now_us() + round(_pause_s(counts[loss] - 2) * 1e6)
+                pause_us = round(_pause_s(counts[loss] - 2) * 1e6)
+                changes |= {"not_before_us": now_us() + pause_us, "waits_for": ""}
             return move(connection, current, JobState.RECOVERING, message=message, **changes, **counts)
 
     def set_observed(self, job: JobRow, observed: bool) -> None:
@@ -542,6 +593,24 @@ class JobStore:
         connection.execute(sa.update(t.attempts).filter_by(id=attempt_id).values(end_us=now_us()))
 
 
+def past_finish_by(job: JobRow) -> dict[str, Any]:
+    """Return the failure of a job that has not ended by its finish_by."""
+    return _failure(f"did not end by its deadline finish_by {_moment(job.finish_by_us or 0)}")
+
+
+def _past_start_by(job: JobRow) -> dict[str, Any]:
+    return _failure(f"had no worker by its deadline start_by {_moment(job.start_by_us or 0)}")
+
+
+def _failure(message: str) -> dict[str, Any]:
+    return {"failure_reason": JobDeadlineExceededError.reason_name(), "failure_message": message}
+
+
+def _moment(time_us: int) -> str:
+    """Return a time to the second, as people and RFC 3339 write it."""
+    return datetime.fromtimestamp(time_us / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
 def _others_that_wait(until_us: int | None) -> sa.Update:
     """Return an update of the jobs that wait for what is away, and would not wait as long as that."""
     waiting = (t.jobs.c.state == JobState.QUEUED.value) & (t.jobs.c.waits > 0)
@@ -549,7 +618,7 @@ def _others_that_wait(until_us: int | None) -> sa.Update:
 
 
 def _pause_s(waits: int) -> float:
-    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(waits, 10))
+    longest = min(queue.LONGEST_WAIT_S, queue.FIRST_WAIT_S * 2.0 ** min(waits, 10))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads jobs, guards nothing
 
 
@@ -584,7 +653,7 @@ class AttemptStore:
             )
 
     def heartbeat(self) -> str:
-        """Give a sign of life and return the owner's wish: "pause", "cancel" or nothing. Errors: FencedOutError."""
+        """Give a sign of life and return the wish: a StopKind's value, or nothing. Errors: FencedOutError."""
         with self.writing() as connection:
             job = self._check(connection)
             connection.execute(sa.update(t.attempts).filter_by(id=self.attempt.id).values(heartbeat_us=now_us()))
@@ -616,6 +685,9 @@ class AttemptStore:
     def move_in(self, connection: sa.Connection, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
         """Move the job in the caller's transaction; a state that holds no worker ends the attempt too."""
         job = self._check(connection)
+        if to is JobState.VALIDATING and not job.lease:  # borrowed capacity is no measure of this server
+            measured = measured_steps_per_s(connection, job.id, self.attempt.number)
+            connection.execute(sa.update(t.attempts).filter_by(id=self.attempt.id).values(steps_per_s=measured))
         if to not in HELD:
             JobStore._end_attempt(connection, self.attempt.id)
             changes = {"wish": "", **changes}
@@ -640,7 +712,7 @@ class AttemptStore:
                 return self.move_in(connection, JobState.FAILED, message=message, **failure)
             pause_us = round(_pause_s(waits) * 1e6)
             until = now + (pause_us if patience_us is None else min(pause_us, patience_us))
-            moment = datetime.fromtimestamp(until / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+            moment = _moment(until)
             message = f"waits for {wait.what} and is not tried again before {moment}: {wait.message}"
             token = self.attempt.fencing_token
             facts = {"until": moment, "waits": str(waits + 1)}
@@ -655,6 +727,7 @@ class AttemptStore:
                 "not_before_us": until,
                 "waits": waits + 1,
                 "waiting_since_us": since,
+                "waits_for": wait.what[:64],
             }
             return append_event(connection, job.id, "state_change", payload, only_token=token, changes=changes)
 

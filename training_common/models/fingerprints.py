@@ -1,4 +1,4 @@
-"""Fingerprints of the released architectures, for processes that must not import torch.
+"""Fingerprints and sizes of the released architectures, for processes that must not import torch.
 
 A test holds each of them against the one that is computed from the architecture itself.
 """
@@ -9,3 +9,9 @@ from typing import Final
 
 # cognate_v1 at the sizes of Cognate-25M: architecture_fingerprint(CognateV1Config()).
 COGNATE_V1_25M: Final = "sha256:5ac00c7b9216302edaa9fafda335154ff61c7825e6bf5df04fad976b0eb247bf"
+# Its parameters in all; of these, of its adaptive parts; and of its language head, which agents leave unused.
+COGNATE_V1_25M_PARAMETERS: Final = 24_998_668
+COGNATE_V1_25M_ADAPTIVE: Final = 1_646_604
+COGNATE_V1_25M_HEAD: Final = 277_760
+# Inputs and outputs of the linear layers of its blocks, summed up: a low-rank update has so many parameters per rank.
+COGNATE_V1_25M_LINEAR_ENDS: Final = 39_680

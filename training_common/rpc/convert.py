@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cognateforge.artifact.v1 import artifact_pb2
+from cognateforge.exceptions import FieldViolation, InvalidFieldError
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.registry import ArtifactRow
+from training_common.jobs.queue import Scheduling
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import CheckpointRow, EventRow, JobRow
+from training_common.jobs.waits import Wait
+from training_common.store.database import now_us
+
+# The first moment of the year 2100: nobody means a deadline beyond it.
+_LATEST_US = 4_102_444_800_000_000
 
 
+@overload
+def timestamp(time_us: int) -> Timestamp: ...
+@overload
+def timestamp(time_us: None) -> None: ...
+@overload
+def timestamp(time_us: int | None) -> Timestamp | None: ...
 def timestamp(time_us: int | None) -> Timestamp | None:
     """Return a Timestamp of microseconds since 1970, or None."""
     if time_us is None:
@@ -56,7 +69,47 @@ def job(row: JobRow) -> job_pb2.Job:
         failure=failure(row),
         caller=row.caller,
         artifact=row.artifact,
+        scheduling=job_pb2.Scheduling(
+            priority=row.priority,
+            start_by=timestamp(row.start_by_us),
+            finish_by=timestamp(row.finish_by_us),
+        ),
     )
+
+
+def wait(found: Wait) -> job_pb2.Wait:
+    """Return why a job has no worker."""
+    return job_pb2.Wait(
+        reason=job_pb2.WaitReason.Value(f"WAIT_REASON_{found.reason}"),
+        message=found.message[:2000],
+        queue_position=found.position,
+        not_before=timestamp(found.not_before_us),
+    )
+
+
+def scheduling(message: job_pb2.Scheduling) -> Scheduling:
+    """Return when a new job is to run. Errors: InvalidFieldError, for a deadline that cannot be kept."""
+    start_by = _deadline("start_by", message.start_by) if message.HasField("start_by") else None
+    finish_by = _deadline("finish_by", message.finish_by) if message.HasField("finish_by") else None
+    if start_by is not None and finish_by is not None and start_by >= finish_by:
+        raise _refused("start_by", "must be before finish_by: a job that starts then has no time to end")
+    return Scheduling(priority=message.priority, start_by_us=start_by, finish_by_us=finish_by)
+
+
+def _deadline(field: str, time: Timestamp) -> int:
+    try:
+        time_us = time.ToMicroseconds()
+    except ValueError:
+        time_us = _LATEST_US
+    if not now_us() < time_us < _LATEST_US:
+        now = timestamp(now_us()).ToJsonString()
+        raise _refused(field, f"must lie after the server's time, which is {now}, and before the year 2100")
+    return time_us
+
+
+def _refused(field: str, rule: str) -> InvalidFieldError:
+    name = f"scheduling.{field}"
+    return InvalidFieldError(f"{name} {rule}", violations=[FieldViolation(field=name, description=rule)])
 
 
 def metric(name: str, value: Any, units: Mapping[str, str]) -> job_pb2.Metric:

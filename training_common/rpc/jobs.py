@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 import sqlalchemy as sa
@@ -21,8 +22,12 @@ from training_common.jobs.hub import ChangeHub
 from training_common.jobs.pins import set_pinned
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
+from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow, JobStore
+from training_common.jobs.waits import waits
 from training_common.rpc import convert, mutations, paging
+from training_common.rpc.estimates import Estimator
+from training_common.rpc.identity import current_caller
 from training_common.rpc.series import SeriesBuilder
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
@@ -31,6 +36,17 @@ _METRICS_BATCH = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
+A = TypeVar("A", bound=Message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A job that may be made. memory: bytes of its worker's parts. configuration: what decides how fast it is."""
+
+    plan: Message
+    total_steps: int
+    memory: Mapping[str, int]
+    configuration: str
 
 
 class JobService(Generic[M]):
@@ -43,13 +59,15 @@ class JobService(Generic[M]):
         scheduler: Scheduler,
         hub: ChangeHub,
         to_message: Callable[[JobRow], M],
+        estimator: Estimator,
         units: Mapping[str, str],
         heartbeat_s: float,
     ) -> None:
         self.store = store
         self._scheduler = scheduler
         self._hub = hub
-        self.to_message = to_message
+        self._to_message = to_message
+        self._estimator = estimator
         self._units = units
         self._heartbeat_s = heartbeat_s
         self._frames: SharedReads[tuple[JobRow, list[job_pb2.WatchFrame]]] = SharedReads(store.database)
@@ -58,24 +76,92 @@ class JobService(Generic[M]):
         self, method: str, request: Any, work: Callable[[sa.Connection], JobRow], answer: Callable[[M], Message]
     ) -> bytes:
         """Do a mutation once for its request id, and return the answer's bytes, replayed or new."""
-        stored = await mutations.mutate(
-            self.store.database, method, request, lambda connection: answer(self.to_message(work(connection)))
-        )
+
+        def transact(connection: sa.Connection) -> Message:
+            [message] = self._messages(connection, [work(connection)])
+            return answer(message)
+
+        stored = await mutations.mutate(self.store.database, method, request, transact)
         self._scheduler.wake()
         return stored
 
+    async def start(self, method: str, request: Any, draft: Callable[[], Draft], answer: type[A]) -> A:
+        """Submit a job once for the request id, or only tell what would be made; `answer` is the response's class.
+
+        draft: checks the request in full, and says what it comes to. A repeated start is answered as the first time,
+        whatever would be refused by now, so that it is only asked for a new one.
+        """
+
+        def made(connection: sa.Connection, new: Draft) -> A:
+            estimate = self._estimator.estimate(
+                connection, memory=new.memory, configuration=new.configuration, total_steps=new.total_steps
+            )
+            return answer(estimate=estimate)
+
+        def check() -> A:
+            new = draft()
+            convert.scheduling(request.scheduling)
+            with self.store.database.read() as connection:
+                response: Any = made(connection, new)
+            response.job.plan.CopyFrom(new.plan)
+            return cast("A", response)
+
+        def submit(connection: sa.Connection) -> A:
+            new = draft()
+            response: Any = made(connection, new)
+            job = self.store.submit(
+                connection,
+                plan=new.plan.SerializeToString(),
+                total_steps=new.total_steps,
+                caller=caller,
+                scheduling=convert.scheduling(request.scheduling),
+                configuration=new.configuration,
+            )
+            response.job.CopyFrom(self._messages(connection, [job])[0])
+            return cast("A", response)
+
+        caller = current_caller().name
+        if request.validate_only:
+            return await self.store.database.run(check)
+        stored = await mutations.mutate(self.store.database, method, request, submit)
+        self._scheduler.wake()
+        return answer.FromString(stored)
+
     async def get(self, name: str) -> M:
         """Return one job's message."""
-        return self.to_message(await self.store.database.run_brief(self.store.get, name))
+        row = await self.store.database.run_brief(self.store.get, name)
+        if row.state not in WAITING:
+            return self._to_message(row)
+        [message] = await self.store.database.run(self._read_messages, [row])
+        return message
+
+    def _read_messages(self, rows: Sequence[JobRow]) -> list[M]:
+        with self.store.database.read() as connection:
+            return self._messages(connection, rows)
+
+    def _messages(self, connection: sa.Connection, rows: Sequence[JobRow]) -> list[M]:
+        """Return the messages of jobs, with what they wait for now."""
+        found = waits(connection, rows, self._scheduler.standing)
+        messages = []
+        for row in rows:
+            message: Any = self._to_message(row)
+            if row.id in found:
+                message.job.wait.CopyFrom(convert.wait(found[row.id]))
+            messages.append(message)
+        return messages
 
     async def page(self, request: Any) -> tuple[list[M], str]:
         """Return a page of jobs and the next page's token."""
         before = paging.read_token(request, request.page_token)
         size = paging.page_size(request.page_size)
         wanted = convert.states(request.states)
-        rows = await self.store.database.run(lambda: self.store.page(states=wanted, before_id=before, limit=size + 1))
-        token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
-        return [self.to_message(row) for row in rows[:size]], token
+
+        def read() -> tuple[list[M], str]:
+            rows = self.store.page(states=wanted, before_id=before, limit=size + 1)
+            token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
+            return self._read_messages(rows[:size]), token
+
+        return await self.store.database.run(read)
 
     async def watch(self, name: str, after_sequence: int) -> AsyncIterator[job_pb2.WatchFrame]:
         """Yield every event after `after_sequence` once and in order, heartbeats, and the end frame."""

@@ -60,6 +60,17 @@ jobs = Table(
     Column("not_before_us", BigInteger, nullable=False, default=0, server_default="0"),
     Column("waits", Integer, nullable=False, default=0, server_default="0"),
     Column("waiting_since_us", BigInteger),
+    # Which service `not_before_us` waits for; empty where workers were ended from outside too often.
+    Column("waits_for", String(64), nullable=False, default="", server_default=""),
+    Column("priority", Integer, nullable=False, default=0, server_default="0"),
+    # Place in the queue: the submission, moved forward by the priority.
+    Column("queue_us", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("start_by_us", BigInteger),
+    Column("finish_by_us", BigInteger),
+    # When somebody must look at it because of a deadline. None where there is no deadline left.
+    Column("deadline_us", BigInteger, index=True),
+    # Digest of what of its plan and its server's settings decides how long a step takes.
+    Column("configuration", String(64), nullable=False, default="", server_default=""),
     # An attempt on borrowed capacity: its lease, and until when its worker may write. Only renewals move that on.
     Column("lease", String(64), nullable=False, default="", server_default=""),
     Column("lease_token", BigInteger, nullable=False, default=0, server_default="0"),
@@ -71,6 +82,7 @@ jobs = Table(
     Column("failure_message", Text, nullable=False, default=""),
     Column("artifact", String(128), nullable=False, default=""),
     Column("facts", JSON, nullable=False, default=dict, comment="what a service adds, e.g. the foundation's digest"),
+    Index("ix_jobs_configuration_id", "configuration", "id"),
 )
 
 events = Table(
@@ -102,6 +114,8 @@ attempts = Table(
     Column("start_us", BigInteger, nullable=False),
     Column("heartbeat_us", BigInteger, nullable=False),
     Column("end_us", BigInteger),
+    # Measured over the attempt's own steps, where it trained to the end on capacity of its server.
+    Column("steps_per_s", Float),
     UniqueConstraint("job_id", "number"),
 )
 

@@ -41,6 +41,9 @@ _OPTIONS: Mapping[str, str] = {
 _SAME_NAME = frozenset(
     {
         "request_id",
+        "scheduling.priority",
+        "scheduling.start_by",
+        "scheduling.finish_by",
         "after_sequence",
         "plan.seed",
         "plan.batch_size",

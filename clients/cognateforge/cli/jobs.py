@@ -133,6 +133,19 @@ def state_word(job: Job) -> str:
     return word if job.observed or word not in {"PREPARING", "RUNNING", "VALIDATING"} else f"{word} (out of sight)"
 
 
+def wait_words(job: Job) -> str:
+    """Return in a few words why a job has no worker, "" where it has one or needs none."""
+    from cognateforge.cli.plain import enum_word
+    from cognateforge.job.v1 import job_pb2
+
+    if not job.HasField("wait"):
+        return ""
+    word = enum_word(job_pb2.WaitReason.DESCRIPTOR, job.wait.reason).lower()
+    if job.wait.queue_position:
+        return f"{word}, place {job.wait.queue_position}"
+    return f"{word}, until {job.wait.not_before.ToJsonString()}" if job.wait.HasField("not_before") else word
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     for add in (_reading, _watching, _steering, _pinning):
@@ -163,9 +176,10 @@ def _reading(app: typer.Typer) -> None:
                 continue
             for item in found:
                 job: Job = item.job
-                cells = (job.name, one, state_word(job), f"{job.step}/{job.total_steps}", job.artifact, job.caller)
+                steps, told = f"{job.step}/{job.total_steps}", wait_words(job)
+                cells = (job.name, one, state_word(job), steps, job.scheduling.priority, told, job.artifact, job.caller)
                 rows.append((item, {"service": one.value}, cells))
-        session.table(("name", "service", "state", "step", "artifact", "caller"), rows)
+        session.table(("name", "service", "state", "step", "priority", "waits for", "artifact", "caller"), rows)
         return code
 
     @command(app)

@@ -14,11 +14,15 @@ from cognateforge.cli.session import Session, command, new_request_id, print_lin
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1 import training_pb2
-    from cognateforge.job.v1.job_pb2 import CheckpointPolicy
+    from cognateforge.job.v1.job_pb2 import CheckpointPolicy, Estimate, Scheduling
 
 Watch = Annotated[bool, typer.Option("--watch", "--wait", help="Follow the job; the exit code tells how it ended.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Priority = Annotated[int, typer.Option(help="-100 to 100: higher goes first; a point is worth an hour of waiting.")]
+StartBy = Annotated[str, typer.Option(help="Fail unless started by then: a time, or 30m, 8h, 2d from now.")]
+FinishBy = Annotated[str, typer.Option(help="Save, stop and fail unless ended by then: as --start-by.")]
+ValidateOnly = Annotated[bool, typer.Option("--validate-only", help="Check and estimate; make no job.")]
 
 
 class Dataset(enum.StrEnum):
@@ -68,7 +72,26 @@ def register(app: typer.Typer) -> None:
     _train(app)
 
 
-def _submitted(session: Session, service: Service, item: Any, watch: bool, progress: bool | None) -> Exit:
+def _scheduling(priority: int, start_by: str, finish_by: str) -> Scheduling | None:
+    from cognateforge.cli.moments import moment
+    from cognateforge.job.v1 import job_pb2
+
+    if not (priority or start_by or finish_by):
+        return None
+    return job_pb2.Scheduling(
+        priority=priority,
+        start_by=moment(start_by) if start_by else None,
+        finish_by=moment(finish_by) if finish_by else None,
+    )
+
+
+def _submitted(session: Session, service: Service, answer: Any, watch: bool, progress: bool | None) -> Exit:
+    item = answer.job
+    if not item.HasField("job"):  # nothing was made
+        session.show(answer, service=service.value)
+        return Exit.OK
+    if not session.as_json and answer.HasField("estimate"):
+        say(needs(answer.estimate))
     if session.as_json:
         session.show(item, service=service.value)
     elif not watch:
@@ -81,6 +104,16 @@ def _submitted(session: Session, service: Service, item: Any, watch: bool, progr
 
     jobs = JobService(service, session)
     return follow(session, jobs.watch(item.job.name, 0), item.job, progress=progress, verdict=jobs.verdict)
+
+
+def needs(estimate: Estimate) -> str:
+    """Return an estimate in a line, for people."""
+    told = [f"{estimate.memory_bytes / 1e9:.1f} GB of memory"] if estimate.memory_bytes else []
+    if estimate.HasField("run_time"):
+        told.append(f"{estimate.run_time.ToSeconds()} s of training, by {estimate.measured_attempts} measured attempts")
+    if estimate.HasField("cost"):
+        told.append(f"{estimate.cost.amount:.2f} {estimate.cost.currency}")
+    return f"expected: {', '.join(told) or 'nothing is known'}"
 
 
 def _pretrain(app: typer.Typer) -> None:
@@ -110,6 +143,10 @@ def _pretrain(app: typer.Typer) -> None:
         initial_competence: Annotated[
             float, typer.Option(help="With --curriculum: share of documents to begin with. 0: 0.1.")
         ] = 0.0,
+        priority: Priority = 0,
+        start_by: StartBy = "",
+        finish_by: FinishBy = "",
+        validate_only: ValidateOnly = False,
         watch: Watch = False,
         progress: Progress = None,
         request_id: RequestId = None,
@@ -140,9 +177,14 @@ def _pretrain(app: typer.Typer) -> None:
             )
         elif curriculum_steps or initial_competence:
             raise typer.BadParameter("needs --curriculum", param_hint="--curriculum-steps, --initial-competence")
-        request = pretraining_pb2.StartPretrainingRequest(request_id=new_request_id(request_id), plan=plan)
-        item = session.cognate_client.pretraining.StartPretraining(request).job
-        return _submitted(session, Service.COGNATE, item, watch, progress)
+        request = pretraining_pb2.StartPretrainingRequest(
+            request_id=new_request_id(request_id),
+            plan=plan,
+            scheduling=_scheduling(priority, start_by, finish_by),
+            validate_only=validate_only,
+        )
+        answer = session.cognate_client.pretraining.StartPretraining(request)
+        return _submitted(session, Service.COGNATE, answer, watch, progress)
 
 
 def _share(text: str) -> tuple[Any, float]:
@@ -202,6 +244,10 @@ def _train(app: typer.Typer) -> None:
         accept_experimental: Annotated[
             bool, typer.Option("--accept-experimental", help="Take an EXPERIMENTAL model too.")
         ] = False,
+        priority: Priority = 0,
+        start_by: StartBy = "",
+        finish_by: FinishBy = "",
+        validate_only: ValidateOnly = False,
         watch: Watch = False,
         progress: Progress = None,
         request_id: RequestId = None,
@@ -244,9 +290,14 @@ def _train(app: typer.Typer) -> None:
             plan.classification.domains.extend(domain or [])
         elif task is Task.BEHAVIOURAL:
             plan.behavioural.successes_only = successes_only
-        request = pb.StartTrainingRequest(request_id=new_request_id(request_id), plan=plan)
-        item = session.agent_client.training.StartTraining(request).job
-        return _submitted(session, Service.AGENT, item, watch, progress)
+        request = pb.StartTrainingRequest(
+            request_id=new_request_id(request_id),
+            plan=plan,
+            scheduling=_scheduling(priority, start_by, finish_by),
+            validate_only=validate_only,
+        )
+        answer = session.agent_client.training.StartTraining(request)
+        return _submitted(session, Service.AGENT, answer, watch, progress)
 
 
 def _set_task(plan: training_pb2.TrainingPlan, task: Task, data: str, data_seed: int) -> None:

@@ -113,7 +113,8 @@ class AgentForgeTrainingServiceServicer:
 
     def StartTraining(self, request, context):
         """Submits a training job. It is durable when the answer comes. The foundation is looked up if Cognate answers within
-        moments; if not, the job waits for Cognate and can fail for the same reasons later.
+        moments; if not, the job waits for Cognate and can fail for the same reasons later. With validate_only
+        nothing is made, and the answer tells what would be.
 
         Callers: operator. Repeat: by request_id.
         Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,

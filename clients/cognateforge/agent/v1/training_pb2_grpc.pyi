@@ -37,7 +37,8 @@ class AgentForgeTrainingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AgentForgeTrainingServiceAsyncStub: ...
     StartTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.StartTrainingRequest, _training_pb2.StartTrainingResponse]
     """Submits a training job. It is durable when the answer comes. The foundation is looked up if Cognate answers within
-    moments; if not, the job waits for Cognate and can fail for the same reasons later.
+    moments; if not, the job waits for Cognate and can fail for the same reasons later. With validate_only
+    nothing is made, and the answer tells what would be.
 
     Callers: operator. Repeat: by request_id.
     Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
@@ -130,7 +131,8 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.StartTrainingRequest, _training_pb2.StartTrainingResponse]  # type: ignore[assignment]
     """Submits a training job. It is durable when the answer comes. The foundation is looked up if Cognate answers within
-    moments; if not, the job waits for Cognate and can fail for the same reasons later.
+    moments; if not, the job waits for Cognate and can fail for the same reasons later. With validate_only
+    nothing is made, and the answer tells what would be.
 
     Callers: operator. Repeat: by request_id.
     Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
@@ -226,7 +228,8 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.StartTrainingResponse, _abc.Awaitable[_training_pb2.StartTrainingResponse]]:
         """Submits a training job. It is durable when the answer comes. The foundation is looked up if Cognate answers within
-        moments; if not, the job waits for Cognate and can fail for the same reasons later.
+        moments; if not, the job waits for Cognate and can fail for the same reasons later. With validate_only
+        nothing is made, and the answer tells what would be.
 
         Callers: operator. Repeat: by request_id.
         Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,

@@ -255,21 +255,31 @@ class StartPretrainingRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """UUID, new for every new wish. The same id with the same plan returns the same job."""
+    validate_only: _builtins.bool
+    """Check everything and make nothing: no job, and request_id stays free. Source: AIP-163."""
     @_builtins.property
     def plan(self) -> Global___PretrainingPlan:
         """What to pretrain."""
+
+    @_builtins.property
+    def scheduling(self) -> _job_pb2.Scheduling:
+        """Priority and deadlines. Absent: priority 0, and no deadline."""
 
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         plan: Global___PretrainingPlan | None = ...,
+        scheduling: _job_pb2.Scheduling | None = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "scheduling", b"scheduling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "request_id", b"request_id", "scheduling", b"scheduling", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,18 +292,24 @@ class StartPretrainingResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    ESTIMATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> Global___PretrainingJob:
-        """The job."""
+        """The job. With validate_only it holds the plan as it would be, and its own `job` is absent."""
+
+    @_builtins.property
+    def estimate(self) -> _job_pb2.Estimate:
+        """What it is expected to need."""
 
     def __init__(
         self,
         *,
         job: Global___PretrainingJob | None = ...,
+        estimate: _job_pb2.Estimate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate", "job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate", "job", b"job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -108,6 +108,7 @@ class CognatePretrainingServiceServicer:
 
     def StartPretraining(self, request, context):
         """Submits a pretraining job. It is durable when the answer comes. GrokFast is always on and has no settings here.
+        With validate_only nothing is made, and the answer tells what would be.
 
         Callers: operator. Repeat: by request_id.
         Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE.

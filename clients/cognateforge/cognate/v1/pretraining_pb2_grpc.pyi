@@ -35,6 +35,7 @@ class CognatePretrainingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CognatePretrainingServiceAsyncStub: ...
     StartPretraining: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.StartPretrainingRequest, _pretraining_pb2.StartPretrainingResponse]
     """Submits a pretraining job. It is durable when the answer comes. GrokFast is always on and has no settings here.
+    With validate_only nothing is made, and the answer tells what would be.
 
     Callers: operator. Repeat: by request_id.
     Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE.
@@ -120,6 +121,7 @@ class CognatePretrainingServiceAsyncStub(CognatePretrainingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartPretraining: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.StartPretrainingRequest, _pretraining_pb2.StartPretrainingResponse]  # type: ignore[assignment]
     """Submits a pretraining job. It is durable when the answer comes. GrokFast is always on and has no settings here.
+    With validate_only nothing is made, and the answer tells what would be.
 
     Callers: operator. Repeat: by request_id.
     Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE.
@@ -208,6 +210,7 @@ class CognatePretrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_pretraining_pb2.StartPretrainingResponse, _abc.Awaitable[_pretraining_pb2.StartPretrainingResponse]]:
         """Submits a pretraining job. It is durable when the answer comes. GrokFast is always on and has no settings here.
+        With validate_only nothing is made, and the answer tells what would be.
 
         Callers: operator. Repeat: by request_id.
         Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE.

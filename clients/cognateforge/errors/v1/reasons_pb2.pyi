@@ -100,6 +100,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The job has no checkpoint of that step, or none with that digest."""
     REASON_CHECKPOINT_GONE: _Reason.ValueType  # 42
     """The checkpoint's files were removed by retention or found damaged."""
+    REASON_JOB_DEADLINE_EXCEEDED: _Reason.ValueType  # 50
+    """The job passed a deadline of its own: start_by before its first worker, or finish_by before its end."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -177,6 +179,8 @@ REASON_CHECKPOINT_NOT_FOUND: Reason.ValueType  # 41
 """The job has no checkpoint of that step, or none with that digest."""
 REASON_CHECKPOINT_GONE: Reason.ValueType  # 42
 """The checkpoint's files were removed by retention or found damaged."""
+REASON_JOB_DEADLINE_EXCEEDED: Reason.ValueType  # 50
+"""The job passed a deadline of its own: start_by before its first worker, or finish_by before its end."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

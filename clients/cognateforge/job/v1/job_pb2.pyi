@@ -5,6 +5,7 @@ Words for training jobs, shared by both operator APIs: states, events, metrics, 
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -78,6 +79,44 @@ JOB_STATE_RECOVERING: JobState.ValueType  # 11
 """Its worker was lost. The next attempt goes on from the newest checkpoint."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
+class _WaitReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WAIT_REASON_UNSPECIFIED: _WaitReason.ValueType  # 0
+    WAIT_REASON_SLOT: _WaitReason.ValueType  # 1
+    """Every place of this server is taken, or goes to jobs before it."""
+    WAIT_REASON_TURN: _WaitReason.ValueType  # 2
+    """A place is free, and the job gets it when the scheduler looks next: within a second."""
+    WAIT_REASON_PEER: _WaitReason.ValueType  # 3
+    """A service that the job needs is away. It is tried again at not_before."""
+    WAIT_REASON_PAUSE: _WaitReason.ValueType  # 4
+    """Its workers were ended from outside repeatedly. The next one is started at not_before."""
+    WAIT_REASON_LENT: _WaitReason.ValueType  # 5
+    """A place is free, but its capacity is lent. It was asked back."""
+    WAIT_REASON_LAUNCH: _WaitReason.ValueType  # 6
+    """A place is free, but workers cannot be started on this server. It tries again by itself."""
+
+class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
+    """Why a job that waits has no worker. A later release may know more reasons."""
+
+WAIT_REASON_UNSPECIFIED: WaitReason.ValueType  # 0
+WAIT_REASON_SLOT: WaitReason.ValueType  # 1
+"""Every place of this server is taken, or goes to jobs before it."""
+WAIT_REASON_TURN: WaitReason.ValueType  # 2
+"""A place is free, and the job gets it when the scheduler looks next: within a second."""
+WAIT_REASON_PEER: WaitReason.ValueType  # 3
+"""A service that the job needs is away. It is tried again at not_before."""
+WAIT_REASON_PAUSE: WaitReason.ValueType  # 4
+"""Its workers were ended from outside repeatedly. The next one is started at not_before."""
+WAIT_REASON_LENT: WaitReason.ValueType  # 5
+"""A place is free, but its capacity is lent. It was asked back."""
+WAIT_REASON_LAUNCH: WaitReason.ValueType  # 6
+"""A place is free, but workers cannot be started on this server. It tries again by itself."""
+Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
+
 class _Circuit:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -131,6 +170,193 @@ class Failure(_message.Message):
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
+class Wait(_message.Message):
+    """What a QUEUED or RECOVERING job waits for, as the server that answers sees it at this moment. Other servers of the
+    same store have places of their own, which it does not know.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    reason: Global___WaitReason.ValueType
+    """Why there is no worker now."""
+    message: _builtins.str
+    """The same for people, with amounts and names. At most 2,000 characters."""
+    queue_position: _builtins.int
+    """Place in the queue, from 1, which is the next. 0 before not_before: other jobs pass it meanwhile."""
+    @_builtins.property
+    def not_before(self) -> _timestamp_pb2.Timestamp:
+        """No worker is started before. Absent where nothing but a place is missing."""
+
+    def __init__(
+        self,
+        *,
+        reason: Global___WaitReason.ValueType = ...,
+        message: _builtins.str = ...,
+        queue_position: _builtins.int = ...,
+        not_before: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["not_before", b"not_before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "not_before", b"not_before", "queue_position", b"queue_position", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wait: _TypeAlias = Wait  # noqa: Y015
+
+@_typing.final
+class Scheduling(_message.Message):
+    """When a job runs, beside the others of its service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    START_BY_FIELD_NUMBER: _builtins.int
+    FINISH_BY_FIELD_NUMBER: _builtins.int
+    priority: _builtins.int
+    """From -100 to 100; 0 is the usual one. A waiting job goes before those of a lower priority, and a point is worth an hour
+    of waiting: a job of priority 0 is passed by jobs of priority 3 that come within 3 hours after it, and by none that
+    come later. Of jobs alike the older one goes first. No running job is stopped for another one's priority.
+    """
+    @_builtins.property
+    def start_by(self) -> _timestamp_pb2.Timestamp:
+        """The job's first worker must have been started by then; otherwise it becomes FAILED with JOB_DEADLINE_EXCEEDED. In the
+        future, before finish_by and before the year 2100. Absent: it waits for as long as it takes.
+        """
+
+    @_builtins.property
+    def finish_by(self) -> _timestamp_pb2.Timestamp:
+        """The job must have ended by then, also when it is paused; otherwise its worker saves a checkpoint and lets go, and it
+        becomes FAILED with JOB_DEADLINE_EXCEEDED. In the future and before the year 2100. Absent: it takes what it takes.
+        """
+
+    def __init__(
+        self,
+        *,
+        priority: _builtins.int = ...,
+        start_by: _timestamp_pb2.Timestamp | None = ...,
+        finish_by: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finish_by", b"finish_by", "start_by", b"start_by"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_by", b"finish_by", "priority", b"priority", "start_by", b"start_by"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scheduling: _TypeAlias = Scheduling  # noqa: Y015
+
+@_typing.final
+class MemoryPart(_message.Message):
+    """A part of the memory that a worker needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What it holds: "runtime", "weights", "gradients", "optimizer", "filter", "checkpoint_copy", "activations", "control",
+    "kernels".
+    """
+    size_bytes: _builtins.int
+    """Bytes."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryPart: _TypeAlias = MemoryPart  # noqa: Y015
+
+@_typing.final
+class Cost(_message.Message):
+    """An amount of money."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    amount: _builtins.float
+    """In units of the currency."""
+    currency: _builtins.str
+    """ISO 4217, for instance "EUR"."""
+    def __init__(
+        self,
+        *,
+        amount: _builtins.float = ...,
+        currency: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "currency", b"currency"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cost: _TypeAlias = Cost  # noqa: Y015
+
+@_typing.final
+class Estimate(_message.Message):
+    """What a job is expected to need. What nobody has measured or set is absent, not guessed. docs/estimates.md has the
+    formulas.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    STEPS_PER_S_FIELD_NUMBER: _builtins.int
+    MEASURED_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    RUN_TIME_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    memory_bytes: _builtins.int
+    """Memory of a worker process at its peak, in bytes: the sum of its parts. The formula follows from the plan alone."""
+    steps_per_s: _builtins.float
+    """Optimizer steps a second: the median of earlier attempts of the same configuration on this server. Absent where there
+    was none.
+    """
+    measured_attempts: _builtins.int
+    """Of how many attempts steps_per_s is the median. At most 20, the newest."""
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryPart]:
+        """The parts."""
+
+    @_builtins.property
+    def run_time(self) -> _duration_pb2.Duration:
+        """total_steps at steps_per_s, without the wait, the preparation and the validation at the end. Absent with it."""
+
+    @_builtins.property
+    def cost(self) -> Global___Cost:
+        """run_time at the price of the server's settings. Absent where either is."""
+
+    def __init__(
+        self,
+        *,
+        memory_bytes: _builtins.int = ...,
+        memory: _abc.Iterable[Global___MemoryPart] | None = ...,
+        steps_per_s: _builtins.float | None = ...,
+        measured_attempts: _builtins.int = ...,
+        run_time: _duration_pb2.Duration | None = ...,
+        cost: Global___Cost | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "run_time", b"run_time", "steps_per_s", b"steps_per_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "measured_attempts", b"measured_attempts", "memory", b"memory", "memory_bytes", b"memory_bytes", "run_time", b"run_time", "steps_per_s", b"steps_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__steps_per_s: _TypeAlias = _typing.Literal["steps_per_s"]  # noqa: Y015
+    _WhichOneofArgType__steps_per_s: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps_per_s) -> _WhichOneofReturnType__steps_per_s | None: ...
+
+Global___Estimate: _TypeAlias = Estimate  # noqa: Y015
+
+@_typing.final
 class Job(_message.Message):
     """What every job tells, whatever it trains."""
 
@@ -149,6 +375,8 @@ class Job(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"jobs/" and a UUID."""
     state: Global___JobState.ValueType
@@ -183,6 +411,14 @@ class Job(_message.Message):
     def failure(self) -> Global___Failure:
         """Why it failed. Absent otherwise."""
 
+    @_builtins.property
+    def wait(self) -> Global___Wait:
+        """Why it has no worker, while it is QUEUED or RECOVERING. Absent otherwise."""
+
+    @_builtins.property
+    def scheduling(self) -> Global___Scheduling:
+        """Its priority and its deadlines."""
+
     def __init__(
         self,
         *,
@@ -199,10 +435,12 @@ class Job(_message.Message):
         failure: Global___Failure | None = ...,
         caller: _builtins.str = ...,
         artifact: _builtins.str = ...,
+        wait: Global___Wait | None = ...,
+        scheduling: Global___Scheduling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "scheduling", b"scheduling", "start_time", b"start_time", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "last_sequence", b"last_sequence", "name", b"name", "observed", b"observed", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "last_sequence", b"last_sequence", "name", b"name", "observed", b"observed", "scheduling", b"scheduling", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

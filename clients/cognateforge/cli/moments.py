@@ -1,0 +1,27 @@
+"""Moments on the command line: as RFC 3339 writes them, or so long from now."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import typer
+from google.protobuf.timestamp_pb2 import Timestamp
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def moment(text: str) -> Timestamp:
+    """Return "2026-12-24T18:00:00Z" or "8h" as a time. Errors: BadParameter."""
+    result = Timestamp()
+    ahead = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if ahead is not None:
+        result.FromSeconds(round(time.time()) + int(ahead[1]) * _UNITS_S[ahead[2]])
+        return result
+    try:
+        result.FromJsonString(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no moment: give a time as 2026-12-24T18:00:00Z, or how long from now as 90s, 30m, 8h or 2d"
+        ) from None
+    return result
