@@ -21,11 +21,13 @@ from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.engines.local import LocalEngine
 from training_common.folder_lock import FolderLock
+from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
+from training_common.rpc.logs import log_watcher
 from training_common.rpc.server import RunningServer, create_server
 from training_common.store.database import Database
 
@@ -48,7 +50,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
-    engine = LocalEngine(module="agent_server.worker", log_dir=settings.data_dir / "logs")
+    engine = LocalEngine(module="agent_server.worker", log_dir=jobs_dir(settings))
     scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=settings.server_name)
     events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
@@ -59,6 +61,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         to_message=convert.job,
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
+        logs=log_watcher(settings, store),
     )
     link = CognateLink(settings.cognate)
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])

@@ -21,11 +21,13 @@ from training_common.artifacts.outbox import compact_forever
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.engines.local import LocalEngine
 from training_common.folder_lock import FolderLock
+from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
+from training_common.rpc.logs import log_watcher
 from training_common.rpc.server import RunningServer, create_server
 from training_common.store.database import Database
 
@@ -43,7 +45,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
-    engine = LocalEngine(module="cognate_server.worker", log_dir=settings.data_dir / "logs")
+    engine = LocalEngine(module="cognate_server.worker", log_dir=jobs_dir(settings))
     leases = LeaseStore(database)
     resources = CognateResourceManager(store, leases, workers=settings.workers, lending=settings.lending)
     scheduler = Scheduler(
@@ -64,6 +66,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         to_message=convert.job,
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
+        logs=log_watcher(settings, store),
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(

@@ -104,6 +104,15 @@ class AuditSettings(Section):
     keep_files: int = Field(default=16, ge=1, le=10_000, description="older files that are kept beside the newest")
 
 
+class LogSettings(Section):
+    """How much of each attempt's log is kept: its beginning and its end."""
+
+    keep_first_bytes: int = Field(default=1 << 20, ge=0, le=1 << 30, description="beginning of a log that is kept")
+    keep_last_bytes: int = Field(
+        default=15 << 20, ge=64 << 10, le=1 << 34, description="end of a log that is kept; what lies between may go"
+    )
+
+
 class LimitSettings(Section):
     """Bounds of what one server takes on."""
 
@@ -142,10 +151,10 @@ class ServiceSettings(Section):
     """What both services are told."""
 
     address: str = Field(description="host:port or unix:PATH to listen on; port 0 takes a free one")
-    data_dir: Path = Field(description="folder of this server alone: logs, audit log, lock")
+    data_dir: Path = Field(description="folder of this server alone: audit log, lock")
     shared_dir: Path | None = Field(
         default=None,
-        description="folder of artifacts and checkpoints, for all servers of a store; none: data_dir",
+        description="folder of artifacts, checkpoints and workers' logs, for all servers of a store; none: data_dir",
     )
     store_url: str = Field(default="", description="SQLAlchemy URL; empty means SQLite in data_dir")
     drain_grace_s: float = Field(default=10.0, ge=0, le=600, description="seconds that calls get to end on SIGTERM")
@@ -156,6 +165,7 @@ class ServiceSettings(Section):
     limits: LimitSettings = LimitSettings()
     consul: ConsulSettings = ConsulSettings()
     audit: AuditSettings = AuditSettings()
+    logs: LogSettings = LogSettings()
 
     @model_validator(mode="after")
     def _plaintext_stays_local(self) -> Self:

@@ -36,11 +36,14 @@ from training_common.attempt import (
     Json,
     StopKind,
 )
+from training_common.attempt_log import kept_bounded
 from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
 from training_common.engines.local import EX_TEMPFAIL, own_handle
+from training_common.jobs.folders import job_dir, jobs_dir, log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of
+from training_common.masking import secrets_of
 from training_common.retention import Retention
 from training_common.settings import ServiceSettings
 from training_common.store.database import Database
@@ -185,11 +188,6 @@ class WorkerContext(Generic[S]):
     job_dir: Path
 
 
-def job_dir(settings: ServiceSettings, job_name: str) -> Path:
-    """Return the folder of one job: checkpoints, scratch files, logs."""
-    return settings.files_dir / "jobs" / job_name.removeprefix("jobs/")
-
-
 def main(
     argv: list[str], *, load_settings: Callable[[Path | None], S], work: Callable[[WorkerContext[S]], None]
 ) -> int:
@@ -201,9 +199,9 @@ def main(
     parser.add_argument("--token", type=int, required=True)
     parser.add_argument("--threads", type=int, help="instead of the setting, for instance on borrowed capacity")
     options = parser.parse_args(argv)
-    logs.configure()
-    structlog.contextvars.bind_contextvars(job=options.job, attempt=options.attempt)
     settings = load_settings(options.settings)
+    logs.configure(secrets=secrets_of(settings))
+    structlog.contextvars.bind_contextvars(job=options.job, attempt=options.attempt)
     if options.threads is not None:
         workers = settings.workers.model_copy(update={"threads": options.threads})
         settings = settings.model_copy(update={"workers": workers})
@@ -215,7 +213,8 @@ def main(
         in_background = settings.workers.checkpoints == "async"
         attempt = WorkerAttempt(store, workdir=folder, saves_in_background=in_background)
         context = WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=folder)
-        with attempt.beating(settings.workers.heartbeat_interval_s):
+        log_path = jobs_dir(settings) / log_name(options.job, options.attempt)
+        with attempt.beating(settings.workers.heartbeat_interval_s), kept_bounded(log_path, settings.logs):
             _run(context, work)
     except FencedOutError as error:
         log.warning("fenced out", detail=str(error))

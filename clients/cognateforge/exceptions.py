@@ -6,13 +6,13 @@
     ├── ForbiddenError                 RoleMissingError, NoPolicyError, IdentityMissingError
     ├── ConflictError                  RequestIdReusedError
     ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError, LeaseNotFoundError,
-    │                                  CheckpointNotFoundError
+    │                                  CheckpointNotFoundError, AttemptNotFoundError
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
     │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
-    │                                  CapacityTakenError, CheckpointGoneError
+    │                                  CapacityTakenError, CheckpointGoneError, LogGoneError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -297,6 +297,18 @@ class CheckpointGoneError(PreconditionError):
     """The checkpoint's files were removed by retention or found damaged."""
 
     reason = Reason.REASON_CHECKPOINT_GONE
+
+
+class AttemptNotFoundError(NotFoundError):
+    """The job has had no attempt of that number."""
+
+    reason = Reason.REASON_ATTEMPT_NOT_FOUND
+
+
+class LogGoneError(PreconditionError):
+    """The attempt's log was removed by retention, or is not among the files that the server reaches."""
+
+    reason = Reason.REASON_LOG_GONE
 
 
 class NotImplementedByServerError(ForgeError):

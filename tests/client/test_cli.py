@@ -189,6 +189,21 @@ def test_watch_survives_broken_streams(forge: Forge, fake: Fake) -> None:
     assert [frame["event"]["sequence"] for frame in events] == list(range(3, 21))
 
 
+def test_logs_are_printed_line_by_line(forge: Forge, fake: Fake) -> None:
+    """The newest attempt's, or one that is named; which one is told apart, and no terminal obeys what a log holds."""
+    fake.logs.written[1].append("\x1b[2Jgone")
+    result = forge("logs", JOB)
+    assert (0, "three\nfour\n\ufffd[2Jgone\n", "attempt 2\n") == (result.exit_code, result.stdout, result.stderr)
+    assert "one\ntwo\ndied\n" == forge("logs", JOB, "--attempt", "1").stdout
+    fake.logs.gap = 6
+    result = forge("logs", JOB, "--attempt", "1", "--follow")
+    assert "one\ntwo\ndied\nfour\n\ufffd[2Jgone\n" == result.stdout
+    assert "attempt 1\nattempt 2\n6 bytes are no longer kept\n" == result.stderr
+    frames = forge.json("logs", JOB, "--attempt", "1", "--position", "8")
+    lines = {"attempt": 1, "lines": [{"position": 8, "text": "died", "continued": False}], "next_position": 13}
+    assert [{"lines": lines}, {"end": {"attempt": 1, "next_position": 13}}] == frames
+
+
 @pytest.mark.parametrize("state", [job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED])
 def test_a_job_without_success_is_exit_code_1(forge: Forge, fake: Fake, state: job_pb2.JobState.ValueType) -> None:
     """Failure's reason and message are told."""

@@ -9,6 +9,7 @@ from typing import Any
 import cognate_server.migrations
 from tests.support.toy_worker import ToySettings
 from training_common.engines.local import LocalEngine
+from training_common.jobs.folders import jobs_dir, log_name
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import EventRow, JobRow, JobStore
 from training_common.store.database import Database
@@ -34,7 +35,7 @@ class ToyService:
     def _start(self) -> None:
         self.database = Database(self.settings.database_url)
         self.store = JobStore(self.database)
-        self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=self.folder / "logs")
+        self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=jobs_dir(self.settings))
         self.scheduler = Scheduler(
             self.store, self.engine, self.settings.workers, settings_file=self.settings_file, server=self.server
         )
@@ -66,7 +67,8 @@ class ToyService:
         return next((attempt.handle for row, attempt in self.store.held() if row.id == job.id), "")
 
     def log(self, job: JobRow) -> str:
-        return (self.folder / "logs" / f"{job.name.removeprefix('jobs/')}.log").read_text()
+        """Return what the job's newest worker has written."""
+        return (jobs_dir(self.settings) / log_name(job.name, self.store.get(job.name).attempt)).read_text()
 
     async def until(self, job: JobRow, condition: Callable[[JobRow], bool], timeout_s: float = 60) -> JobRow:
         """Let the scheduler work until the job fulfils the condition."""

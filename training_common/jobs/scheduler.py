@@ -15,6 +15,7 @@ from typing import Protocol
 
 import structlog
 
+from training_common.jobs.folders import log_name
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss
 from training_common.settings import WorkerSettings
@@ -188,9 +189,7 @@ class Scheduler:
             arguments += ["--settings", str(self._settings_file)]
         _, attempt = next(pair for pair in self._store.held() if pair[0].id == job.id)
         try:
-            self._launched[attempt.id] = self._engine.launch(
-                arguments, log_name=f"{job.name.removeprefix('jobs/')}.log"
-            )
+            self._launched[attempt.id] = self._engine.launch(arguments, log_name=log_name(job.name, job.attempt))
         except OSError as error:
             self.last_launch_failed = True
             self._launch_again_at = self._clock() + self._launch_pause_s

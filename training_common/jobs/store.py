@@ -382,6 +382,12 @@ class JobStore:
         with self.database.read() as connection:
             return [CheckpointRow(**row) for row in connection.execute(query).mappings()]
 
+    def attempt_row(self, job_id: int, number: int) -> AttemptRow | None:
+        """Return one attempt of a job, or None where it has had none of that number."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(t.attempts).filter_by(job_id=job_id, number=number)).mappings().first()
+        return None if row is None else AttemptRow(**row)
+
     def counts(self, connection: sa.Connection) -> dict[JobState, int]:
         """Return how many jobs are in each state."""
         query = sa.select(t.jobs.c.state, sa.func.count()).group_by(t.jobs.c.state)

@@ -23,6 +23,7 @@ from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
 from training_common.jobs.store import JobRow, JobStore
 from training_common.rpc import convert, mutations, paging
+from training_common.rpc.logs import LogWatcher
 from training_common.rpc.series import SeriesBuilder
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
@@ -45,8 +46,10 @@ class JobService(Generic[M]):
         to_message: Callable[[JobRow], M],
         units: Mapping[str, str],
         heartbeat_s: float,
+        logs: LogWatcher,
     ) -> None:
         self.store = store
+        self.logs = logs
         self._scheduler = scheduler
         self._hub = hub
         self.to_message = to_message
@@ -164,6 +167,13 @@ class JobRpcs(Generic[M]):
     async def WatchJob(self, request: Any, context: Context) -> AsyncIterator[Any]:
         async for frame in self._jobs.watch(request.name, request.after_sequence):
             yield self._contract.WatchJobResponse(frame=frame)
+
+    async def WatchLogs(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        frames = self._jobs.logs.watch(
+            request.name, attempt=request.attempt, position=request.position, follow=request.follow
+        )
+        async for frame in frames:
+            yield self._contract.WatchLogsResponse(frame=frame)
 
     async def PauseJob(self, request: Any, context: Context) -> Any:
         return await self._steer("Pause", request, self._jobs.store.pause)

@@ -16,7 +16,7 @@ from cognateforge.cli.session import Session, command, first_found, new_request_
 
 if TYPE_CHECKING:
     from cognateforge.cli.session import Row
-    from cognateforge.job.v1.job_pb2 import Checkpoint, Job, MetricSeries, WatchFrame
+    from cognateforge.job.v1.job_pb2 import Checkpoint, Job, LogFrame, MetricSeries, WatchFrame
 
 JobName = Annotated[str, typer.Argument(help="Job: jobs/UUID, or the UUID alone.", metavar="NAME")]
 RequestId = Annotated[str | None, typer.Option(help="UUID of this wish: the same one again changes nothing twice.")]
@@ -109,6 +109,12 @@ class JobService:
     def watch(self, name: str, after_sequence: int) -> Iterator[WatchFrame]:
         """Yield a job's events and its end."""
         return cast("Iterator[WatchFrame]", self._client.watch_job(name, after_sequence))
+
+
+    def logs(self, name: str, *, attempt: int, position: int, follow: bool) -> Iterator[LogFrame]:
+        """Yield what a job's workers write, and the end."""
+        frames = self._client.watch_logs(name, attempt=attempt, position=position, follow=follow)
+        return cast("Iterator[LogFrame]", frames)
 
 
 def owner(session: Session, service: Service | None, name: str) -> tuple[JobService, Any]:
@@ -240,6 +246,22 @@ def _watching(app: typer.Typer) -> None:
         found, item = owner(session, service, name)
         frames = found.watch(item.job.name, after_sequence)
         return follow(session, frames, item.job, progress=progress, verdict=found.verdict)
+
+    @command(app)
+    def logs(
+        session: Session,
+        name: JobName,
+        service: ServiceOption = None,
+        follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+        attempt: Annotated[int, typer.Option(min=0, help="Which attempt's. Default: the newest.")] = 0,
+        position: Annotated[int, typer.Option(min=0, help="Where in it to begin, as --json tells.")] = 0,
+    ) -> Exit:
+        """Print what a job's workers have written."""
+        from cognateforge.cli.follow import show_logs
+
+        found, item = owner(session, service, name)
+        frames = found.logs(item.job.name, attempt=attempt, position=position, follow=follow)
+        return show_logs(session, frames, item.job.name)
 
 
 def _steering(app: typer.Typer) -> None:

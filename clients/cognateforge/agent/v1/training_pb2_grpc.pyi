@@ -62,6 +62,13 @@ class AgentForgeTrainingServiceStub:
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
     """
+    WatchLogs: _grpc.UnaryStreamMultiCallable[_training_pb2.WatchLogsRequest, _training_pb2.WatchLogsResponse]
+    """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+    frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
+    """
     PauseJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.PauseJobRequest, _training_pb2.PauseJobResponse]
     """Asks a job to save a checkpoint and let go of its worker.
 
@@ -154,6 +161,13 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
+    """
+    WatchLogs: _aio.UnaryStreamMultiCallable[_training_pb2.WatchLogsRequest, _training_pb2.WatchLogsResponse]  # type: ignore[assignment]
+    """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+    frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
     """
     PauseJob: _aio.UnaryUnaryMultiCallable[_training_pb2.PauseJobRequest, _training_pb2.PauseJobResponse]  # type: ignore[assignment]
     """Asks a job to save a checkpoint and let go of its worker.
@@ -268,6 +282,19 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchLogs(
+        self,
+        request: _training_pb2.WatchLogsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_pb2.WatchLogsResponse], _abc.AsyncIterator[_training_pb2.WatchLogsResponse]]:
+        """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+        frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
         """
 
     @_abc_1.abstractmethod

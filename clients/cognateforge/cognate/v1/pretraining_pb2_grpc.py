@@ -55,6 +55,11 @@ class CognatePretrainingServiceStub:
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.WatchLogs = channel.unary_stream(
+                '/cognateforge.cognate.v1.CognatePretrainingService/WatchLogs',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsResponse.FromString,
+                _registered_method=True)
         self.PauseJob = channel.unary_unary(
                 '/cognateforge.cognate.v1.CognatePretrainingService/PauseJob',
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.PauseJobRequest.SerializeToString,
@@ -142,6 +147,17 @@ class CognatePretrainingServiceServicer:
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLogs(self, request, context):
+        """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+        frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,6 +275,11 @@ def add_CognatePretrainingServiceServicer_to_server(servicer, server):
                     servicer.WatchJob,
                     request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobRequest.FromString,
                     response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'WatchLogs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLogs,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsResponse.SerializeToString,
             ),
             'PauseJob': grpc.unary_unary_rpc_method_handler(
                     servicer.PauseJob,
@@ -415,6 +436,33 @@ class CognatePretrainingService:
             '/cognateforge.cognate.v1.CognatePretrainingService/WatchJob',
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobRequest.SerializeToString,
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/WatchLogs',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsResponse.FromString,
             options,
             channel_credentials,
             insecure,

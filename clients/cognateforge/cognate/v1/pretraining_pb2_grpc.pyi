@@ -58,6 +58,13 @@ class CognatePretrainingServiceStub:
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
     """
+    WatchLogs: _grpc.UnaryStreamMultiCallable[_pretraining_pb2.WatchLogsRequest, _pretraining_pb2.WatchLogsResponse]
+    """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+    frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
+    """
     PauseJob: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.PauseJobRequest, _pretraining_pb2.PauseJobResponse]
     """Asks a job to save a checkpoint and let go of its worker.
 
@@ -142,6 +149,13 @@ class CognatePretrainingServiceAsyncStub(CognatePretrainingServiceStub):
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
+    """
+    WatchLogs: _aio.UnaryStreamMultiCallable[_pretraining_pb2.WatchLogsRequest, _pretraining_pb2.WatchLogsResponse]  # type: ignore[assignment]
+    """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+    frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
     """
     PauseJob: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.PauseJobRequest, _pretraining_pb2.PauseJobResponse]  # type: ignore[assignment]
     """Asks a job to save a checkpoint and let go of its worker.
@@ -248,6 +262,19 @@ class CognatePretrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchLogs(
+        self,
+        request: _pretraining_pb2.WatchLogsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_pretraining_pb2.WatchLogsResponse], _abc.AsyncIterator[_pretraining_pb2.WatchLogsResponse]]:
+        """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+        frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
         """
 
     @_abc_1.abstractmethod

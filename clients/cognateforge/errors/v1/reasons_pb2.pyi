@@ -100,6 +100,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The job has no checkpoint of that step, or none with that digest."""
     REASON_CHECKPOINT_GONE: _Reason.ValueType  # 42
     """The checkpoint's files were removed by retention or found damaged."""
+    REASON_ATTEMPT_NOT_FOUND: _Reason.ValueType  # 51
+    """The job has had no attempt of that number."""
+    REASON_LOG_GONE: _Reason.ValueType  # 52
+    """The attempt's log was removed by retention, or is not among the files that this server reaches."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -177,6 +181,10 @@ REASON_CHECKPOINT_NOT_FOUND: Reason.ValueType  # 41
 """The job has no checkpoint of that step, or none with that digest."""
 REASON_CHECKPOINT_GONE: Reason.ValueType  # 42
 """The checkpoint's files were removed by retention or found damaged."""
+REASON_ATTEMPT_NOT_FOUND: Reason.ValueType  # 51
+"""The job has had no attempt of that number."""
+REASON_LOG_GONE: Reason.ValueType  # 52
+"""The attempt's log was removed by retention, or is not among the files that this server reaches."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

@@ -656,6 +656,194 @@ class WatchFrame(_message.Message):
 Global___WatchFrame: _TypeAlias = WatchFrame  # noqa: Y015
 
 @_typing.final
+class LogLine(_message.Message):
+    """A line that a worker wrote on its standard output or error, or a part of a longer one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    CONTINUED_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """Place of its first byte in all that the attempt's worker has written."""
+    text: _builtins.str
+    """The line, without its newline. Bytes that are no UTF-8 are U+FFFD, and secrets of the server's settings asterisks."""
+    continued: _builtins.bool
+    """The line goes on in the next one: it is longer than 8,192 bytes, or not yet whole."""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        text: _builtins.str = ...,
+        continued: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continued", b"continued", "position", b"position", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogLine: _TypeAlias = LogLine  # noqa: Y015
+
+@_typing.final
+class LogLines(_message.Message):
+    """Lines of one attempt's log, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the attempt, from 1."""
+    next_position: _builtins.int
+    """Place of what follows them: where to go on."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogLine]:
+        """At least one. They follow each other without a gap."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        lines: _abc.Iterable[Global___LogLine] | None = ...,
+        next_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "lines", b"lines", "next_position", b"next_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogLines: _TypeAlias = LogLines  # noqa: Y015
+
+@_typing.final
+class LogGap(_message.Message):
+    """Of a log that has grown beyond its bound the beginning and the end are kept. This stands in place of what lay between."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the attempt, from 1."""
+    position: _builtins.int
+    """Place of the first byte that is no longer kept."""
+    next_position: _builtins.int
+    """Place of the next line that is."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        position: _builtins.int = ...,
+        next_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "next_position", b"next_position", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogGap: _TypeAlias = LogGap  # noqa: Y015
+
+@_typing.final
+class LogHeartbeat(_message.Message):
+    """Sent when a watch of logs has been silent for a while."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the attempt whose log is watched. 0 before the first."""
+    next_position: _builtins.int
+    """Place up to which its log was sent."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        next_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "next_position", b"next_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogHeartbeat: _TypeAlias = LogHeartbeat  # noqa: Y015
+
+@_typing.final
+class LogEnd(_message.Message):
+    """All that was asked for was sent: the log as it is, or to the job's end where it was followed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the last attempt whose log was sent. 0 when there was none."""
+    next_position: _builtins.int
+    """Place up to which its log was sent."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        next_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "next_position", b"next_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogEnd: _TypeAlias = LogEnd  # noqa: Y015
+
+@_typing.final
+class LogFrame(_message.Message):
+    """One frame of a watch of logs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    GAP_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lines(self) -> Global___LogLines:
+        """The next lines."""
+
+    @_builtins.property
+    def gap(self) -> Global___LogGap:
+        """What is no longer kept."""
+
+    @_builtins.property
+    def heartbeat(self) -> Global___LogHeartbeat:
+        """Nothing new."""
+
+    @_builtins.property
+    def end(self) -> Global___LogEnd:
+        """The last frame."""
+
+    def __init__(
+        self,
+        *,
+        lines: Global___LogLines | None = ...,
+        gap: Global___LogGap | None = ...,
+        heartbeat: Global___LogHeartbeat | None = ...,
+        end: Global___LogEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "gap", b"gap", "heartbeat", b"heartbeat", "lines", b"lines"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "gap", b"gap", "heartbeat", b"heartbeat", "lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["lines", "gap", "heartbeat", "end"]  # noqa: Y015
+    _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
+
+Global___LogFrame: _TypeAlias = LogFrame  # noqa: Y015
+
+@_typing.final
 class MetricSeries(_message.Message):
     """A metric over time."""
 
