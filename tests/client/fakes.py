@@ -160,9 +160,7 @@ class Logs:
         for attempt in range(first, len(self.written) + 1) if request.follow else [first]:
             position = position if attempt == first else 0
             if attempt == 2 and position < self.gap:
-                yield job_pb2.LogFrame(
-                    gap=job_pb2.LogGap(attempt=attempt, position=position, next_position=self.gap)
-                )
+                yield job_pb2.LogFrame(gap=job_pb2.LogGap(attempt=attempt, position=position, next_position=self.gap))
                 position = self.gap
             place = 0
             for text in self.written[attempt - 1]:

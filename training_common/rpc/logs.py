@@ -39,9 +39,7 @@ class LogWatcher:
         self._heartbeat_s = heartbeat_s
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="log-read")
 
-    async def watch(
-        self, name: str, *, attempt: int, position: int, follow: bool
-    ) -> AsyncIterator[job_pb2.LogFrame]:
+    async def watch(self, name: str, *, attempt: int, position: int, follow: bool) -> AsyncIterator[job_pb2.LogFrame]:
         """Yield what follows a position of an attempt's log, heartbeats, and the end frame.
 
         attempt: 0 means the newest. follow: go on, with later attempts too, until the job has ended.
@@ -114,6 +112,4 @@ def _frame(attempt: int, position: int, part: LogPart) -> job_pb2.LogFrame:
         gap = job_pb2.LogGap(attempt=attempt, position=position, next_position=part.next_position)
         return job_pb2.LogFrame(gap=gap)
     lines = [job_pb2.LogLine(position=line.position, text=line.text, continued=line.continued) for line in part.lines]
-    return job_pb2.LogFrame(
-        lines=job_pb2.LogLines(attempt=attempt, lines=lines, next_position=part.next_position)
-    )
+    return job_pb2.LogFrame(lines=job_pb2.LogLines(attempt=attempt, lines=lines, next_position=part.next_position))

@@ -110,7 +110,6 @@ class JobService:
         """Yield a job's events and its end."""
         return cast("Iterator[WatchFrame]", self._client.watch_job(name, after_sequence))
 
-
     def logs(self, name: str, *, attempt: int, position: int, follow: bool) -> Iterator[LogFrame]:
         """Yield what a job's workers write, and the end."""
         frames = self._client.watch_logs(name, attempt=attempt, position=position, follow=follow)
