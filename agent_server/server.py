@@ -25,6 +25,7 @@ from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
+from training_common.jobs.sweeper import Sweeper
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
 from training_common.rpc.logs import log_watcher
@@ -54,6 +55,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=settings.server_name)
     events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
+    sweeper = Sweeper(database, jobs_dir(settings), settings.retention)
     jobs = JobService(
         store=store,
         scheduler=scheduler,
@@ -62,6 +64,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
         logs=log_watcher(settings, store),
+        sweeper=sweeper,
     )
     link = CognateLink(settings.cognate)
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
@@ -78,5 +81,5 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         health=health,
         database=database,
         lock=lock,
-        tasks=[scheduler.run(), events.run(), link.keep(), *borrowing],
+        tasks=[scheduler.run(), events.run(), sweeper.run(), link.keep(), *borrowing],
     )

@@ -25,6 +25,7 @@ from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
+from training_common.jobs.sweeper import Sweeper
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
 from training_common.rpc.logs import log_watcher
@@ -59,6 +60,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
     changed_leases = ChangeHub(database, leases.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=EXCHANGE)
+    sweeper = Sweeper(database, jobs_dir(settings), settings.retention)
     jobs = JobService(
         store=store,
         scheduler=scheduler,
@@ -67,6 +69,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
         logs=log_watcher(settings, store),
+        sweeper=sweeper,
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
@@ -88,6 +91,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         tasks=[
             scheduler.run(),
             events.run(),
+            sweeper.run(),
             outbox.run(),
             compact_forever(registry, keep_events=settings.outbox.keep_events),
             changed_leases.run(),

@@ -113,6 +113,24 @@ class LogSettings(Section):
     )
 
 
+class RetentionSettings(Section):
+    """For how long what an ended job leaves behind is kept. 0 days keeps it for good."""
+
+    job_files_days: float = Field(
+        default=90.0,
+        ge=0,
+        le=36_500,
+        description="after a job's end, its folder: checkpoints that are not pinned, logs, scratch files",
+    )
+    job_events_days: float = Field(
+        default=365.0, ge=0, le=36_500, description="after a job's end, its events and metrics, but for the last event"
+    )
+    request_ids_days: float = Field(
+        default=30.0, ge=0, le=36_500, description="after a mutation, its request_id: a repeat is new from then on"
+    )
+    sweep_interval_s: float = Field(default=600.0, gt=0, le=86_400, description="seconds between two sweeps")
+
+
 class LimitSettings(Section):
     """Bounds of what one server takes on."""
 
@@ -166,6 +184,7 @@ class ServiceSettings(Section):
     consul: ConsulSettings = ConsulSettings()
     audit: AuditSettings = AuditSettings()
     logs: LogSettings = LogSettings()
+    retention: RetentionSettings = RetentionSettings()
 
     @model_validator(mode="after")
     def _plaintext_stays_local(self) -> Self:

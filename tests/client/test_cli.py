@@ -189,6 +189,14 @@ def test_watch_survives_broken_streams(forge: Forge, fake: Fake) -> None:
     assert [frame["event"]["sequence"] for frame in events] == list(range(3, 21))
 
 
+def test_a_job_whose_events_are_gone_is_watched_from_what_is_left(forge: Forge, fake: Fake) -> None:
+    """Retention removes events of jobs that ended long ago; who wants the beginning is told."""
+    fake.pretraining.job.job.first_sequence = 18
+    result = forge("watch", JOB, "--json")
+    assert [18, 19, 20] == [json.loads(line)["event"]["sequence"] for line in result.stdout.splitlines()[:-1]]
+    assert "the events before 18 are no longer kept\n" == result.stderr
+
+
 def test_logs_are_printed_line_by_line(forge: Forge, fake: Fake) -> None:
     """The newest attempt's, or one that is named; which one is told apart, and no terminal obeys what a log holds."""
     fake.logs.written[1].append("\x1b[2Jgone")

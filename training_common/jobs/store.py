@@ -74,6 +74,8 @@ class JobRow:
     failure_message: str
     artifact: str
     facts: Mapping[str, str]
+    first_sequence: int
+    files_removed_us: int | None
 
 
 @dataclass(frozen=True, kw_only=True)

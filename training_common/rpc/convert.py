@@ -56,6 +56,8 @@ def job(row: JobRow) -> job_pb2.Job:
         failure=failure(row),
         caller=row.caller,
         artifact=row.artifact,
+        first_sequence=row.first_sequence,
+        files_removed_time=timestamp(row.files_removed_us),
     )
 
 

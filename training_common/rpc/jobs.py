@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -22,6 +22,7 @@ from training_common.jobs.pins import set_pinned
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
 from training_common.jobs.store import JobRow, JobStore
+from training_common.jobs.sweeper import Sweeper
 from training_common.rpc import convert, mutations, paging
 from training_common.rpc.logs import LogWatcher
 from training_common.rpc.series import SeriesBuilder
@@ -47,9 +48,11 @@ class JobService(Generic[M]):
         units: Mapping[str, str],
         heartbeat_s: float,
         logs: LogWatcher,
+        sweeper: Sweeper,
     ) -> None:
         self.store = store
         self.logs = logs
+        self._sweeper = sweeper
         self._scheduler = scheduler
         self._hub = hub
         self.to_message = to_message
@@ -92,6 +95,7 @@ class JobService(Generic[M]):
         quiet_since = loop.time()
         while True:
             job, frames = await self._frames.get((name, sequence, seen), functools.partial(self._read, name, sequence))
+            _require_kept(job, sequence, frames)
             for frame in frames:
                 sequence = frame.event.sequence
                 yield frame
@@ -121,6 +125,12 @@ class JobService(Generic[M]):
         rows = await self.store.database.run(self.store.checkpoints, job.id)
         return [convert.checkpoint(row) for row in rows]
 
+    def server_info(self, info: job_pb2.ServerInfo, peers: Sequence[job_pb2.Peer] = ()) -> job_pb2.ServerInfo:
+        """Return what a server is, with what it counts."""
+        return job_pb2.ServerInfo(
+            version=info.version, capabilities=info.capabilities, peers=peers, removed=self._sweeper.message()
+        )
+
     async def pin(self, method: str, request: Any, answer: Callable[..., Message], *, pinned: bool) -> bytes:
         """Pin or unpin a checkpoint once for the request id, and return the answer's bytes."""
 
@@ -145,6 +155,17 @@ class JobService(Generic[M]):
             return builder.series(self._units)
 
         return await self.store.database.run(read)
+
+
+def _require_kept(job: JobRow, sequence: int, frames: Sequence[job_pb2.WatchFrame]) -> None:
+    """Refuse to pass over events that retention has removed."""
+    oldest = frames[0].event.sequence if frames else job.first_sequence
+    if oldest > sequence + 1:
+        raise SequenceOutOfRangeError(
+            f"retention has removed the events of {job.name} before {oldest}: watch after_sequence {oldest - 1} for "
+            "what is left",
+            metadata={"oldest_sequence": str(oldest)},
+        )
 
 
 class JobRpcs(Generic[M]):

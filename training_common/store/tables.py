@@ -71,6 +71,10 @@ jobs = Table(
     Column("failure_message", Text, nullable=False, default=""),
     Column("artifact", String(128), nullable=False, default=""),
     Column("facts", JSON, nullable=False, default=dict, comment="what a service adds, e.g. the foundation's digest"),
+    # What retention has left: the oldest event, and when the job's folder was removed.
+    Column("first_sequence", BigInteger, nullable=False, default=1, server_default="1"),
+    Column("files_removed_us", BigInteger),
+    Index("ix_jobs_end_us", "end_us"),
 )
 
 events = Table(
@@ -132,7 +136,7 @@ requests = Table(
     Column("method", String(128), nullable=False),
     Column("payload_sha256", String(64), nullable=False),
     Column("answer", LargeBinary, nullable=False),
-    Column("create_us", BigInteger, nullable=False),
+    Column("create_us", BigInteger, nullable=False, index=True),
 )
 
 artifacts = Table(

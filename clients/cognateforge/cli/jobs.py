@@ -243,6 +243,9 @@ def _watching(app: typer.Typer) -> None:
         from cognateforge.cli.follow import follow
 
         found, item = owner(session, service, name)
+        if not after_sequence and item.job.first_sequence > 1:
+            after_sequence = item.job.first_sequence - 1
+            say(f"the events before {item.job.first_sequence} are no longer kept")
         frames = found.watch(item.job.name, after_sequence)
         return follow(session, frames, item.job, progress=progress, verdict=found.verdict)
 

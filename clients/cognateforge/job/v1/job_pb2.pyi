@@ -149,6 +149,8 @@ class Job(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    FILES_REMOVED_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"jobs/" and a UUID."""
     state: Global___JobState.ValueType
@@ -167,6 +169,8 @@ class Job(_message.Message):
     """Who submitted it. At most 255 characters."""
     artifact: _builtins.str
     """Name of the artifact it published, for instance "cognate-25m@7". Empty before."""
+    first_sequence: _builtins.int
+    """Sequence of the oldest event that is kept. Those before it, and their metrics, were removed by retention."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the job was submitted."""
@@ -182,6 +186,10 @@ class Job(_message.Message):
     @_builtins.property
     def failure(self) -> Global___Failure:
         """Why it failed. Absent otherwise."""
+
+    @_builtins.property
+    def files_removed_time(self) -> _timestamp_pb2.Timestamp:
+        """When retention removed the job's files: checkpoints and logs. Absent before."""
 
     def __init__(
         self,
@@ -199,10 +207,12 @@ class Job(_message.Message):
         failure: Global___Failure | None = ...,
         caller: _builtins.str = ...,
         artifact: _builtins.str = ...,
+        first_sequence: _builtins.int = ...,
+        files_removed_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "files_removed_time", b"files_removed_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "last_sequence", b"last_sequence", "name", b"name", "observed", b"observed", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "files_removed_time", b"files_removed_time", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "name", b"name", "observed", b"observed", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -924,6 +934,40 @@ class Peer(_message.Message):
 Global___Peer: _TypeAlias = Peer  # noqa: Y015
 
 @_typing.final
+class Removed(_message.Message):
+    """What retention has removed since the server's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FOLDERS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    job_folders: _builtins.int
+    """Ended jobs whose files were removed."""
+    size_bytes: _builtins.int
+    """Bytes of these files."""
+    events: _builtins.int
+    """Events of ended jobs."""
+    request_ids: _builtins.int
+    """Request ids, with their answers."""
+    def __init__(
+        self,
+        *,
+        job_folders: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        events: _builtins.int = ...,
+        request_ids: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "job_folders", b"job_folders", "request_ids", b"request_ids", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Removed: _TypeAlias = Removed  # noqa: Y015
+
+@_typing.final
 class ServerInfo(_message.Message):
     """What a server is and can do."""
 
@@ -932,6 +976,7 @@ class ServerInfo(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the distribution."""
     @_builtins.property
@@ -942,16 +987,21 @@ class ServerInfo(_message.Message):
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
         """Services that this server calls. At most 8."""
 
+    @_builtins.property
+    def removed(self) -> Global___Removed:
+        """What this server's retention has removed."""
+
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
+        removed: Global___Removed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "peers", b"peers", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "peers", b"peers", "removed", b"removed", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
