@@ -12,7 +12,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from training_common.attempt import CheckpointRef
+from training_common import faults
+from training_common.attempt import AttemptWaits, CheckpointRef
 from training_common.digests import canonical_json, files_under, sha256_bytes, sha256_file, write_folder
 from training_common.jobs.store import AttemptStore, CheckpointRow
 from training_common.retention import Retention
@@ -44,6 +45,19 @@ class CheckpointFolder:
             found = _FOLDER.match(path.name)
             if path.name not in recorded and found and int(found[1]) < self._store.attempt.number:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def require_present(self) -> None:
+        """Make sure that the job's checkpoints are not all away. Errors: AttemptWaits.
+
+        A folder that is not mounted would otherwise cost a job all that it has learnt.
+        """
+        rows = self._store.checkpoints()
+        if rows and not any((self._root / row.folder).exists() for row in rows):
+            raise AttemptWaits(
+                "storage",
+                message=f"none of the job's {len(rows)} checkpoints is in its folder; mount what belongs there, or "
+                "cancel the job and start it anew",
+            )
 
     def save(self, *, step: int, write: Callable[[Path], None], score: float | None = None) -> CheckpointRef:
         """Make a checkpoint durable, then record it; afterwards drop what the retention does not want.
@@ -102,6 +116,8 @@ class CheckpointFolder:
                 if sha256_file(folder / name) != facts["digest"]:
                     return f"{name} does not have the digest in {MANIFEST}"
         except OSError as error:
+            if faults.of_storage(error):
+                raise  # of that nothing can be read now it does not follow that it is damaged
             return f"{Path(str(error.filename)).name}: {error.strerror}"
         return None
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import math
+import os
 import sys
 import threading
 import time
@@ -26,7 +26,7 @@ import sqlalchemy as sa
 import structlog
 
 from cognateforge.exceptions import ForgeError, IllegalTransitionError
-from training_common import logs
+from training_common import faults, logs
 from training_common.attempt import (
     Attempt,
     AttemptStopped,
@@ -51,22 +51,10 @@ from training_common.store.database import Database
 log = structlog.get_logger(__name__)
 # A store that was away for an hour is not coming back by itself: the worker ends then, and its checkpoint stays.
 _STORE_PATIENCE_S = 3600.0
-# Full, out of something, or gone for the moment: what another attempt, later or elsewhere, need not meet again.
-_PLATFORM_ERRNOS = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EIO,
-        errno.EROFS,
-        errno.ESTALE,
-        errno.ENODEV,
-        errno.ENOMEM,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.EAGAIN,
-        errno.ETIMEDOUT,
-    }
-)
+# Where a job waits until its files can be written again.
+_STORAGE = "storage"
+# What has to fit where nobody knows yet how large a checkpoint is.
+_LEAST_ROOM_BYTES = 1 << 20
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -105,6 +93,25 @@ class WorkerAttempt(Attempt):
     def stop_requested(self) -> StopKind | None:
         self._writer.check()
         return self._stop
+
+    def require_storage(self) -> None:
+        """Make sure that a checkpoint fits, and that those of before are there. Errors: AttemptWaits."""
+        self._checkpoints.require_present()
+        newest = next((row.size_bytes for row in self.store.checkpoints()), 0)
+        room_bytes = max(newest, _LEAST_ROOM_BYTES)
+        probe = self._workdir / f".room.{os.getpid()}"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, room_bytes)
+                os.fsync(file.fileno())
+        except OSError as error:
+            if not faults.of_storage(error):
+                raise
+            message = f"{error.strerror}: {room_bytes} bytes for a checkpoint cannot be written"
+            raise AttemptWaits(_STORAGE, message=message) from error
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
 
     def keep(self, retention: Retention) -> None:
         """Apply this retention from the next checkpoint on."""
@@ -211,7 +218,9 @@ def main(
         store.register(own_handle())
         folder = job_dir(settings, options.job)
         in_background = settings.workers.checkpoints == "async"
-        attempt = WorkerAttempt(store, workdir=folder, saves_in_background=in_background)
+        attempt = _open(store, folder, in_background=in_background)
+        if attempt is None:
+            return 0
         context = WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=folder)
         log_path = jobs_dir(settings) / log_name(options.job, options.attempt)
         with attempt.beating(settings.workers.heartbeat_interval_s), kept_bounded(log_path, settings.logs):
@@ -221,6 +230,18 @@ def main(
     finally:
         database.close()
     return 0
+
+
+def _open(store: AttemptStore, folder: Path, *, in_background: bool) -> WorkerAttempt | None:
+    """Return the attempt with its folder, or None: then its job waits until the folder can be written."""
+    try:
+        return WorkerAttempt(store, workdir=folder, saves_in_background=in_background)
+    except OSError as error:
+        if not faults.of_storage(error):
+            raise
+        log.warning("attempt waits", what=_STORAGE, detail=error.strerror)
+        store.wait(AttemptWaits(_STORAGE, message=f"{error.strerror}: the job's folder cannot be written"))
+        return None
 
 
 def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:
@@ -260,6 +281,7 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
 
 def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:
     try:
+        context.attempt.require_storage()
         work(context)
     except AttemptWaits as wait:
         with context.attempt.moving():
@@ -275,13 +297,10 @@ def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], 
 
 
 def _platform_fault(error: Exception) -> str:
-    """Return what of this machine ended the attempt through no fault of its job, or nothing.
-
-    A file that is missing or may not be read is no such fault: it would be missing for the next attempt too.
-    """
+    """Return what of this machine ended the attempt through no fault of its job, or nothing."""
     if isinstance(error, sa.exc.OperationalError):
         return "the store did not answer in time"
-    if isinstance(error, OSError) and error.errno in _PLATFORM_ERRNOS:
+    if isinstance(error, OSError) and faults.of_machine(error):
         return f"the worker's machine failed it: {error.strerror}"
     return ""
 

@@ -18,16 +18,17 @@ from training_common.store.database import Database
 class ToyService:
     """Stands for a server: `restart` is what a kill -9 and a new start do to it."""
 
-    def __init__(self, folder: Path, *, store_url: str = "", server: str = "", **workers: Any) -> None:
+    def __init__(
+        self, folder: Path, *, store_url: str = "", server: str = "", shared_dir: Path | None = None, **workers: Any
+    ) -> None:
         self.folder = folder
         self.settings_file = folder / "settings.toml"
         options = {"heartbeat_interval_s": 0.1, **workers}
         lines = [f"{key} = {json.dumps(value)}" for key, value in options.items()]
-        text = f'data_dir = "{folder / "data"}"\nstore_url = "{store_url}"\n[workers]\n' + "\n".join(lines) + "\n"
-        self.settings_file.write_text(text)
-        self.settings = ToySettings.model_validate(
-            {"data_dir": folder / "data", "store_url": store_url, "workers": options}
-        )
+        paths = {"data_dir": str(folder / "data"), "shared_dir": str(shared_dir or folder / "data")}
+        top = [f"{key} = {json.dumps(value)}" for key, value in {**paths, "store_url": store_url}.items()]
+        self.settings_file.write_text("\n".join([*top, "[workers]", *lines]) + "\n")
+        self.settings = ToySettings.model_validate({**paths, "store_url": store_url, "workers": options})
         self.server = server
         self._start()
         self.database.upgrade(Path(cognate_server.migrations.__file__).parent)

@@ -45,6 +45,8 @@ def work(context: WorkerContext[ToySettings]) -> None:
             if attempt.store.attempt.number == 1 and step == plan.get("disk_full_at"):
                 raise OSError(errno.ENOSPC, "No space left on device")
             (folder / "state.json").write_text(json.dumps({"step": step, "value": value.hex()}))
+            (folder / "ballast").write_bytes(b"x" * plan.get("ballast_bytes", 0))
+            time.sleep(plan.get("slow_save_s", 0.0))
             if attempt.store.attempt.number == 1 and step == plan.get("stuck_in_save_at"):
                 (attempt.workdir / "stuck").touch()
                 time.sleep(3600)

@@ -93,9 +93,7 @@ class LogWatcher:
     def _require_silence(job: JobRow, row: AttemptRow) -> None:
         """Refuse a log that should be there: its worker has run."""
         if job.files_removed_us is not None:
-            raise LogGoneError(
-                f"retention has removed the files of {job.name}, which ended long ago"
-            )
+            raise LogGoneError(f"retention has removed the files of {job.name}, which ended long ago")
         if not row.handle or now_us() - row.start_us < 1e6 * _HIDDEN_S:
             return
         host = row.server.partition(":")[0] or "an unnamed host"
