@@ -12,7 +12,8 @@
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
     │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
-    │                                  CapacityTakenError, CheckpointGoneError, LogGoneError
+    │                                  CapacityTakenError, CheckpointGoneError, LogGoneError,
+    │                                  VerificationOpenError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -309,6 +310,12 @@ class LogGoneError(PreconditionError):
     """The attempt's log was removed by retention, or is not among the files that the server reaches."""
 
     reason = Reason.REASON_LOG_GONE
+
+
+class VerificationOpenError(PreconditionError):
+    """A verification of the job is under way."""
+
+    reason = Reason.REASON_VERIFICATION_OPEN
 
 
 class NotImplementedByServerError(ForgeError):

@@ -146,6 +146,13 @@ class Loss(enum.StrEnum):
 _NO_WAIT: Mapping[str, Any] = {"not_before_us": 0, "waits": 0, "waiting_since_us": None}
 
 
+def is_wanted() -> sa.ColumnElement[bool]:
+    """Whether a checkpoint's files must stay whatever a policy says: it is pinned, or a verification is under way."""
+    v = t.verifications
+    named = (v.c.from_checkpoint_id == t.checkpoints.c.id) | (v.c.to_checkpoint_id == t.checkpoints.c.id)
+    return t.checkpoints.c.pinned | sa.exists().where(named, v.c.end_us.is_(None))
+
+
 def _may_write(token: int) -> sa.ColumnElement[bool]:
     """Whether a worker with this token may write: the job is still its own, and so is what it runs on."""
     until = t.jobs.c.lease_until_us
@@ -301,7 +308,7 @@ class JobStore:
         payload = {"from": "", "to": JobState.QUEUED.value, "message": "submitted"}
         return append_event(connection, job_id, "state_change", payload)
 
-    def _lock(self, name: str, connection: sa.Connection) -> JobRow:
+    def lock(self, name: str, connection: sa.Connection) -> JobRow:
         """Return one job that nobody else changes until the transaction ends. Errors: JobNotFoundError."""
         connection.execute(sa.select(t.jobs.c.id).filter_by(name=name).with_for_update())
         return self.get(name, connection)
@@ -328,21 +335,21 @@ class JobStore:
 
     def pause(self, connection: sa.Connection, name: str) -> JobRow:
         """Ask for a pause: at once where no worker holds the job, otherwise by a wish that its worker sees."""
-        job = self._lock(name, connection)
+        job = self.lock(name, connection)
         if job.state in WAITING:
             return move(connection, job, JobState.PAUSED, message="paused while it held no worker")
         return move(connection, job, JobState.PAUSING, message="pause requested", wish="pause")
 
     def cancel(self, connection: sa.Connection, name: str) -> JobRow:
         """Ask for the end: at once where no worker holds the job, otherwise by a wish that its worker sees."""
-        job = self._lock(name, connection)
+        job = self.lock(name, connection)
         if job.state in WAITING or job.state is JobState.PAUSED:
             return move(connection, job, JobState.CANCELLED, message="cancelled while it held no worker")
         return move(connection, job, JobState.CANCELLING, message="cancel requested", wish="cancel")
 
     def resume(self, connection: sa.Connection, name: str) -> JobRow:
         """Queue a paused job again. What it waited for before the pause is tried at once."""
-        job = self._lock(name, connection)
+        job = self.lock(name, connection)
         return move(connection, job, JobState.QUEUED, message="resume requested", wish="", **_NO_WAIT)
 
     def events_after(self, job_id: int, sequence: int, limit: int) -> list[EventRow]:
@@ -488,7 +495,7 @@ class JobStore:
         Returns None when the worker had let go itself.
         """
         with self.database.write() as connection:
-            current = self._lock(job.name, connection)
+            current = self.lock(job.name, connection)
             if current.fencing_token != attempt.fencing_token or current.state not in HELD:
                 return None
             self._end_attempt(connection, attempt.id)
@@ -726,9 +733,14 @@ class AttemptStore:
             self._drop(connection, row, kind, message)
 
     def retire_checkpoint(self, row: CheckpointRow, *, kind: str, message: str) -> bool:
-        """Mark a checkpoint's files as gone, and tell so. Returns False, and does nothing, when it is pinned."""
+        """Mark a checkpoint's files as gone, and tell so.
+
+        Returns False, and does nothing, when it is pinned or a verification needs it.
+        """
         with self.writing() as connection:
-            query = sa.select(t.checkpoints.c.id).filter_by(id=row.id, available=True, pinned=False)
+            query = sa.select(t.checkpoints.c.id).where(
+                t.checkpoints.c.id == row.id, t.checkpoints.c.available, ~is_wanted()
+            )
             if connection.execute(query.with_for_update()).first() is None:
                 return False
             self._drop(connection, row, kind, message)

@@ -20,6 +20,7 @@ import structlog
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.folders import folder_name
 from training_common.jobs.states import FINAL
+from training_common.jobs.store import is_wanted
 from training_common.settings import RetentionSettings
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
@@ -145,7 +146,10 @@ class Sweeper:
         return count
 
     def _remove_files(self, job_id: int, name: str) -> None:
-        """Remove a job's folder, but for checkpoints that somebody wants. Errors: OSError."""
+        """Remove a job's folder, but for checkpoints that are pinned. Errors: OSError.
+
+        While the job is being verified nothing goes: a replay reads more than checkpoints.
+        """
         kept = self._give_up_checkpoints(job_id)
         if kept is None:
             return
@@ -164,14 +168,15 @@ class Sweeper:
     def _give_up_checkpoints(self, job_id: int) -> Collection[str] | None:
         """Tell that a job's checkpoints are gone, but for pinned ones, and return the folders of those.
 
-        None: another server is at it.
+        None: another server is at it, or the job is being verified.
         """
+        verified = sa.exists().where(t.verifications.c.job_id == t.jobs.c.id, t.verifications.c.end_us.is_(None))
         with self._database.write() as connection:
-            query = sa.select(t.jobs.c.id).where(t.jobs.c.id == job_id).with_for_update(skip_locked=True)
+            query = sa.select(t.jobs.c.id).where(t.jobs.c.id == job_id, ~verified).with_for_update(skip_locked=True)
             if connection.execute(query).first() is None:
                 return None
             mine = (t.checkpoints.c.job_id == job_id) & t.checkpoints.c.available
-            connection.execute(sa.update(t.checkpoints).where(mine, ~t.checkpoints.c.pinned).values(available=False))
+            connection.execute(sa.update(t.checkpoints).where(mine, ~is_wanted()).values(available=False))
             return frozenset(connection.execute(sa.select(t.checkpoints.c.folder).where(mine)).scalars())
 
     def _remove(self, path: Path) -> None:

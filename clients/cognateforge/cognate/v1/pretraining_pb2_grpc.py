@@ -90,6 +90,16 @@ class CognatePretrainingServiceStub:
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointResponse.FromString,
                 _registered_method=True)
+        self.VerifyResume = channel.unary_unary(
+                '/cognateforge.cognate.v1.CognatePretrainingService/VerifyResume',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeResponse.FromString,
+                _registered_method=True)
+        self.ListVerifications = channel.unary_unary(
+                '/cognateforge.cognate.v1.CognatePretrainingService/ListVerifications',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsResponse.FromString,
+                _registered_method=True)
         self.GetMetrics = channel.unary_unary(
                 '/cognateforge.cognate.v1.CognatePretrainingService/GetMetrics',
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.GetMetricsRequest.SerializeToString,
@@ -223,6 +233,28 @@ class CognatePretrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyResume(self, request, context):
+        """Replays the steps between two checkpoints of a job that has ended or is paused, away from its files, and compares
+        the parameters bit for bit. It runs when a place is free that no job waits for.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, ILLEGAL_TRANSITION, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, VERIFICATION_OPEN,
+        REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVerifications(self, request, context):
+        """Lists a job's verifications with their receipts, newest first.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetMetrics(self, request, context):
         """Returns a job's metrics over its steps.
 
@@ -310,6 +342,16 @@ def add_CognatePretrainingServiceServicer_to_server(servicer, server):
                     servicer.UnpinCheckpoint,
                     request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointRequest.FromString,
                     response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointResponse.SerializeToString,
+            ),
+            'VerifyResume': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyResume,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeResponse.SerializeToString,
+            ),
+            'ListVerifications': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVerifications,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsResponse.SerializeToString,
             ),
             'GetMetrics': grpc.unary_unary_rpc_method_handler(
                     servicer.GetMetrics,
@@ -625,6 +667,60 @@ class CognatePretrainingService:
             '/cognateforge.cognate.v1.CognatePretrainingService/UnpinCheckpoint',
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointRequest.SerializeToString,
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyResume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/VerifyResume',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVerifications(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/ListVerifications',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -104,6 +104,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The job has had no attempt of that number."""
     REASON_LOG_GONE: _Reason.ValueType  # 52
     """The attempt's log was removed by retention, or is not among the files that this server reaches."""
+    REASON_VERIFICATION_OPEN: _Reason.ValueType  # 53
+    """A verification of the job is under way. Its receipt comes first."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -185,6 +187,8 @@ REASON_ATTEMPT_NOT_FOUND: Reason.ValueType  # 51
 """The job has had no attempt of that number."""
 REASON_LOG_GONE: Reason.ValueType  # 52
 """The attempt's log was removed by retention, or is not among the files that this server reaches."""
+REASON_VERIFICATION_OPEN: Reason.ValueType  # 53
+"""A verification of the job is under way. Its receipt comes first."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

@@ -78,6 +78,58 @@ JOB_STATE_RECOVERING: JobState.ValueType  # 11
 """Its worker was lost. The next attempt goes on from the newest checkpoint."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
+class _VerificationState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerificationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerificationState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERIFICATION_STATE_UNSPECIFIED: _VerificationState.ValueType  # 0
+    VERIFICATION_STATE_QUEUED: _VerificationState.ValueType  # 1
+    """Waits for a place. Waiting jobs come first."""
+    VERIFICATION_STATE_RUNNING: _VerificationState.ValueType  # 2
+    """Its worker replays."""
+    VERIFICATION_STATE_DONE: _VerificationState.ValueType  # 3
+    """Ended, with a receipt."""
+    VERIFICATION_STATE_FAILED: _VerificationState.ValueType  # 4
+    """Ended without one. Verification.failure tells why."""
+
+class VerificationState(_VerificationState, metaclass=_VerificationStateEnumTypeWrapper):
+    """Where a verification stands."""
+
+VERIFICATION_STATE_UNSPECIFIED: VerificationState.ValueType  # 0
+VERIFICATION_STATE_QUEUED: VerificationState.ValueType  # 1
+"""Waits for a place. Waiting jobs come first."""
+VERIFICATION_STATE_RUNNING: VerificationState.ValueType  # 2
+"""Its worker replays."""
+VERIFICATION_STATE_DONE: VerificationState.ValueType  # 3
+"""Ended, with a receipt."""
+VERIFICATION_STATE_FAILED: VerificationState.ValueType  # 4
+"""Ended without one. Verification.failure tells why."""
+Global___VerificationState: _TypeAlias = VerificationState  # noqa: Y015
+
+class _ResumeVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResumeVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResumeVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESUME_VERDICT_UNSPECIFIED: _ResumeVerdict.ValueType  # 0
+    RESUME_VERDICT_EQUAL: _ResumeVerdict.ValueType  # 1
+    """Every bit of the parameters is that of the job's own checkpoint."""
+    RESUME_VERDICT_DIFFERENT: _ResumeVerdict.ValueType  # 2
+    """Some bit is not."""
+
+class ResumeVerdict(_ResumeVerdict, metaclass=_ResumeVerdictEnumTypeWrapper):
+    """What a replay came to."""
+
+RESUME_VERDICT_UNSPECIFIED: ResumeVerdict.ValueType  # 0
+RESUME_VERDICT_EQUAL: ResumeVerdict.ValueType  # 1
+"""Every bit of the parameters is that of the job's own checkpoint."""
+RESUME_VERDICT_DIFFERENT: ResumeVerdict.ValueType  # 2
+"""Some bit is not."""
+Global___ResumeVerdict: _TypeAlias = ResumeVerdict  # noqa: Y015
+
 class _Circuit:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -852,6 +904,182 @@ class LogFrame(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
 Global___LogFrame: _TypeAlias = LogFrame  # noqa: Y015
+
+@_typing.final
+class ReplayedFile(_message.Message):
+    """A file of the later checkpoint, as the job saved it and as the replay did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    RECORDED_DIGEST_FIELD_NUMBER: _builtins.int
+    REPLAYED_DIGEST_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path inside the checkpoint."""
+    recorded_digest: _builtins.str
+    """Digest of the job's own file. "sha256:" and 64 hex digits, empty where it has none."""
+    replayed_digest: _builtins.str
+    """Digest of the replay's, likewise."""
+    parameters: _builtins.bool
+    """Whether it holds parameters: these decide the verdict."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        recorded_digest: _builtins.str = ...,
+        replayed_digest: _builtins.str = ...,
+        parameters: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "path", b"path", "recorded_digest", b"recorded_digest", "replayed_digest", b"replayed_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayedFile: _TypeAlias = ReplayedFile  # noqa: Y015
+
+@_typing.final
+class ResumeReceipt(_message.Message):
+    """What a replay of some steps came to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvironmentEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    RECORDED_DIGEST_FIELD_NUMBER: _builtins.int
+    REPLAYED_DIGEST_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    verdict: Global___ResumeVerdict.ValueType
+    """Whether the parameters are the same bit for bit."""
+    recorded_digest: _builtins.str
+    """Digest of all files of parameters, as the job saved them."""
+    replayed_digest: _builtins.str
+    """The same of the replay's."""
+    seconds: _builtins.float
+    """Seconds that the replay took."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplayedFile]:
+        """Every file of the later checkpoint, by path."""
+
+    @_builtins.property
+    def environment(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What replayed: versions of the service, Python and torch, the machine, its threads. On other hardware, or with
+        another number of threads, bits may differ.
+        """
+
+    def __init__(
+        self,
+        *,
+        verdict: Global___ResumeVerdict.ValueType = ...,
+        recorded_digest: _builtins.str = ...,
+        replayed_digest: _builtins.str = ...,
+        files: _abc.Iterable[Global___ReplayedFile] | None = ...,
+        environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "files", b"files", "recorded_digest", b"recorded_digest", "replayed_digest", b"replayed_digest", "seconds", b"seconds", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeReceipt: _TypeAlias = ResumeReceipt  # noqa: Y015
+
+@_typing.final
+class Verification(_message.Message):
+    """A replay of some steps of a job from one of its checkpoints, held against a later one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FROM_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TO_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"verifications/" and a UUID."""
+    job: _builtins.str
+    """The job: "jobs/" and a UUID."""
+    state: Global___VerificationState.ValueType
+    """Where it stands."""
+    caller: _builtins.str
+    """Who asked for it. At most 255 characters."""
+    failure: _builtins.str
+    """Why there is no receipt, for people. At most 2,000 characters, empty unless it FAILED."""
+    @_builtins.property
+    def from_checkpoint(self) -> Global___Checkpoint:
+        """The checkpoint that the replay begins with."""
+
+    @_builtins.property
+    def to_checkpoint(self) -> Global___Checkpoint:
+        """The checkpoint that it is held against."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was asked for."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When its first worker started. Absent before."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended. Absent before."""
+
+    @_builtins.property
+    def receipt(self) -> Global___ResumeReceipt:
+        """What came of it. Absent before it is DONE."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        job: _builtins.str = ...,
+        state: Global___VerificationState.ValueType = ...,
+        from_checkpoint: Global___Checkpoint | None = ...,
+        to_checkpoint: Global___Checkpoint | None = ...,
+        caller: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        failure: _builtins.str = ...,
+        receipt: Global___ResumeReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "from_checkpoint", b"from_checkpoint", "receipt", b"receipt", "start_time", b"start_time", "to_checkpoint", b"to_checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "from_checkpoint", b"from_checkpoint", "job", b"job", "name", b"name", "receipt", b"receipt", "start_time", b"start_time", "state", b"state", "to_checkpoint", b"to_checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Verification: _TypeAlias = Verification  # noqa: Y015
 
 @_typing.final
 class MetricSeries(_message.Message):
