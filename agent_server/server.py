@@ -26,6 +26,8 @@ from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
 from training_common.jobs.sweeper import Sweeper
+from training_common.jobs.verifications import VerificationStore
+from training_common.jobs.verifier import Verifier
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
 from training_common.rpc.logs import log_watcher
@@ -52,7 +54,9 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
     engine = LocalEngine(module="agent_server.worker", log_dir=jobs_dir(settings))
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=settings.server_name)
+    name = settings.server_name
+    verifier = Verifier(VerificationStore(store), engine, settings.workers, settings_file=settings_file, server=name)
+    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=name, verifier=verifier)
     events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
     sweeper = Sweeper(database, jobs_dir(settings), settings.retention)

@@ -26,6 +26,8 @@ from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
 from training_common.jobs.sweeper import Sweeper
+from training_common.jobs.verifications import VerificationStore
+from training_common.jobs.verifier import Verifier
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
 from training_common.rpc.logs import log_watcher
@@ -49,6 +51,9 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     engine = LocalEngine(module="cognate_server.worker", log_dir=jobs_dir(settings))
     leases = LeaseStore(database)
     resources = CognateResourceManager(store, leases, workers=settings.workers, lending=settings.lending)
+    verifier = Verifier(
+        VerificationStore(store), engine, settings.workers, settings_file=settings_file, server=settings.server_name
+    )
     scheduler = Scheduler(
         store,
         engine,
@@ -56,6 +61,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         settings_file=settings_file,
         server=settings.server_name,
         may_start=resources.make_room,
+        verifier=verifier,
     )
     events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
     changed_leases = ChangeHub(database, leases.progress)

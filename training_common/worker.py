@@ -1,6 +1,7 @@
 """The worker process: one attempt at one job, from its registration to its last write.
 
     python -m <service>.worker --settings FILE --job jobs/... --attempt N --token N
+    python -m <service>.worker --settings FILE --verify verifications/... --attempt N
 
 It writes to the service's store itself, always under its fencing token, so it needs no server to go on. A thread beats
 and learns what the owner wishes. The exit status is 0 whenever the store tells what became of the attempt.
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -43,6 +45,7 @@ from training_common.engines.local import EX_TEMPFAIL, own_handle
 from training_common.jobs.folders import job_dir, jobs_dir, log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of
+from training_common.jobs.verifications import VerificationStore
 from training_common.masking import secrets_of
 from training_common.retention import Retention
 from training_common.settings import ServiceSettings
@@ -201,19 +204,26 @@ def main(
     """Run one attempt. `work` prepares, trains, validates and publishes; it ends with the job SUCCEEDED."""
     parser = argparse.ArgumentParser(description="Runs one attempt at one job. Started by the server.")
     parser.add_argument("--settings", type=Path)
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--attempt", type=int, required=True)
-    parser.add_argument("--token", type=int, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--job")
+    what.add_argument("--verify", help="a verification: its job's steps are replayed")
+    parser.add_argument("--attempt", type=int, required=True, help="of the job, or of the verification")
+    parser.add_argument("--token", type=int, default=0)
     parser.add_argument("--threads", type=int, help="instead of the setting, for instance on borrowed capacity")
     options = parser.parse_args(argv)
     settings = load_settings(options.settings)
     logs.configure(secrets=secrets_of(settings))
-    structlog.contextvars.bind_contextvars(job=options.job, attempt=options.attempt)
+    structlog.contextvars.bind_contextvars(
+        **({"job": options.job} if options.job else {"verification": options.verify}), attempt=options.attempt
+    )
     if options.threads is not None:
         workers = settings.workers.model_copy(update={"threads": options.threads})
         settings = settings.model_copy(update={"workers": workers})
     database = Database(settings.database_url, patience_s=_STORE_PATIENCE_S)
     try:
+        if options.verify:
+            _verify(options.verify, options.attempt, settings, database, work)
+            return 0
         store = JobStore(database).attempt(options.job, options.attempt, options.token)
         store.register(own_handle())
         folder = job_dir(settings, options.job)
@@ -273,10 +283,49 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
             raise SystemExit(EX_TEMPFAIL) from error
         # The detail stays in the worker's log: error text of libraries may hold paths and data.
         log.exception("job failed by an unexpected error")
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        _fail(store, "INTERNAL", f"{type(error).__name__} at {place}; the worker's log has the detail")
+        _fail(store, "INTERNAL", _place_of(error))
     log.info("attempt ended", seconds=round(time.monotonic() - started, 1))
+
+
+def _verify(name: str, number: int, settings: S, database: Database, work: Callable[[WorkerContext[S]], None]) -> None:
+    """Replay steps of a job, and store the receipt or why there is none. Errors: FencedOutError."""
+    from training_common import replay  # it stands on this module
+
+    store = VerificationStore(JobStore(database))
+    claim = store.claimed(name, number)
+    folder = job_dir(settings, claim.job.name)
+    scratch = settings.files_dir / name
+
+    def run(attempt: replay.ReplayAttempt) -> None:
+        work(WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=scratch))
+
+    with replay.beating(store, claim, own_handle(), settings.workers.heartbeat_interval_s) as given_up:
+        try:
+            threads = settings.workers.threads or os.cpu_count() or 1
+            receipt = replay.replay(
+                store, claim, job_dir=folder, scratch=scratch, run=run, given_up=given_up, threads=threads
+            )
+            store.finish(claim.row, receipt)
+            log.info("verification done", verdict=receipt["verdict"])
+        except FencedOutError:
+            raise
+        except AttemptWaits as wait:
+            store.fail(claim.row, f"{wait.what} is away: {wait.message}; verify again when it is back")
+        except ForgeError as error:
+            store.fail(claim.row, f"{error.reason_name()}: {error.message}")
+        except Exception as error:
+            fault = _platform_fault(error)
+            log.exception("verification ended by the platform" if fault else "verification failed")
+            if fault:
+                raise SystemExit(EX_TEMPFAIL) from error
+            store.fail(claim.row, _place_of(error))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _place_of(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}; the worker's log has the detail"
 
 
 def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:

@@ -175,6 +175,40 @@ class Logs:
 
 
 @dataclass
+class Verifications:
+    """Verifications of one job: each is done when it is listed for the second time."""
+
+    verdict: job_pb2.ResumeVerdict.ValueType = job_pb2.RESUME_VERDICT_EQUAL
+    failure: str = ""
+    all: list[job_pb2.Verification] = field(default_factory=list)
+    looked: int = 0
+
+    def begin(self, request: Any) -> job_pb2.Verification:
+        """Return a new one."""
+        name = f"verifications/00000000-0000-4000-8000-00000000000{len(self.all)}"
+        begins, ends = (job_pb2.Checkpoint(step=step) for step in (request.from_step or 10, request.to_step or 20))
+        one = job_pb2.Verification(
+            name=name,
+            job=request.name,
+            state=job_pb2.VERIFICATION_STATE_QUEUED,
+            from_checkpoint=begins,
+            to_checkpoint=ends,
+        )
+        self.all.insert(0, one)
+        return one
+
+    def listed(self) -> list[job_pb2.Verification]:
+        """Return all of them, newest first."""
+        self.looked += 1
+        if self.looked > 1 and self.failure:
+            self.all[0].state, self.all[0].failure = job_pb2.VERIFICATION_STATE_FAILED, self.failure
+        elif self.looked > 1:
+            self.all[0].state = job_pb2.VERIFICATION_STATE_DONE
+            self.all[0].receipt.verdict = self.verdict
+        return self.all
+
+
+@dataclass
 class Outbox:
     """What happened to models, how much of it is kept, and how many frames each stream sends before it breaks."""
 
@@ -296,6 +330,7 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
 
     def __init__(self, script: Script, history: History, logs: Logs) -> None:
         self.script, self.history, self.logs = script, history, logs
+        self.verifications = Verifications()
         self.job = pretraining_pb2.PretrainingJob(
             job=job_pb2.Job(name=JOB, state=job_pb2.JOB_STATE_RUNNING, observed=True, step=2, total_steps=20, attempt=1)
         )
@@ -362,6 +397,15 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
     def UnpinCheckpoint(self, request: Any, context: Any) -> Any:
         return pretraining_pb2.UnpinCheckpointResponse(checkpoint=job_pb2.Checkpoint(step=request.step, available=True))
 
+    def VerifyResume(self, request: Any, context: Any) -> Any:
+        self.script.meet("VerifyResume", request, context)
+        self._known(request.name, context)
+        return pretraining_pb2.VerifyResumeResponse(verification=self.verifications.begin(request))
+
+    def ListVerifications(self, request: Any, context: Any) -> Any:
+        self._known(request.name, context)
+        return pretraining_pb2.ListVerificationsResponse(verifications=self.verifications.listed())
+
     def GetMetrics(self, request: Any, context: Any) -> Any:
         series = job_pb2.MetricSeries(name="loss", unit="nats/token", steps=[1, 2], values=[4.0, 3.5])
         return pretraining_pb2.GetMetricsResponse(series=[series])
@@ -422,6 +466,7 @@ class FakeTraining(training_pb2_grpc.AgentForgeTrainingServiceServicer):
 
     def __init__(self, script: Script, history: History, logs: Logs) -> None:
         self.script, self.history, self.logs = script, history, logs
+        self.verifications = Verifications()
         self.job = training_pb2.TrainingJob(
             job=job_pb2.Job(name=AGENT_JOB, state=job_pb2.JOB_STATE_QUEUED, total_steps=20)
         )
@@ -474,6 +519,15 @@ class FakeTraining(training_pb2_grpc.AgentForgeTrainingServiceServicer):
 
     def UnpinCheckpoint(self, request: Any, context: Any) -> Any:
         return training_pb2.UnpinCheckpointResponse(checkpoint=job_pb2.Checkpoint(step=request.step, available=True))
+
+    def VerifyResume(self, request: Any, context: Any) -> Any:
+        self.script.meet("VerifyResume", request, context)
+        self._known(request.name, context)
+        return training_pb2.VerifyResumeResponse(verification=self.verifications.begin(request))
+
+    def ListVerifications(self, request: Any, context: Any) -> Any:
+        self._known(request.name, context)
+        return training_pb2.ListVerificationsResponse(verifications=self.verifications.listed())
 
     def GetMetrics(self, request: Any, context: Any) -> Any:
         return training_pb2.GetMetricsResponse()

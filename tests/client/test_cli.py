@@ -197,6 +197,27 @@ def test_a_job_whose_events_are_gone_is_watched_from_what_is_left(forge: Forge, 
     assert "the events before 18 are no longer kept\n" == result.stderr
 
 
+def test_a_verification_is_waited_for(forge: Forge, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verdict is the exit code; without waiting it is just asked for."""
+    monkeypatch.setattr("cognateforge.cli.jobs.POLL_S", 0.0)
+    name = "verifications/00000000-0000-4000-8000-000000000000"
+    result = forge("verify-resume", JOB, "--from", "10")
+    assert (0, f"{name} EQUAL\n", f"{name} replays steps 10 to 20\n") == (
+        result.exit_code,
+        result.stdout,
+        result.stderr,
+    )
+    assert forge("verifications", JOB).stdout.split()[5:7] == [name, "EQUAL"]
+    fake.pretraining.verifications.looked, fake.pretraining.verifications.verdict = 0, 2
+    assert (1, "DIFFERENT") == ((result := forge("verify-resume", JOB)).exit_code, result.stdout.split()[1])
+    fake.pretraining.verifications.looked, fake.pretraining.verifications.failure = 0, "DATA_UNAVAILABLE: gone"
+    assert (1, "FAILED DATA_UNAVAILABLE: gone") == (
+        (result := forge("verify-resume", JOB)).exit_code,
+        result.stdout.split(maxsplit=1)[1].strip(),
+    )
+    assert "QUEUED" == forge.json("verify-resume", JOB, "--no-wait")[0]["state"]
+
+
 def test_logs_are_printed_line_by_line(forge: Forge, fake: Fake) -> None:
     """The newest attempt's, or one that is named; which one is told apart, and no terminal obeys what a log holds."""
     fake.logs.written[1].append("\x1b[2Jgone")

@@ -18,6 +18,7 @@ import structlog
 from training_common.jobs.folders import log_name
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss
+from training_common.jobs.verifier import Verifier
 from training_common.settings import WorkerSettings
 
 log = structlog.get_logger(__name__)
@@ -72,15 +73,18 @@ class Scheduler:
         settings_file: Path | None,
         server: str = "",
         may_start: Callable[[], bool] = lambda: True,
+        verifier: Verifier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """server: this server's name among those that share the store; it looks after the workers it has started.
-        may_start: asked before a job is given a worker, for instance whether the host has room for it."""
+        may_start: asked before a job is given a worker, for instance whether the host has room for it.
+        verifier: gets the slots that no job waits for."""
         self._store = store
         self._engine = engine
         self._settings = settings
         self._settings_file = settings_file
         self._may_start = may_start
+        self._verifier = verifier
         self._server = server
         self._wake = asyncio.Event()
         # Handles of workers that were launched here and have not registered yet, by attempt id.
@@ -122,11 +126,17 @@ class Scheduler:
                 self._look_at(job, attempt)
             else:
                 self._look_at_anothers(job, attempt)
+        replays = self._verifier.look() if self._verifier else 0
         if self._clock() < self._launch_again_at:
             return
-        for _ in range(self._settings.slots - sum(not job.lease for job, _ in held)):
-            if not self._may_start() or self._start() is None:
+        for _ in range(self._settings.slots - sum(not job.lease for job, _ in held) - replays):
+            if not self._may_start():
                 return
+            if self._start() is None and not (self._verifier and self._launch_works() and self._verifier.start()):
+                return
+
+    def _launch_works(self) -> bool:
+        return self._clock() >= self._launch_again_at
 
     def _look_at(self, job: JobRow, attempt: AttemptRow) -> None:
         handle = attempt.handle or self._launched.get(attempt.id, "")

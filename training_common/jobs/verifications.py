@@ -21,7 +21,7 @@ from cognateforge.exceptions import (
 )
 from training_common.attempt import FencedOutError
 from training_common.jobs.states import FINAL, JobState
-from training_common.jobs.store import MAX_TEXT_CHARS, CheckpointRow, JobRow, JobStore
+from training_common.jobs.store import MAX_TEXT_CHARS, AttemptRow, CheckpointRow, JobRow, JobStore
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
 
@@ -171,6 +171,13 @@ class VerificationStore:
             if found is None or (found.state, found.tries) != (VerificationState.RUNNING, number):
                 raise FencedOutError(f"{name}: try {number} is not current")
             return self.claim_of(connection, found)
+
+    def attempt_of(self, claim: Claim) -> AttemptRow:
+        """Return the job's last attempt."""
+        row = self._jobs.attempt_row(claim.job.id, claim.job.attempt)
+        if row is None:
+            raise CheckpointGoneError(f"{claim.job.name} has had no attempt")
+        return row
 
     def beat(self, row: VerificationRow, handle: str) -> None:
         """Give a sign of life. Errors: FencedOutError."""

@@ -23,13 +23,17 @@ from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
 from training_common.jobs.store import JobRow, JobStore
 from training_common.jobs.sweeper import Sweeper
+from training_common.jobs.verifications import VerificationStore
 from training_common.rpc import convert, mutations, paging
+from training_common.rpc.identity import current_caller
 from training_common.rpc.logs import LogWatcher
 from training_common.rpc.series import SeriesBuilder
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
 _BATCH = 200
 _METRICS_BATCH = 1000
+# The contract's bound on a list of them.
+_VERIFICATIONS = 100
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -53,6 +57,7 @@ class JobService(Generic[M]):
         self.store = store
         self.logs = logs
         self._sweeper = sweeper
+        self._verifications = VerificationStore(store)
         self._scheduler = scheduler
         self._hub = hub
         self.to_message = to_message
@@ -141,6 +146,31 @@ class JobService(Generic[M]):
 
         return await mutations.mutate(self.store.database, method, request, work)
 
+    async def verify(self, request: Any, answer: Callable[..., Message]) -> bytes:
+        """Ask for a verification once for the request id, and return the answer's bytes."""
+        caller = current_caller().name
+
+        def work(connection: sa.Connection) -> Message:
+            row = self._verifications.submit(
+                connection, request.name, from_step=request.from_step, to_step=request.to_step, caller=caller
+            )
+            return answer(verification=convert.verification(self._verifications.claim_of(connection, row)))
+
+        stored = await mutations.mutate(self.store.database, "VerifyResume", request, work)
+        self._scheduler.wake()
+        return stored
+
+    async def verifications(self, name: str) -> list[job_pb2.Verification]:
+        """Return a job's verifications, newest first."""
+
+        def read() -> list[job_pb2.Verification]:
+            with self.store.database.read() as connection:
+                job = self.store.get(name, connection)
+                found = self._verifications.of_job(connection, job.id, _VERIFICATIONS)
+            return [convert.verification(claim) for claim in found]
+
+        return await self.store.database.run(read)
+
     async def metrics(self, request: Any) -> list[job_pb2.MetricSeries]:
         """Return a job's metrics over its steps."""
         job = await self.store.database.run(self.store.get, request.name)
@@ -215,6 +245,13 @@ class JobRpcs(Generic[M]):
     async def UnpinCheckpoint(self, request: Any, context: Context) -> Any:
         answer = self._contract.UnpinCheckpointResponse
         return answer.FromString(await self._jobs.pin("UnpinCheckpoint", request, answer, pinned=False))
+
+    async def VerifyResume(self, request: Any, context: Context) -> Any:
+        answer = self._contract.VerifyResumeResponse
+        return answer.FromString(await self._jobs.verify(request, answer))
+
+    async def ListVerifications(self, request: Any, context: Context) -> Any:
+        return self._contract.ListVerificationsResponse(verifications=await self._jobs.verifications(request.name))
 
     async def GetMetrics(self, request: Any, context: Context) -> Any:
         return self._contract.GetMetricsResponse(series=await self._jobs.metrics(request))
