@@ -29,8 +29,9 @@ log = structlog.get_logger(__name__)
 class Amounts:
     """One resource, in cores, bytes or devices.
 
-    total: what this host has. held: by our jobs and verifications. lent: by leases that have not ended. available: what a lease can have
-    now, which is neither held, nor lent, nor about to be taken by a waiting job, nor kept back by the settings.
+    total: what this host has. held: by our jobs and verifications. lent: by leases that have not ended. available: what
+    a lease can have now, which is neither held, nor lent, nor about to be taken by a waiting job, nor kept back by the
+    settings.
     """
 
     kind: Resource

@@ -208,7 +208,8 @@ def test_a_verification_is_waited_for(forge: Forge, fake: Fake, monkeypatch: pyt
         result.stderr,
     )
     assert forge("verifications", JOB).stdout.split()[5:7] == [name, "EQUAL"]
-    fake.pretraining.verifications.looked, fake.pretraining.verifications.verdict = 0, 2
+    fake.pretraining.verifications.looked = 0
+    fake.pretraining.verifications.verdict = job_pb2.RESUME_VERDICT_DIFFERENT
     assert (1, "DIFFERENT") == ((result := forge("verify-resume", JOB)).exit_code, result.stdout.split()[1])
     fake.pretraining.verifications.looked, fake.pretraining.verifications.failure = 0, "DATA_UNAVAILABLE: gone"
     assert (1, "FAILED DATA_UNAVAILABLE: gone") == (

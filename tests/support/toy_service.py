@@ -12,6 +12,8 @@ from training_common.engines.local import LocalEngine
 from training_common.jobs.folders import jobs_dir, log_name
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import EventRow, JobRow, JobStore
+from training_common.jobs.verifications import VerificationRow, VerificationStore
+from training_common.jobs.verifier import Verifier
 from training_common.store.database import Database
 
 
@@ -37,9 +39,10 @@ class ToyService:
         self.database = Database(self.settings.database_url)
         self.store = JobStore(self.database)
         self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=jobs_dir(self.settings))
-        self.scheduler = Scheduler(
-            self.store, self.engine, self.settings.workers, settings_file=self.settings_file, server=self.server
-        )
+        self.verifications = VerificationStore(self.store)
+        options: dict[str, Any] = {"settings_file": self.settings_file, "server": self.server}
+        verifier = Verifier(self.verifications, self.engine, self.settings.workers, **options)
+        self.scheduler = Scheduler(self.store, self.engine, self.settings.workers, verifier=verifier, **options)
 
     def restart(self) -> None:
         """Forget everything that is only in memory."""
@@ -59,6 +62,15 @@ class ToyService:
         with self.database.write() as connection:
             moved: JobRow = getattr(self.store, verb)(connection, job.name)
             return moved
+
+    def verify(self, job: JobRow, *, from_step: int = 0, to_step: int = 0) -> VerificationRow:
+        with self.database.write() as connection:
+            return self.verifications.submit(connection, job.name, from_step=from_step, to_step=to_step, caller="test")
+
+    def verification(self, job: JobRow) -> VerificationRow:
+        """Return the job's newest one."""
+        with self.database.read() as connection:
+            return self.verifications.of_job(connection, job.id, 1)[0].row
 
     def events(self, job: JobRow) -> list[EventRow]:
         return self.store.events_after(job.id, 0, 100_000)
