@@ -9,7 +9,7 @@ folder, tells nobody and stops at the step of another. Then the files of both ar
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import platform
 import shutil
 import threading
@@ -35,6 +35,7 @@ from training_common.worker import WorkerAttempt
 # Of a job's folder everything else may be read by its service: tokenizers, prepared data, decisions.
 _NOT_READ = frozenset({"checkpoints", "logs"})
 _PARAMETERS = ".safetensors"
+_TORCH = ".pt"
 
 
 class ReplayStore(AttemptStore):
@@ -181,8 +182,9 @@ def _copy_inputs(job_dir: Path, scratch: Path) -> None:
 
 
 def _receipt(recorded: Path, replayed: Path, *, seconds: float, threads: int) -> dict[str, Any]:
-    ours = {name: facts["digest"] for name, facts in json.loads((recorded / MANIFEST).read_bytes())["files"].items()}
-    theirs = {path.relative_to(replayed).as_posix(): sha256_file(path) for path in files_under(replayed)}
+    ours = digests_under(recorded)
+    del ours[MANIFEST]
+    theirs = digests_under(replayed)
     names = sorted(ours | theirs)
     # Files of a step to go back to lie in folders below, and are those of an earlier checkpoint.
     parameters = [name for name in names if name.endswith(_PARAMETERS) and "/" not in name] or names
@@ -203,6 +205,43 @@ def _receipt(recorded: Path, replayed: Path, *, seconds: float, threads: int) ->
         "environment": _environment(threads),
         "seconds": round(seconds, 3),
     }
+
+
+def digests_under(folder: Path) -> dict[str, str]:
+    """Return a digest of every file of a checkpoint by its path; of torch's own files, of the values in them.
+
+    How torch writes a value depends on which of its parts are the same object, and a restored one has others.
+    """
+    return {
+        path.relative_to(folder).as_posix(): _digest_of_values(path) if path.suffix == _TORCH else sha256_file(path)
+        for path in files_under(folder)
+    }
+
+
+def _digest_of_values(path: Path) -> str:
+    import torch  # a worker that has such files has it
+
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous()
+            digest.update(f"tensor {flat.dtype} {tuple(flat.shape)} ".encode())
+            digest.update(flat.reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, Mapping):
+            digest.update(f"map {len(value)} ".encode())
+            for key in sorted(value, key=repr):
+                digest.update(f"{key!r} ".encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            digest.update(f"list {len(value)} ".encode())
+            for one in value:
+                add(one)
+        else:
+            digest.update(f"{type(value).__name__} {value!r} ".encode())
+
+    add(torch.load(path, map_location="cpu", weights_only=True))
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _environment(threads: int) -> dict[str, str]:

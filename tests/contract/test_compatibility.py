@@ -176,7 +176,11 @@ async def steer(call: Caller, service: str, name: str) -> None:
 
 
 async def pin(call: Caller, service: str, name: str) -> None:
-    """A job that saved nothing has nothing to pin. Versions before do not know of it."""
+    """A job that saved nothing has nothing to pin or to verify. Versions before do not know of it."""
+    if f"{service}/VerifyResume" in call.methods:
+        error = await refused(call(f"{service}/VerifyResume", request_id=new_id(), name=name))
+        assert type(error) is CheckpointNotFoundError
+        assert [] == list((await call(f"{service}/ListVerifications", name=name)).verifications)
     for verb in ("Pin", "Unpin"):
         if f"{service}/{verb}Checkpoint" in call.methods:
             error = await refused(call(f"{service}/{verb}Checkpoint", request_id=new_id(), name=name, step=10))

@@ -36,6 +36,14 @@ def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
     service.database.close()
 
 
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[ToyService]:
+    """Yield a service over SQLite, where what is tested does not depend on the store."""
+    service = ToyService(tmp_path)
+    yield service
+    service.database.close()
+
+
 async def until(service: ToyService, job: JobRow, condition: Callable[[VerificationRow], bool]) -> VerificationRow:
     """Let the scheduler work until the job's newest verification fulfils the condition."""
     async with asyncio.timeout(60):
@@ -78,29 +86,29 @@ async def test_a_replay_gives_the_same_bits_and_touches_nothing(service: ToyServ
     assert "verification done" in log.read_text()
 
 
-async def test_a_step_that_is_not_the_same_is_found(service: ToyService) -> None:
+async def test_a_step_that_is_not_the_same_is_found(local: ToyService) -> None:
     """One bit is enough: the verdict is DIFFERENT, and that is no failure of the verification."""
-    job = await service.until(service.submit(steps=30, checkpoint_every=10, differs_at=25), ended)
-    service.verify(job)
-    row = await until(service, job, done)
+    job = await local.until(local.submit(steps=30, checkpoint_every=10, differs_at=25), ended)
+    local.verify(job)
+    row = await until(local, job, done)
     assert row.receipt is not None
     assert (VerificationState.DONE, "DIFFERENT") == (row.state, row.receipt["verdict"])
     assert row.receipt["recorded_digest"] != row.receipt["replayed_digest"]
 
 
-async def test_a_paused_jobs_last_checkpoint_is_replayed_too(service: ToyService) -> None:
+async def test_a_paused_jobs_last_checkpoint_is_replayed_too(local: ToyService) -> None:
     """It is of a step that the plan does not save at; afterwards the job goes on as if nothing had been."""
-    job = service.submit(steps=60, step_s=0.02, checkpoint_every=10)
-    await service.until(job, lambda row: row.step >= 13)
-    service.steer("pause", job)
-    job = await service.until(job, lambda row: row.state is JobState.PAUSED)
-    service.verify(job)
-    row = await until(service, job, done)
+    job = local.submit(steps=60, step_s=0.02, checkpoint_every=10)
+    await local.until(job, lambda row: row.step >= 13)
+    local.steer("pause", job)
+    job = await local.until(job, lambda row: row.state is JobState.PAUSED)
+    local.verify(job)
+    row = await until(local, job, done)
     assert row.receipt is not None, row.failure
     assert "EQUAL" == row.receipt["verdict"]
-    service.steer("resume", job)
-    job = await service.until(job, ended)
-    assert [expected_result(60)] == result(service, job)
+    local.steer("resume", job)
+    job = await local.until(job, ended)
+    assert [expected_result(60)] == result(local, job)
 
 
 async def test_what_cannot_be_verified_is_refused(service: ToyService) -> None:
@@ -120,46 +128,45 @@ async def test_what_cannot_be_verified_is_refused(service: ToyService) -> None:
         service.verify(job)
 
 
-async def test_a_damaged_checkpoint_gives_no_receipt(service: ToyService) -> None:
+async def test_a_damaged_checkpoint_gives_no_receipt(local: ToyService) -> None:
     """Nothing is replayed from what is not as it was saved."""
-    job = await service.until(service.submit(steps=20, checkpoint_every=10), ended)
-    (job_dir(service.settings, job.name) / "checkpoints" / "step-0000000010.1" / "state.json").write_text("{}")
-    service.verify(job)
-    row = await until(service, job, done)
+    job = await local.until(local.submit(steps=20, checkpoint_every=10), ended)
+    (job_dir(local.settings, job.name) / "checkpoints" / "step-0000000010.1" / "state.json").write_text("{}")
+    local.verify(job)
+    row = await until(local, job, done)
     assert (VerificationState.FAILED, None) == (row.state, row.receipt)
     assert "CHECKPOINT_GONE: the checkpoint of step 10: state.json does not have the digest" in row.failure
 
 
-async def test_a_killed_replay_is_begun_again_and_its_old_worker_is_fenced_out(service: ToyService) -> None:
+async def test_a_killed_replay_is_begun_again_and_its_old_worker_is_fenced_out(local: ToyService) -> None:
     """Once; after the third worker it has failed. What was given up can store no receipt."""
-    job = await service.until(service.submit(steps=20, checkpoint_every=10), ended)
-    (job_dir(service.settings, job.name) / "replay-waits").touch()
-    service.verify(job)
+    job = await local.until(local.submit(steps=20, checkpoint_every=10), ended)
+    (job_dir(local.settings, job.name) / "replay-waits").touch()
+    local.verify(job)
     for number in (1, 2, 3):
-        row = await until(service, job, lambda row, n=number: row.tries == n and row.handle != "")  # type: ignore[misc]
-        assert service.scheduler._verifier is not None
+        row = await until(local, job, lambda row, n=number: row.tries == n and row.handle != "")  # type: ignore[misc]
         os.kill(pid(row.handle), signal.SIGKILL)
         with pytest.raises(FencedOutError):
-            service.verifications.finish(VerificationRow(**{**vars(row), "tries": number - 1}), {})
-    row = await until(service, job, done)
+            local.verifications.finish(VerificationRow(**{**vars(row), "tries": number - 1}), {})
+    row = await until(local, job, done)
     assert (VerificationState.FAILED, 3) == (row.state, row.tries)
     assert "try 3: the worker process was ended by SIGKILL" in row.failure
 
 
-async def test_a_replay_takes_a_slot_and_jobs_come_first(service: ToyService) -> None:
+async def test_a_replay_takes_a_slot_and_jobs_come_first(local: ToyService) -> None:
     """With one slot it waits for the jobs that wait, and they wait for it once it runs."""
-    job = await service.until(service.submit(steps=20, checkpoint_every=10), ended)
-    (job_dir(service.settings, job.name) / "replay-waits").touch()
-    service.verify(job)
-    first = await service.until(service.submit(steps=3), ended)
+    job = await local.until(local.submit(steps=20, checkpoint_every=10), ended)
+    (job_dir(local.settings, job.name) / "replay-waits").touch()
+    local.verify(job)
+    first = await local.until(local.submit(steps=3), ended)
     assert first.state is JobState.SUCCEEDED
-    row = await until(service, job, lambda row: row.handle != "")
-    second = service.submit(steps=3)
+    row = await until(local, job, lambda row: row.handle != "")
+    second = local.submit(steps=3)
     for _ in range(5):
-        service.scheduler.tick()
-    assert JobState.QUEUED is service.store.get(second.name).state
+        local.scheduler.tick()
+    assert JobState.QUEUED is local.store.get(second.name).state
     os.kill(pid(row.handle), signal.SIGKILL)
-    assert JobState.SUCCEEDED is (await service.until(second, ended)).state
+    assert JobState.SUCCEEDED is (await local.until(second, ended)).state
 
 
 async def test_retention_waits_for_an_open_verification(service: ToyService) -> None:
@@ -181,14 +188,14 @@ async def test_retention_waits_for_an_open_verification(service: ToyService) -> 
     assert 1 == sweeper.removed.job_folders
 
 
-async def test_a_policy_leaves_checkpoints_of_an_open_verification(service: ToyService) -> None:
+async def test_a_policy_leaves_checkpoints_of_an_open_verification(local: ToyService) -> None:
     """A paused job that goes on keeps them until the receipt is there."""
-    job = service.submit(steps=60, step_s=0.02, checkpoint_every=10)
-    await service.until(job, lambda row: row.step >= 22)
-    service.steer("pause", job)
-    job = await service.until(job, lambda row: row.state is JobState.PAUSED)
-    named = [row.step for row in service.store.checkpoints(job.id) if row.available]
-    service.verify(job)
-    service.steer("resume", job)
-    job = await service.until(job, ended)
-    assert {60, 50, *named} == {row.step for row in service.store.checkpoints(job.id) if row.available}
+    job = local.submit(steps=60, step_s=0.02, checkpoint_every=10)
+    await local.until(job, lambda row: row.step >= 22)
+    local.steer("pause", job)
+    job = await local.until(job, lambda row: row.state is JobState.PAUSED)
+    named = [row.step for row in local.store.checkpoints(job.id) if row.available]
+    local.verify(job)
+    local.steer("resume", job)
+    job = await local.until(job, ended)
+    assert {60, 50, *named} == {row.step for row in local.store.checkpoints(job.id) if row.available}

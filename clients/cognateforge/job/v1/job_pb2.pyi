@@ -918,7 +918,9 @@ class ReplayedFile(_message.Message):
     path: _builtins.str
     """Path inside the checkpoint."""
     recorded_digest: _builtins.str
-    """Digest of the job's own file. "sha256:" and 64 hex digits, empty where it has none."""
+    """Digest of the job's own file; of torch's files (.pt), of the values in it. "sha256:" and 64 hex digits, empty where
+    it has none.
+    """
     replayed_digest: _builtins.str
     """Digest of the replay's, likewise."""
     parameters: _builtins.bool
