@@ -21,12 +21,17 @@ from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.engines.local import LocalEngine
 from training_common.folder_lock import FolderLock
+from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
+from training_common.jobs.sweeper import Sweeper
+from training_common.jobs.verifications import VerificationStore
+from training_common.jobs.verifier import Verifier
 from training_common.rpc.estimates import Estimator
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
+from training_common.rpc.logs import log_watcher
 from training_common.rpc.server import RunningServer, create_server
 from training_common.store.database import Database
 
@@ -49,10 +54,13 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
-    engine = LocalEngine(module="agent_server.worker", log_dir=settings.data_dir / "logs")
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=settings.server_name)
+    engine = LocalEngine(module="agent_server.worker", log_dir=jobs_dir(settings))
+    name = settings.server_name
+    verifier = Verifier(VerificationStore(store), engine, settings.workers, settings_file=settings_file, server=name)
+    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=name, verifier=verifier)
     events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
+    sweeper = Sweeper(database, jobs_dir(settings), settings.retention)
     jobs = JobService(
         store=store,
         scheduler=scheduler,
@@ -61,6 +69,8 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         estimator=Estimator(server=settings.server_name, price=settings.price),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
+        logs=log_watcher(settings, store),
+        sweeper=sweeper,
     )
     link = CognateLink(settings.cognate)
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
@@ -77,5 +87,5 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         health=health,
         database=database,
         lock=lock,
-        tasks=[scheduler.run(), events.run(), link.keep(), *borrowing],
+        tasks=[scheduler.run(), events.run(), sweeper.run(), link.keep(), *borrowing],
     )

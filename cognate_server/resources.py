@@ -18,6 +18,7 @@ from cognate_server.leases import LeaseRow, LeaseState, LeaseStore, Resource
 from cognate_server.settings import LendingSettings
 from training_common.jobs.states import HELD
 from training_common.jobs.store import JobStore
+from training_common.jobs.verifications import count_running
 from training_common.settings import WorkerSettings
 from training_common.store.database import now_us
 
@@ -28,8 +29,9 @@ log = structlog.get_logger(__name__)
 class Amounts:
     """One resource, in cores, bytes or devices.
 
-    total: what this host has. held: by our jobs. lent: by leases that have not ended. available: what a lease can have
-    now, which is neither held, nor lent, nor about to be taken by a waiting job, nor kept back by the settings.
+    total: what this host has. held: by our jobs and verifications. lent: by leases that have not ended. available: what
+    a lease can have now, which is neither held, nor lent, nor about to be taken by a waiting job, nor kept back by the
+    settings.
     """
 
     kind: Resource
@@ -156,10 +158,13 @@ class CognateResourceManager:
     def _running(self, connection: sa.Connection) -> int:
         return sum(self._store.counts(connection, HELD).values())
 
+    def _slots_used(self, connection: sa.Connection) -> int:
+        return self._running(connection) + count_running(connection)
+
     def _own(self, connection: sa.Connection, kind: Resource) -> int:
         """Return what our jobs hold. They use no graphics processor: the trainer runs on processor cores."""
         if kind is Resource.CPU:
-            return min(self._total(kind), self._running(connection) * self._cores_per_job())
+            return min(self._total(kind), self._slots_used(connection) * self._cores_per_job())
         if kind is Resource.MEMORY:
             return sum(_resident_bytes(handle) for handle in self._store.held_handles(connection))
         return 0
@@ -168,7 +173,7 @@ class CognateResourceManager:
         """Return what our waiting jobs are about to take. Memory is known only once they run."""
         if kind is not Resource.CPU:
             return 0
-        free_slots = max(0, self._workers.slots - self._running(connection))
+        free_slots = max(0, self._workers.slots - self._slots_used(connection))
         return min(free_slots, self._store.due(connection)) * self._cores_per_job()
 
 

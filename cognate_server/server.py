@@ -21,12 +21,17 @@ from training_common.artifacts.outbox import compact_forever
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.engines.local import LocalEngine
 from training_common.folder_lock import FolderLock
+from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
+from training_common.jobs.sweeper import Sweeper
+from training_common.jobs.verifications import VerificationStore
+from training_common.jobs.verifier import Verifier
 from training_common.rpc.estimates import Estimator
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
+from training_common.rpc.logs import log_watcher
 from training_common.rpc.server import RunningServer, create_server
 from training_common.store.database import Database
 
@@ -44,9 +49,12 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
-    engine = LocalEngine(module="cognate_server.worker", log_dir=settings.data_dir / "logs")
+    engine = LocalEngine(module="cognate_server.worker", log_dir=jobs_dir(settings))
     leases = LeaseStore(database)
     resources = CognateResourceManager(store, leases, workers=settings.workers, lending=settings.lending)
+    verifier = Verifier(
+        VerificationStore(store), engine, settings.workers, settings_file=settings_file, server=settings.server_name
+    )
     scheduler = Scheduler(
         store,
         engine,
@@ -54,10 +62,12 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         settings_file=settings_file,
         server=settings.server_name,
         in_the_way=resources.make_room,
+        verifier=verifier,
     )
     events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
     changed_leases = ChangeHub(database, leases.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=EXCHANGE)
+    sweeper = Sweeper(database, jobs_dir(settings), settings.retention)
     jobs = JobService(
         store=store,
         scheduler=scheduler,
@@ -66,6 +76,8 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         estimator=Estimator(server=settings.server_name, price=settings.price),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
+        logs=log_watcher(settings, store),
+        sweeper=sweeper,
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
@@ -87,6 +99,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         tasks=[
             scheduler.run(),
             events.run(),
+            sweeper.run(),
             outbox.run(),
             compact_forever(registry, keep_events=settings.outbox.keep_events),
             changed_leases.run(),

@@ -12,9 +12,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from training_common.attempt import CheckpointRef
+from training_common import faults
+from training_common.attempt import AttemptWaits, CheckpointRef
 from training_common.digests import canonical_json, files_under, sha256_bytes, sha256_file, write_folder
-from training_common.jobs.store import AttemptStore, CheckpointRow
+from training_common.jobs.store import AttemptStore
 from training_common.retention import Retention
 
 MANIFEST = "checkpoint.json"
@@ -44,6 +45,19 @@ class CheckpointFolder:
             found = _FOLDER.match(path.name)
             if path.name not in recorded and found and int(found[1]) < self._store.attempt.number:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def require_present(self) -> None:
+        """Make sure that the job's checkpoints are not all away. Errors: AttemptWaits.
+
+        A folder that is not mounted would otherwise cost a job all that it has learnt.
+        """
+        rows = self._store.checkpoints()
+        if rows and not any((self._root / row.folder).exists() for row in rows):
+            raise AttemptWaits(
+                "storage",
+                message=f"none of the job's {len(rows)} checkpoints is in its folder; mount what belongs there, or "
+                "cancel the job and start it anew",
+            )
 
     def save(self, *, step: int, write: Callable[[Path], None], score: float | None = None) -> CheckpointRef:
         """Make a checkpoint durable, then record it; afterwards drop what the retention does not want.
@@ -84,7 +98,7 @@ class CheckpointFolder:
     def latest(self) -> CheckpointRef | None:
         """Return the newest checkpoint whose digests hold. Damaged ones are reported and passed over."""
         for row in self._store.checkpoints():
-            problem = self._problem(row)
+            problem = problem_of(self._root / row.folder, row.digest)
             if problem is None:
                 return CheckpointRef(step=row.step, path=self._root / row.folder)
             self._store.drop_checkpoint(
@@ -92,21 +106,24 @@ class CheckpointFolder:
             )
         return None
 
-    def _problem(self, row: CheckpointRow) -> str | None:
-        folder = self._root / row.folder
-        try:
-            manifest = (folder / MANIFEST).read_bytes()
-            if sha256_bytes(manifest) != row.digest:
-                return f"{MANIFEST} does not have the recorded digest"
-            for name, facts in json.loads(manifest)["files"].items():
-                if sha256_file(folder / name) != facts["digest"]:
-                    return f"{name} does not have the digest in {MANIFEST}"
-        except OSError as error:
-            return f"{Path(str(error.filename)).name}: {error.strerror}"
-        return None
-
     def _retain(self) -> None:
         for row in self.retention.superfluous(self._store.checkpoints()):
             message = f"checkpoint of step {row.step}: the policy does not keep it"
             if self._store.retire_checkpoint(row, kind="checkpoint_removed", message=message):
                 shutil.rmtree(self._root / row.folder, ignore_errors=True)
+
+
+def problem_of(folder: Path, digest: str) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None. Errors: OSError, when the storage fails now."""
+    try:
+        manifest = (folder / MANIFEST).read_bytes()
+        if sha256_bytes(manifest) != digest:
+            return f"{MANIFEST} does not have the recorded digest"
+        for name, facts in json.loads(manifest)["files"].items():
+            if sha256_file(folder / name) != facts["digest"]:
+                return f"{name} does not have the digest in {MANIFEST}"
+    except OSError as error:
+        if faults.of_storage(error):
+            raise  # of that nothing can be read now it does not follow that it is damaged
+        return f"{Path(str(error.filename)).name}: {error.strerror}"
+    return None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Sequence
 from typing import TextIO, cast
 
 import structlog
+
+from training_common.masking import Mask, secrets_of_environment
 
 
 class _Undisturbed:
@@ -25,8 +28,12 @@ class _Undisturbed:
             self._stream.flush()
 
 
-def configure(level: str = "INFO") -> None:
-    """Set up structlog for this process. Context variables (request_id, job, attempt) are on every line."""
+def configure(level: str = "INFO", *, secrets: Sequence[str] = ()) -> None:
+    """Set up structlog for this process. Context variables (request_id, job, attempt) are on every line.
+
+    secrets: what no line may show, beside the secrets of the environment and passwords in URLs.
+    """
+    mask = Mask([*secrets, *secrets_of_environment()])
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -34,6 +41,7 @@ def configure(level: str = "INFO") -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
+            lambda _logger, _method, line: mask.text(cast("str", line)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", _Undisturbed(sys.stderr))),

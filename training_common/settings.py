@@ -120,6 +120,33 @@ class AuditSettings(Section):
     keep_files: int = Field(default=16, ge=1, le=10_000, description="older files that are kept beside the newest")
 
 
+class LogSettings(Section):
+    """How much of each attempt's log is kept: its beginning and its end."""
+
+    keep_first_bytes: int = Field(default=1 << 20, ge=0, le=1 << 30, description="beginning of a log that is kept")
+    keep_last_bytes: int = Field(
+        default=15 << 20, ge=64 << 10, le=1 << 34, description="end of a log that is kept; what lies between may go"
+    )
+
+
+class RetentionSettings(Section):
+    """For how long what an ended job leaves behind is kept. 0 days keeps it for good."""
+
+    job_files_days: float = Field(
+        default=90.0,
+        ge=0,
+        le=36_500,
+        description="after a job's end, its folder: checkpoints that are not pinned, logs, scratch files",
+    )
+    job_events_days: float = Field(
+        default=365.0, ge=0, le=36_500, description="after a job's end, its events and metrics, but for the last event"
+    )
+    request_ids_days: float = Field(
+        default=30.0, ge=0, le=36_500, description="after a mutation, its request_id: a repeat is new from then on"
+    )
+    sweep_interval_s: float = Field(default=600.0, gt=0, le=86_400, description="seconds between two sweeps")
+
+
 class LimitSettings(Section):
     """Bounds of what one server takes on."""
 
@@ -158,10 +185,10 @@ class ServiceSettings(Section):
     """What both services are told."""
 
     address: str = Field(description="host:port or unix:PATH to listen on; port 0 takes a free one")
-    data_dir: Path = Field(description="folder of this server alone: logs, audit log, lock")
+    data_dir: Path = Field(description="folder of this server alone: audit log, lock")
     shared_dir: Path | None = Field(
         default=None,
-        description="folder of artifacts and checkpoints, for all servers of a store; none: data_dir",
+        description="folder of artifacts, checkpoints and workers' logs, for all servers of a store; none: data_dir",
     )
     store_url: str = Field(default="", description="SQLAlchemy URL; empty means SQLite in data_dir")
     drain_grace_s: float = Field(default=10.0, ge=0, le=600, description="seconds that calls get to end on SIGTERM")
@@ -173,6 +200,8 @@ class ServiceSettings(Section):
     consul: ConsulSettings = ConsulSettings()
     audit: AuditSettings = AuditSettings()
     price: PriceSettings = PriceSettings()
+    logs: LogSettings = LogSettings()
+    retention: RetentionSettings = RetentionSettings()
 
     @model_validator(mode="after")
     def _plaintext_stays_local(self) -> Self:

@@ -1,6 +1,7 @@
 """The worker process: one attempt at one job, from its registration to its last write.
 
     python -m <service>.worker --settings FILE --job jobs/... --attempt N --token N
+    python -m <service>.worker --settings FILE --verify verifications/... --attempt N
 
 It writes to the service's store itself, always under its fencing token, so it needs no server to go on. A thread beats
 and learns what the owner wishes. The exit status is 0 whenever the store tells what became of the attempt.
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import math
+import os
+import shutil
 import sys
 import threading
 import time
@@ -26,7 +28,7 @@ import sqlalchemy as sa
 import structlog
 
 from cognateforge.exceptions import ForgeError, IllegalTransitionError
-from training_common import logs
+from training_common import faults, logs
 from training_common.attempt import (
     Attempt,
     AttemptStopped,
@@ -36,11 +38,15 @@ from training_common.attempt import (
     Json,
     StopKind,
 )
+from training_common.attempt_log import kept_bounded
 from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
 from training_common.engines.local import EX_TEMPFAIL, own_handle
+from training_common.jobs.folders import job_dir, jobs_dir, log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
+from training_common.jobs.verifications import VerificationStore
+from training_common.masking import secrets_of
 from training_common.retention import Retention
 from training_common.settings import ServiceSettings
 from training_common.store.database import Database
@@ -48,22 +54,10 @@ from training_common.store.database import Database
 log = structlog.get_logger(__name__)
 # A store that was away for an hour is not coming back by itself: the worker ends then, and its checkpoint stays.
 _STORE_PATIENCE_S = 3600.0
-# Full, out of something, or gone for the moment: what another attempt, later or elsewhere, need not meet again.
-_PLATFORM_ERRNOS = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EIO,
-        errno.EROFS,
-        errno.ESTALE,
-        errno.ENODEV,
-        errno.ENOMEM,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.EAGAIN,
-        errno.ETIMEDOUT,
-    }
-)
+# Where a job waits until its files can be written again.
+_STORAGE = "storage"
+# What has to fit where nobody knows yet how large a checkpoint is.
+_LEAST_ROOM_BYTES = 1 << 20
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -102,6 +96,25 @@ class WorkerAttempt(Attempt):
     def stop_requested(self) -> StopKind | None:
         self._writer.check()
         return self._stop
+
+    def require_storage(self) -> None:
+        """Make sure that a checkpoint fits, and that those of before are there. Errors: AttemptWaits."""
+        self._checkpoints.require_present()
+        newest = next((row.size_bytes for row in self.store.checkpoints()), 0)
+        room_bytes = max(newest, _LEAST_ROOM_BYTES)
+        probe = self._workdir / f".room.{os.getpid()}"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, room_bytes)
+                os.fsync(file.fileno())
+        except OSError as error:
+            if not faults.of_storage(error):
+                raise
+            message = f"{error.strerror}: {room_bytes} bytes for a checkpoint cannot be written"
+            raise AttemptWaits(_STORAGE, message=message) from error
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
 
     def keep(self, retention: Retention) -> None:
         """Apply this retention from the next checkpoint on."""
@@ -185,43 +198,60 @@ class WorkerContext(Generic[S]):
     job_dir: Path
 
 
-def job_dir(settings: ServiceSettings, job_name: str) -> Path:
-    """Return the folder of one job: checkpoints, scratch files, logs."""
-    return settings.files_dir / "jobs" / job_name.removeprefix("jobs/")
-
-
 def main(
     argv: list[str], *, load_settings: Callable[[Path | None], S], work: Callable[[WorkerContext[S]], None]
 ) -> int:
     """Run one attempt. `work` prepares, trains, validates and publishes; it ends with the job SUCCEEDED."""
     parser = argparse.ArgumentParser(description="Runs one attempt at one job. Started by the server.")
     parser.add_argument("--settings", type=Path)
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--attempt", type=int, required=True)
-    parser.add_argument("--token", type=int, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--job")
+    what.add_argument("--verify", help="a verification: its job's steps are replayed")
+    parser.add_argument("--attempt", type=int, required=True, help="of the job, or of the verification")
+    parser.add_argument("--token", type=int, default=0)
     parser.add_argument("--threads", type=int, help="instead of the setting, for instance on borrowed capacity")
     options = parser.parse_args(argv)
-    logs.configure()
-    structlog.contextvars.bind_contextvars(job=options.job, attempt=options.attempt)
     settings = load_settings(options.settings)
+    logs.configure(secrets=secrets_of(settings))
+    structlog.contextvars.bind_contextvars(
+        **({"job": options.job} if options.job else {"verification": options.verify}), attempt=options.attempt
+    )
     if options.threads is not None:
         workers = settings.workers.model_copy(update={"threads": options.threads})
         settings = settings.model_copy(update={"workers": workers})
     database = Database(settings.database_url, patience_s=_STORE_PATIENCE_S)
     try:
+        if options.verify:
+            _verify(options.verify, options.attempt, settings, database, work)
+            return 0
         store = JobStore(database).attempt(options.job, options.attempt, options.token)
         store.register(own_handle())
         folder = job_dir(settings, options.job)
         in_background = settings.workers.checkpoints == "async"
-        attempt = WorkerAttempt(store, workdir=folder, saves_in_background=in_background)
+        attempt = _open(store, folder, in_background=in_background)
+        if attempt is None:
+            return 0
         context = WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=folder)
-        with attempt.beating(settings.workers.heartbeat_interval_s):
+        log_path = jobs_dir(settings) / log_name(options.job, options.attempt)
+        with attempt.beating(settings.workers.heartbeat_interval_s), kept_bounded(log_path, settings.logs):
             _run(context, work)
     except FencedOutError as error:
         log.warning("fenced out", detail=str(error))
     finally:
         database.close()
     return 0
+
+
+def _open(store: AttemptStore, folder: Path, *, in_background: bool) -> WorkerAttempt | None:
+    """Return the attempt with its folder, or None: then its job waits until the folder can be written."""
+    try:
+        return WorkerAttempt(store, workdir=folder, saves_in_background=in_background)
+    except OSError as error:
+        if not faults.of_storage(error):
+            raise
+        log.warning("attempt waits", what=_STORAGE, detail=error.strerror)
+        store.wait(AttemptWaits(_STORAGE, message=f"{error.strerror}: the job's folder cannot be written"))
+        return None
 
 
 def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:
@@ -256,14 +286,54 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
             raise SystemExit(EX_TEMPFAIL) from error
         # The detail stays in the worker's log: error text of libraries may hold paths and data.
         log.exception("job failed by an unexpected error")
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        _fail(store, "INTERNAL", f"{type(error).__name__} at {place}; the worker's log has the detail")
+        _fail(store, "INTERNAL", _place_of(error))
     log.info("attempt ended", seconds=round(time.monotonic() - started, 1))
+
+
+def _verify(name: str, number: int, settings: S, database: Database, work: Callable[[WorkerContext[S]], None]) -> None:
+    """Replay steps of a job, and store the receipt or why there is none. Errors: FencedOutError."""
+    from training_common import replay  # it stands on this module
+
+    store = VerificationStore(JobStore(database))
+    claim = store.claimed(name, number)
+    folder = job_dir(settings, claim.job.name)
+    scratch = settings.files_dir / name
+
+    def run(attempt: replay.ReplayAttempt) -> None:
+        work(WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=scratch))
+
+    with replay.beating(store, claim, own_handle(), settings.workers.heartbeat_interval_s) as given_up:
+        try:
+            threads = settings.workers.threads or os.cpu_count() or 1
+            receipt = replay.replay(
+                store, claim, job_dir=folder, scratch=scratch, run=run, given_up=given_up, threads=threads
+            )
+            store.finish(claim.row, receipt)
+            log.info("verification done", verdict=receipt["verdict"])
+        except FencedOutError:
+            raise
+        except AttemptWaits as wait:
+            store.fail(claim.row, f"{wait.what} is away: {wait.message}; verify again when it is back")
+        except ForgeError as error:
+            store.fail(claim.row, f"{error.reason_name()}: {error.message}")
+        except Exception as error:
+            fault = _platform_fault(error)
+            log.exception("verification ended by the platform" if fault else "verification failed")
+            if fault:
+                raise SystemExit(EX_TEMPFAIL) from error
+            store.fail(claim.row, _place_of(error))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _place_of(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}; the worker's log has the detail"
 
 
 def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:
     try:
+        context.attempt.require_storage()
         work(context)
     except AttemptWaits as wait:
         with context.attempt.moving():
@@ -279,13 +349,10 @@ def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], 
 
 
 def _platform_fault(error: Exception) -> str:
-    """Return what of this machine ended the attempt through no fault of its job, or nothing.
-
-    A file that is missing or may not be read is no such fault: it would be missing for the next attempt too.
-    """
+    """Return what of this machine ended the attempt through no fault of its job, or nothing."""
     if isinstance(error, sa.exc.OperationalError):
         return "the store did not answer in time"
-    if isinstance(error, OSError) and error.errno in _PLATFORM_ERRNOS:
+    if isinstance(error, OSError) and faults.of_machine(error):
         return f"the worker's machine failed it: {error.strerror}"
     return ""
 

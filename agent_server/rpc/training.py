@@ -73,9 +73,5 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         return pb.ListArchitecturesResponse(architectures=[convert.architecture(item) for item in self._factory])
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> Any:
-        info = job_pb2.ServerInfo(
-            version=self._info.version,
-            capabilities=self._info.capabilities,
-            peers=[convert.peer(self._cognate.snapshot())],
-        )
-        return pb.GetServerInfoResponse(info=info)
+        peers = [convert.peer(self._cognate.snapshot())]
+        return pb.GetServerInfoResponse(info=self._jobs.server_info(self._info, peers))

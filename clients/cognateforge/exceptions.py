@@ -6,13 +6,14 @@
     ├── ForbiddenError                 RoleMissingError, NoPolicyError, IdentityMissingError
     ├── ConflictError                  RequestIdReusedError
     ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError, LeaseNotFoundError,
-    │                                  CheckpointNotFoundError
+    │                                  CheckpointNotFoundError, AttemptNotFoundError
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
     │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
-    │                                  CapacityTakenError, CheckpointGoneError, JobDeadlineExceededError
+    │                                  CapacityTakenError, CheckpointGoneError, JobDeadlineExceededError,
+    │                                  LogGoneError, VerificationOpenError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -303,6 +304,24 @@ class JobDeadlineExceededError(PreconditionError):
     """The job passed a deadline of its own."""
 
     reason = Reason.REASON_JOB_DEADLINE_EXCEEDED
+
+
+class AttemptNotFoundError(NotFoundError):
+    """The job has had no attempt of that number."""
+
+    reason = Reason.REASON_ATTEMPT_NOT_FOUND
+
+
+class LogGoneError(PreconditionError):
+    """The attempt's log was removed by retention, or is not among the files that the server reaches."""
+
+    reason = Reason.REASON_LOG_GONE
+
+
+class VerificationOpenError(PreconditionError):
+    """A verification of the job is under way."""
+
+    reason = Reason.REASON_VERIFICATION_OPEN
 
 
 class NotImplementedByServerError(ForgeError):

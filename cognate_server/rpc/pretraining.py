@@ -43,4 +43,4 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
         )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> Any:
-        return pb.GetServerInfoResponse(info=self._info)
+        return pb.GetServerInfoResponse(info=self._jobs.server_info(self._info))

@@ -133,6 +133,82 @@ class History:
 
 
 @dataclass
+class Logs:
+    """What the workers of two attempts wrote, and how many frames each stream sends before it breaks."""
+
+    written: list[list[str]] = field(default_factory=lambda: [["one", "two", "died"], ["three", "four"]])
+    cuts: deque[int] = field(default_factory=deque)
+    how: grpc.StatusCode | None = grpc.StatusCode.UNAVAILABLE
+    # Bytes after the beginning of the second attempt's log that are no longer kept.
+    gap: int = 0
+    # A careless server begins so many bytes late.
+    late: int = 0
+
+    def frames(self, request: Any, context: grpc.ServicerContext) -> Iterator[job_pb2.LogFrame]:
+        """Yield what one stream sends, a line in each frame."""
+        cut = self.cuts.popleft() if self.cuts else None
+        for sent, frame in enumerate(self._all(request)):
+            if sent == cut:
+                if self.how is None:
+                    return
+                fail(context, self.how)
+            yield frame
+
+    def _all(self, request: Any) -> Iterator[job_pb2.LogFrame]:
+        first = request.attempt or len(self.written)
+        attempt, position = first, request.position + self.late
+        for attempt in range(first, len(self.written) + 1) if request.follow else [first]:
+            position = position if attempt == first else 0
+            if attempt == 2 and position < self.gap:
+                yield job_pb2.LogFrame(gap=job_pb2.LogGap(attempt=attempt, position=position, next_position=self.gap))
+                position = self.gap
+            place = 0
+            for text in self.written[attempt - 1]:
+                if place >= position:
+                    line, position = job_pb2.LogLine(position=place, text=text), place + len(text) + 1
+                    yield job_pb2.LogFrame(
+                        lines=job_pb2.LogLines(attempt=attempt, lines=[line], next_position=position)
+                    )
+                place += len(text) + 1
+            yield job_pb2.LogFrame(heartbeat=job_pb2.LogHeartbeat(attempt=attempt, next_position=position))
+        yield job_pb2.LogFrame(end=job_pb2.LogEnd(attempt=attempt, next_position=position))
+
+
+@dataclass
+class Verifications:
+    """Verifications of one job: each is done when it is listed for the second time."""
+
+    verdict: job_pb2.ResumeVerdict.ValueType = job_pb2.RESUME_VERDICT_EQUAL
+    failure: str = ""
+    all: list[job_pb2.Verification] = field(default_factory=list)
+    looked: int = 0
+
+    def begin(self, request: Any) -> job_pb2.Verification:
+        """Return a new one."""
+        name = f"verifications/00000000-0000-4000-8000-00000000000{len(self.all)}"
+        begins, ends = (job_pb2.Checkpoint(step=step) for step in (request.from_step or 10, request.to_step or 20))
+        one = job_pb2.Verification(
+            name=name,
+            job=request.name,
+            state=job_pb2.VERIFICATION_STATE_QUEUED,
+            from_checkpoint=begins,
+            to_checkpoint=ends,
+        )
+        self.all.insert(0, one)
+        return one
+
+    def listed(self) -> list[job_pb2.Verification]:
+        """Return all of them, newest first."""
+        self.looked += 1
+        if self.looked > 1 and self.failure:
+            self.all[0].state, self.all[0].failure = job_pb2.VERIFICATION_STATE_FAILED, self.failure
+        elif self.looked > 1:
+            self.all[0].state = job_pb2.VERIFICATION_STATE_DONE
+            self.all[0].receipt.verdict = self.verdict
+        return self.all
+
+
+@dataclass
 class Outbox:
     """What happened to models, how much of it is kept, and how many frames each stream sends before it breaks."""
 
@@ -252,8 +328,9 @@ def some_artifact(seed: int = 0) -> Artifact:
 class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
     """Pretraining jobs from a script."""
 
-    def __init__(self, script: Script, history: History) -> None:
-        self.script, self.history = script, history
+    def __init__(self, script: Script, history: History, logs: Logs) -> None:
+        self.script, self.history, self.logs = script, history, logs
+        self.verifications = Verifications()
         self.job = pretraining_pb2.PretrainingJob(
             job=job_pb2.Job(name=JOB, state=job_pb2.JOB_STATE_RUNNING, observed=True, step=2, total_steps=20, attempt=1)
         )
@@ -287,6 +364,12 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
         for frame in self.history.frames(request.after_sequence, context):
             yield pretraining_pb2.WatchJobResponse(frame=frame)
 
+    def WatchLogs(self, request: Any, context: Any) -> Any:
+        self.script.meet("WatchLogs", request, context)
+        self._known(request.name, context)
+        for frame in self.logs.frames(request, context):
+            yield pretraining_pb2.WatchLogsResponse(frame=frame)
+
     def _steered(self, method: str, state: job_pb2.JobState.ValueType, request: Any, context: Any) -> Any:
         self.script.meet(method, request, context)
         self._known(request.name, context)
@@ -315,6 +398,15 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
 
     def UnpinCheckpoint(self, request: Any, context: Any) -> Any:
         return pretraining_pb2.UnpinCheckpointResponse(checkpoint=job_pb2.Checkpoint(step=request.step, available=True))
+
+    def VerifyResume(self, request: Any, context: Any) -> Any:
+        self.script.meet("VerifyResume", request, context)
+        self._known(request.name, context)
+        return pretraining_pb2.VerifyResumeResponse(verification=self.verifications.begin(request))
+
+    def ListVerifications(self, request: Any, context: Any) -> Any:
+        self._known(request.name, context)
+        return pretraining_pb2.ListVerificationsResponse(verifications=self.verifications.listed())
 
     def GetMetrics(self, request: Any, context: Any) -> Any:
         series = job_pb2.MetricSeries(name="loss", unit="nats/token", steps=[1, 2], values=[4.0, 3.5])
@@ -374,8 +466,9 @@ class FakeModels(model_pb2_grpc.ModelServiceServicer):
 class FakeTraining(training_pb2_grpc.AgentForgeTrainingServiceServicer):
     """One agent training job."""
 
-    def __init__(self, script: Script, history: History) -> None:
-        self.script, self.history = script, history
+    def __init__(self, script: Script, history: History, logs: Logs) -> None:
+        self.script, self.history, self.logs = script, history, logs
+        self.verifications = Verifications()
         self.job = training_pb2.TrainingJob(
             job=job_pb2.Job(name=AGENT_JOB, state=job_pb2.JOB_STATE_QUEUED, total_steps=20)
         )
@@ -402,6 +495,12 @@ class FakeTraining(training_pb2_grpc.AgentForgeTrainingServiceServicer):
         for frame in self.history.frames(request.after_sequence, context):
             yield training_pb2.WatchJobResponse(frame=frame)
 
+    def WatchLogs(self, request: Any, context: Any) -> Any:
+        self.script.meet("WatchLogs", request, context)
+        self._known(request.name, context)
+        for frame in self.logs.frames(request, context):
+            yield training_pb2.WatchLogsResponse(frame=frame)
+
     def PauseJob(self, request: Any, context: Any) -> Any:
         self._known(request.name, context)
         return training_pb2.PauseJobResponse(job=self.job)
@@ -422,6 +521,15 @@ class FakeTraining(training_pb2_grpc.AgentForgeTrainingServiceServicer):
 
     def UnpinCheckpoint(self, request: Any, context: Any) -> Any:
         return training_pb2.UnpinCheckpointResponse(checkpoint=job_pb2.Checkpoint(step=request.step, available=True))
+
+    def VerifyResume(self, request: Any, context: Any) -> Any:
+        self.script.meet("VerifyResume", request, context)
+        self._known(request.name, context)
+        return training_pb2.VerifyResumeResponse(verification=self.verifications.begin(request))
+
+    def ListVerifications(self, request: Any, context: Any) -> Any:
+        self._known(request.name, context)
+        return training_pb2.ListVerificationsResponse(verifications=self.verifications.listed())
 
     def GetMetrics(self, request: Any, context: Any) -> Any:
         return training_pb2.GetMetricsResponse()
@@ -495,9 +603,10 @@ class Fake:
     def __init__(self) -> None:
         self.script = Script()
         self.history, self.agent_history, self.outbox = History(), History(), Outbox()
+        self.logs = Logs()
         self.model, self.agent = some_artifact(), some_artifact(seed=1)
         self.agent.name = "intent-router@3"
-        self.pretraining = FakePretraining(self.script, self.history)
+        self.pretraining = FakePretraining(self.script, self.history, self.logs)
         self.port = 0
         self.unix_path: Path | None = None
         self.tls: grpc.ServerCredentials | None = None
@@ -513,7 +622,7 @@ class Fake:
         self.server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
         pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(self.pretraining, self.server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(FakeModels(self.script, self.model, self.outbox), self.server)
-        training = FakeTraining(self.script, self.agent_history)
+        training = FakeTraining(self.script, self.agent_history, self.logs)
         training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(training, self.server)
         agent_pb2_grpc.add_AgentServiceServicer_to_server(FakeAgents(self.script, self.agent), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(FakeHealth(self.script), self.server)
@@ -564,6 +673,13 @@ class Driver:
             return [frame async for frame in self.cognate.watch_job(name, after, **kwargs)]
         client = self.cognate
         return await asyncio.to_thread(lambda: list(client.watch_job(name, after, **kwargs)))
+
+    async def watch_logs(self, name: str = JOB, **kwargs: Any) -> list[job_pb2.LogFrame]:
+        """Watch a job's logs to the end."""
+        if isinstance(self.cognate, AsyncCognateClient):
+            return [frame async for frame in self.cognate.watch_logs(name, **kwargs)]
+        client = self.cognate
+        return await asyncio.to_thread(lambda: list(client.watch_logs(name, **kwargs)))
 
     async def watch_models(self, until: int, after: int = 0, **kwargs: Any) -> list[ModelNews]:
         """Watch the models until the event or the snapshot with that sequence."""

@@ -236,6 +236,51 @@ def test_watch_survives_broken_streams(forge: Forge, fake: Fake) -> None:
     assert [frame["event"]["sequence"] for frame in events] == list(range(3, 21))
 
 
+def test_a_job_whose_events_are_gone_is_watched_from_what_is_left(forge: Forge, fake: Fake) -> None:
+    """Retention removes events of jobs that ended long ago; who wants the beginning is told."""
+    fake.pretraining.job.job.first_sequence = 18
+    result = forge("watch", JOB, "--json")
+    assert [18, 19, 20] == [json.loads(line)["event"]["sequence"] for line in result.stdout.splitlines()[:-1]]
+    assert "the events before 18 are no longer kept\n" == result.stderr
+
+
+def test_a_verification_is_waited_for(forge: Forge, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verdict is the exit code; without waiting it is just asked for."""
+    monkeypatch.setattr("cognateforge.cli.jobs.POLL_S", 0.0)
+    name = "verifications/00000000-0000-4000-8000-000000000000"
+    result = forge("verify-resume", JOB, "--from", "10")
+    assert (0, f"{name} EQUAL\n", f"{name} replays steps 10 to 20\n") == (
+        result.exit_code,
+        result.stdout,
+        result.stderr,
+    )
+    assert forge("verifications", JOB).stdout.split()[5:7] == [name, "EQUAL"]
+    fake.pretraining.verifications.looked = 0
+    fake.pretraining.verifications.verdict = job_pb2.RESUME_VERDICT_DIFFERENT
+    assert (1, "DIFFERENT") == ((result := forge("verify-resume", JOB)).exit_code, result.stdout.split()[1])
+    fake.pretraining.verifications.looked, fake.pretraining.verifications.failure = 0, "DATA_UNAVAILABLE: gone"
+    assert (1, "FAILED DATA_UNAVAILABLE: gone") == (
+        (result := forge("verify-resume", JOB)).exit_code,
+        result.stdout.split(maxsplit=1)[1].strip(),
+    )
+    assert "QUEUED" == forge.json("verify-resume", JOB, "--no-wait")[0]["state"]
+
+
+def test_logs_are_printed_line_by_line(forge: Forge, fake: Fake) -> None:
+    """The newest attempt's, or one that is named; which one is told apart, and no terminal obeys what a log holds."""
+    fake.logs.written[1].append("\x1b[2Jgone")
+    result = forge("logs", JOB)
+    assert (0, "three\nfour\n\ufffd[2Jgone\n", "attempt 2\n") == (result.exit_code, result.stdout, result.stderr)
+    assert "one\ntwo\ndied\n" == forge("logs", JOB, "--attempt", "1").stdout
+    fake.logs.gap = 6
+    result = forge("logs", JOB, "--attempt", "1", "--follow")
+    assert "one\ntwo\ndied\nfour\n\ufffd[2Jgone\n" == result.stdout
+    assert "attempt 1\nattempt 2\n6 bytes are no longer kept\n" == result.stderr
+    frames = forge.json("logs", JOB, "--attempt", "1", "--position", "8")
+    lines = {"attempt": 1, "lines": [{"position": 8, "text": "died", "continued": False}], "next_position": 13}
+    assert [{"lines": lines}, {"end": {"attempt": 1, "next_position": 13}}] == frames
+
+
 @pytest.mark.parametrize("state", [job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED])
 def test_a_job_without_success_is_exit_code_1(forge: Forge, fake: Fake, state: job_pb2.JobState.ValueType) -> None:
     """Failure's reason and message are told."""

@@ -136,3 +136,38 @@ async def test_a_model_watch_gives_up_when_its_patience_is_spent(client: Driver,
     fake.script.always = exceptions.UnavailableError("the server is draining")
     with pytest.raises(exceptions.UnavailableError):
         await client.watch_models(until=1, give_up_after_s=0.3)
+
+
+def texts(frames: list[job_pb2.LogFrame]) -> list[str]:
+    """Return the lines of a watch of logs; the last frame must be the end."""
+    assert frames[-1].WhichOneof("frame") == "end"
+    return [line.text for frame in frames for line in frame.lines.lines]
+
+
+@pytest.mark.parametrize("how", [grpc.StatusCode.UNAVAILABLE, None])
+async def test_no_line_of_a_log_is_lost_or_doubled_over_broken_streams(
+    client: Driver, fake: Fake, how: grpc.StatusCode | None
+) -> None:
+    """Streams that end anywhere add up to every attempt's whole log, in order."""
+    fake.logs.written = [[f"{attempt}.{number}" for number in range(60)] for attempt in (1, 2, 3)]
+    pick = random.Random(7)  # noqa: S311
+    fake.logs.cuts, fake.logs.how = deque(pick.randint(0, 25) for _ in range(12)), how
+    seen = texts(await client.watch_logs(attempt=1, follow=True))
+    assert [text for lines in fake.logs.written for text in lines] == seen
+    assert fake.script.count("WatchLogs") > 6
+
+
+async def test_the_newest_log_is_watched_from_where_it_is_told(client: Driver, fake: Fake) -> None:
+    """Without an attempt, or with one and a position; a gap is told where it lies."""
+    assert ["three", "four"] == texts(await client.watch_logs())
+    assert ["two", "died"] == texts(await client.watch_logs(attempt=1, position=4))
+    fake.logs.gap = 6
+    gap, *rest = await client.watch_logs()
+    assert (0, 6, ["four"]) == (gap.gap.position, gap.gap.next_position, texts(rest))
+
+
+async def test_missing_bytes_of_a_log_are_never_passed_over_in_silence(client: Driver, fake: Fake) -> None:
+    """A server that begins late is asked again, until the patience is spent."""
+    fake.logs.late = 1
+    with pytest.raises(exceptions.UnavailableError, match="byte 6 of attempt 2's log, and byte 0 is next"):
+        await client.watch_logs(give_up_after_s=0.2)

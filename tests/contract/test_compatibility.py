@@ -170,10 +170,17 @@ async def steer(call: Caller, service: str, name: str) -> None:
     assert [1, 2, 3, 4] == [frame.event.sequence for frame in frames if frame.WhichOneof("frame") == "event"]
     assert [queued, paused, queued, cancelled] == [frame.event.state_change.to for frame in frames[:4]]
     assert (cancelled, 4) == (frames[-1].end.state, frames[-1].end.last_sequence)
+    if f"{service}/WatchLogs" in call.methods:
+        [response] = await call.frames(f"{service}/WatchLogs", name=name, follow=True)
+        assert (0, 0) == (response.frame.end.attempt, response.frame.end.next_position), "no worker has run"
 
 
 async def pin(call: Caller, service: str, name: str) -> None:
-    """A job that saved nothing has nothing to pin. Versions before do not know of it."""
+    """A job that saved nothing has nothing to pin or to verify. Versions before do not know of it."""
+    if f"{service}/VerifyResume" in call.methods:
+        error = await refused(call(f"{service}/VerifyResume", request_id=new_id(), name=name))
+        assert type(error) is CheckpointNotFoundError
+        assert [] == list((await call(f"{service}/ListVerifications", name=name)).verifications)
     for verb in ("Pin", "Unpin"):
         if f"{service}/{verb}Checkpoint" in call.methods:
             error = await refused(call(f"{service}/{verb}Checkpoint", request_id=new_id(), name=name, step=10))

@@ -16,10 +16,11 @@ from tests.support.toy_worker import expected_result
 from training_common.attempt import CheckpointRef
 from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
+from training_common.jobs.folders import job_dir
 from training_common.jobs.pins import set_pinned
 from training_common.jobs.store import AttemptStore, CheckpointRow, JobRow
 from training_common.retention import Retention
-from training_common.worker import WorkerAttempt, job_dir
+from training_common.worker import WorkerAttempt
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.support.toy_worker import load_settings
 from training_common.engines.local import LocalEngine
+from training_common.jobs.folders import jobs_dir
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import JobStore
 from training_common.store.database import Database
@@ -17,6 +18,6 @@ if __name__ == "__main__":
     file = Path(sys.argv[1])
     settings = load_settings(file)
     database = Database(settings.database_url)
-    engine = LocalEngine(module="tests.support.toy_worker", log_dir=settings.data_dir / "logs")
+    engine = LocalEngine(module="tests.support.toy_worker", log_dir=jobs_dir(settings))
     scheduler = Scheduler(JobStore(database), engine, settings.workers, settings_file=file, server=settings.server_name)
     asyncio.run(scheduler.run())

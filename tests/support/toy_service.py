@@ -9,24 +9,28 @@ from typing import Any
 import cognate_server.migrations
 from tests.support.toy_worker import ToySettings
 from training_common.engines.local import LocalEngine
+from training_common.jobs.folders import jobs_dir, log_name
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.store import EventRow, JobRow, JobStore
+from training_common.jobs.verifications import VerificationRow, VerificationStore
+from training_common.jobs.verifier import Verifier
 from training_common.store.database import Database
 
 
 class ToyService:
     """Stands for a server: `restart` is what a kill -9 and a new start do to it."""
 
-    def __init__(self, folder: Path, *, store_url: str = "", server: str = "", **workers: Any) -> None:
+    def __init__(
+        self, folder: Path, *, store_url: str = "", server: str = "", shared_dir: Path | None = None, **workers: Any
+    ) -> None:
         self.folder = folder
         self.settings_file = folder / "settings.toml"
         options = {"heartbeat_interval_s": 0.1, **workers}
         lines = [f"{key} = {json.dumps(value)}" for key, value in options.items()]
-        text = f'data_dir = "{folder / "data"}"\nstore_url = "{store_url}"\n[workers]\n' + "\n".join(lines) + "\n"
-        self.settings_file.write_text(text)
-        self.settings = ToySettings.model_validate(
-            {"data_dir": folder / "data", "store_url": store_url, "workers": options}
-        )
+        paths = {"data_dir": str(folder / "data"), "shared_dir": str(shared_dir or folder / "data")}
+        top = [f"{key} = {json.dumps(value)}" for key, value in {**paths, "store_url": store_url}.items()]
+        self.settings_file.write_text("\n".join([*top, "[workers]", *lines]) + "\n")
+        self.settings = ToySettings.model_validate({**paths, "store_url": store_url, "workers": options})
         self.server = server
         self._start()
         self.database.upgrade(Path(cognate_server.migrations.__file__).parent)
@@ -34,10 +38,11 @@ class ToyService:
     def _start(self) -> None:
         self.database = Database(self.settings.database_url)
         self.store = JobStore(self.database)
-        self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=self.folder / "logs")
-        self.scheduler = Scheduler(
-            self.store, self.engine, self.settings.workers, settings_file=self.settings_file, server=self.server
-        )
+        self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=jobs_dir(self.settings))
+        self.verifications = VerificationStore(self.store)
+        options: dict[str, Any] = {"settings_file": self.settings_file, "server": self.server}
+        verifier = Verifier(self.verifications, self.engine, self.settings.workers, **options)
+        self.scheduler = Scheduler(self.store, self.engine, self.settings.workers, verifier=verifier, **options)
 
     def restart(self) -> None:
         """Forget everything that is only in memory."""
@@ -58,6 +63,15 @@ class ToyService:
             moved: JobRow = getattr(self.store, verb)(connection, job.name)
             return moved
 
+    def verify(self, job: JobRow, *, from_step: int = 0, to_step: int = 0) -> VerificationRow:
+        with self.database.write() as connection:
+            return self.verifications.submit(connection, job.name, from_step=from_step, to_step=to_step, caller="test")
+
+    def verification(self, job: JobRow) -> VerificationRow:
+        """Return the job's newest one."""
+        with self.database.read() as connection:
+            return self.verifications.of_job(connection, job.id, 1)[0].row
+
     def events(self, job: JobRow) -> list[EventRow]:
         return self.store.events_after(job.id, 0, 100_000)
 
@@ -66,7 +80,8 @@ class ToyService:
         return next((attempt.handle for row, attempt in self.store.held() if row.id == job.id), "")
 
     def log(self, job: JobRow) -> str:
-        return (self.folder / "logs" / f"{job.name.removeprefix('jobs/')}.log").read_text()
+        """Return what the job's newest worker has written."""
+        return (jobs_dir(self.settings) / log_name(job.name, self.store.get(job.name).attempt)).read_text()
 
     async def until(self, job: JobRow, condition: Callable[[JobRow], bool], timeout_s: float = 60) -> JobRow:
         """Let the scheduler work until the job fulfils the condition."""

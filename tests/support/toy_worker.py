@@ -39,12 +39,17 @@ def work(context: WorkerContext[ToySettings]) -> None:
     if "needs_file" in plan and not Path(plan["needs_file"]).exists():
         raise AttemptWaits("Cognate", message="connection refused", give_up_after_s=plan.get("give_up_after_s", 0))
     attempt.move(JobState.RUNNING)
+    replayed = context.job_dir.parent.name == "verifications"
+    if replayed and (context.job_dir / "replay-waits").exists():
+        time.sleep(3600)
 
     def save(step: int, value: bytes) -> None:
         def write(folder: Path) -> None:
             if attempt.store.attempt.number == 1 and step == plan.get("disk_full_at"):
                 raise OSError(errno.ENOSPC, "No space left on device")
             (folder / "state.json").write_text(json.dumps({"step": step, "value": value.hex()}))
+            (folder / "ballast").write_bytes(b"x" * plan.get("ballast_bytes", 0))
+            time.sleep(plan.get("slow_save_s", 0.0))
             if attempt.store.attempt.number == 1 and step == plan.get("stuck_in_save_at"):
                 (attempt.workdir / "stuck").touch()
                 time.sleep(3600)
@@ -67,6 +72,8 @@ def work(context: WorkerContext[ToySettings]) -> None:
             raise DataUnavailableError("the toy data is gone")
         time.sleep(plan.get("step_s", 0.0))
         step, value = step + 1, hashlib.sha256(value + bytes([step % 256])).digest()
+        if replayed and step == plan.get("differs_at"):
+            value = hashlib.sha256(value).digest()
         attempt.progress(step=step, total_steps=plan["steps"], metrics={"loss": 1 / step})
         if step % plan.get("checkpoint_every", 10) == 0:
             save(step, value)

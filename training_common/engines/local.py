@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from training_common.attempt_log import open_log
 from training_common.jobs.scheduler import Ending
 
 NAME = "local"
@@ -57,8 +58,8 @@ class LocalEngine:
 
     def launch(self, arguments: Sequence[str], *, log_name: str, environment: Mapping[str, str] | None = None) -> str:
         """Start a worker and return its handle. Its output goes to a log file. Errors: OSError."""
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        with (self._log_dir / log_name).open("ab") as log:
+        log = open_log(self._log_dir / log_name)
+        try:
             child = subprocess.Popen(  # noqa: S603 - the module and its arguments are ours
                 [sys.executable, "-m", self._module, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -67,6 +68,8 @@ class LocalEngine:
                 start_new_session=True,
                 env={**WORKER_ENVIRONMENT, **os.environ, **(environment or {})},
             )
+        finally:
+            os.close(log)
         handle = _handle(psutil.Process(child.pid))
         self._children[handle] = child
         return handle

@@ -15,8 +15,10 @@ from typing import Protocol
 
 import structlog
 
+from training_common.jobs.folders import log_name
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss
+from training_common.jobs.verifier import Verifier
 from training_common.jobs.waits import Standing
 from training_common.settings import WorkerSettings
 
@@ -72,15 +74,18 @@ class Scheduler:
         settings_file: Path | None,
         server: str = "",
         in_the_way: Callable[[], str] = lambda: "",
+        verifier: Verifier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """server: this server's name among those that share the store; it looks after the workers it has started.
-        in_the_way: asked before a job is given a free slot: what keeps it from it, in words, or nothing."""
+        in_the_way: asked before a job is given a free slot: what keeps it from it, in words, or nothing.
+        verifier: gets the slots that no job waits for."""
         self._store = store
         self._engine = engine
         self._settings = settings
         self._settings_file = settings_file
         self._in_the_way = in_the_way
+        self._verifier = verifier
         self._server = server
         self._wake = asyncio.Event()
         # Handles of workers that were launched here and have not registered yet, by attempt id.
@@ -139,14 +144,18 @@ class Scheduler:
             else:
                 self._look_at_anothers(job, attempt)
         self._end_overdue()
-        self._taken, self._lent = sum(not job.lease for job, _ in held), ""
-        if self._clock() < self._launch_again_at:
-            return
-        while self._taken < self._settings.slots:
+        replays = self._verifier.look() if self._verifier else 0
+        self._taken, self._lent = sum(not job.lease for job, _ in held) + replays, ""
+        while self._taken < self._settings.slots and self._launch_works():
             self._lent = self._in_the_way()
-            if self._lent or self._start() is None:
+            if self._lent:
+                return
+            if self._start() is None and not (self._verifier and self._launch_works() and self._verifier.start()):
                 return
             self._taken += 1
+
+    def _launch_works(self) -> bool:
+        return self._clock() >= self._launch_again_at
 
     def _end_overdue(self) -> None:
         """End jobs that have passed a deadline. One that a worker holds gets time to save and let go."""
@@ -219,9 +228,7 @@ class Scheduler:
             arguments += ["--settings", str(self._settings_file)]
         _, attempt = next(pair for pair in self._store.held() if pair[0].id == job.id)
         try:
-            self._launched[attempt.id] = self._engine.launch(
-                arguments, log_name=f"{job.name.removeprefix('jobs/')}.log"
-            )
+            self._launched[attempt.id] = self._engine.launch(arguments, log_name=log_name(job.name, job.attempt))
         except OSError as error:
             self.last_launch_failed = True
             self._launch_again_at = self._clock() + self._launch_pause_s

@@ -83,6 +83,8 @@ class JobRow:
     failure_message: str
     artifact: str
     facts: Mapping[str, str]
+    first_sequence: int
+    files_removed_us: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,13 @@ class Loss(enum.StrEnum):
 
 # What a job had to wait for is there.
 _NO_WAIT: Mapping[str, Any] = {"not_before_us": 0, "waits": 0, "waiting_since_us": None, "waits_for": ""}
+
+
+def is_wanted() -> sa.ColumnElement[bool]:
+    """Whether a checkpoint's files must stay whatever a policy says: it is pinned, or a verification is under way."""
+    v = t.verifications
+    named = (v.c.from_checkpoint_id == t.checkpoints.c.id) | (v.c.to_checkpoint_id == t.checkpoints.c.id)
+    return t.checkpoints.c.pinned | sa.exists().where(named, v.c.end_us.is_(None))
 
 
 def _may_write(token: int) -> sa.ColumnElement[bool]:
@@ -313,7 +322,7 @@ class JobStore:
         payload = {"from": "", "to": JobState.QUEUED.value, "message": "submitted"}
         return append_event(connection, job_id, "state_change", payload)
 
-    def _lock(self, name: str, connection: sa.Connection) -> JobRow:
+    def lock(self, name: str, connection: sa.Connection) -> JobRow:
         """Return one job that nobody else changes until the transaction ends. Errors: JobNotFoundError."""
         connection.execute(sa.select(t.jobs.c.id).filter_by(name=name).with_for_update())
         return self.get(name, connection)
@@ -340,21 +349,21 @@ class JobStore:
 
     def pause(self, connection: sa.Connection, name: str) -> JobRow:
         """Ask for a pause: at once where no worker holds the job, otherwise by a wish that its worker sees."""
-        job = self._lock(name, connection)
+        job = self.lock(name, connection)
         if job.state in WAITING:
             return move(connection, job, JobState.PAUSED, message="paused while it held no worker")
         return move(connection, job, JobState.PAUSING, message="pause requested", wish="pause")
 
     def cancel(self, connection: sa.Connection, name: str) -> JobRow:
         """Ask for the end: at once where no worker holds the job, otherwise by a wish that its worker sees."""
-        job = self._lock(name, connection)
+        job = self.lock(name, connection)
         if job.state in WAITING or job.state is JobState.PAUSED:
             return move(connection, job, JobState.CANCELLED, message="cancelled while it held no worker")
         return move(connection, job, JobState.CANCELLING, message="cancel requested", wish="cancel")
 
     def resume(self, connection: sa.Connection, name: str) -> JobRow:
         """Queue a paused job again. What it waited for before the pause is tried at once."""
-        job = self._lock(name, connection)
+        job = self.lock(name, connection)
         return move(connection, job, JobState.QUEUED, message="resume requested", wish="", **_NO_WAIT)
 
     def events_after(self, job_id: int, sequence: int, limit: int) -> list[EventRow]:
@@ -402,6 +411,12 @@ class JobStore:
         query = sa.select(t.jobs.c.state, sa.func.count()).where(wanted).group_by(t.jobs.c.state)
         return {JobState(state): count for state, count in connection.execute(query)}
 
+    def attempt_row(self, job_id: int, number: int) -> AttemptRow | None:
+        """Return one attempt of a job, or None where it has had none of that number."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(t.attempts).filter_by(job_id=job_id, number=number)).mappings().first()
+        return None if row is None else AttemptRow(**row)
+
     def due(self, connection: sa.Connection) -> int:
         """Return how many jobs wait for nothing but a worker."""
         query = sa.select(sa.func.count()).select_from(t.jobs).where(queue.is_due())
@@ -443,7 +458,7 @@ class JobStore:
         A job that is being paused or cancelled is left to that: paused, it is looked at again.
         """
         with self.database.write() as connection:
-            job, now = self._lock(name, connection), now_us()
+            job, now = self.lock(name, connection), now_us()
             if job.deadline_us is None or job.deadline_us > now or job.state in _STOPPING:
                 return None
             if job.state not in HELD:
@@ -528,7 +543,7 @@ class JobStore:
         Returns None when the worker had let go itself.
         """
         with self.database.write() as connection:
-            current = self._lock(job.name, connection)
+            current = self.lock(job.name, connection)
             if current.fencing_token != attempt.fencing_token or current.state not in HELD:
                 return None
             self._end_attempt(connection, attempt.id)
@@ -791,9 +806,14 @@ class AttemptStore:
             self._drop(connection, row, kind, message)
 
     def retire_checkpoint(self, row: CheckpointRow, *, kind: str, message: str) -> bool:
-        """Mark a checkpoint's files as gone, and tell so. Returns False, and does nothing, when it is pinned."""
+        """Mark a checkpoint's files as gone, and tell so.
+
+        Returns False, and does nothing, when it is pinned or a verification needs it.
+        """
         with self.writing() as connection:
-            query = sa.select(t.checkpoints.c.id).filter_by(id=row.id, available=True, pinned=False)
+            query = sa.select(t.checkpoints.c.id).where(
+                t.checkpoints.c.id == row.id, t.checkpoints.c.available, ~is_wanted()
+            )
             if connection.execute(query.with_for_update()).first() is None:
                 return False
             self._drop(connection, row, kind, message)

@@ -14,6 +14,7 @@ from training_common.artifacts.registry import ArtifactRow
 from training_common.jobs.queue import Scheduling
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import CheckpointRow, EventRow, JobRow
+from training_common.jobs.verifications import Claim
 from training_common.jobs.waits import Wait
 from training_common.store.database import now_us
 
@@ -74,6 +75,8 @@ def job(row: JobRow) -> job_pb2.Job:
             start_by=timestamp(row.start_by_us),
             finish_by=timestamp(row.finish_by_us),
         ),
+        first_sequence=row.first_sequence,
+        files_removed_time=timestamp(row.files_removed_us),
     )
 
 
@@ -165,6 +168,35 @@ def checkpoint(row: CheckpointRow) -> job_pb2.Checkpoint:
         available=row.available,
         pinned=row.pinned,
         score=row.score,
+    )
+
+
+def verification(claim: Claim) -> job_pb2.Verification:
+    """Return a verification, with its receipt when there is one."""
+    row = claim.row
+    return job_pb2.Verification(
+        name=row.name,
+        job=claim.job.name,
+        state=job_pb2.VerificationState.Value(f"VERIFICATION_STATE_{row.state}"),
+        from_checkpoint=checkpoint(claim.start),
+        to_checkpoint=checkpoint(claim.target),
+        caller=row.caller,
+        create_time=timestamp(row.create_us),
+        start_time=timestamp(row.start_us),
+        end_time=timestamp(row.end_us),
+        failure=row.failure,
+        receipt=None if row.receipt is None else _receipt(row.receipt),
+    )
+
+
+def _receipt(stored: Mapping[str, Any]) -> job_pb2.ResumeReceipt:
+    return job_pb2.ResumeReceipt(
+        verdict=job_pb2.ResumeVerdict.Value(f"RESUME_VERDICT_{stored['verdict']}"),
+        recorded_digest=stored["recorded_digest"],
+        replayed_digest=stored["replayed_digest"],
+        files=[job_pb2.ReplayedFile(**one) for one in stored["files"]],
+        environment=stored["environment"],
+        seconds=stored["seconds"],
     )
 
 

@@ -24,15 +24,20 @@ from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
 from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow, JobStore
+from training_common.jobs.sweeper import Sweeper
+from training_common.jobs.verifications import VerificationStore
 from training_common.jobs.waits import waits
 from training_common.rpc import convert, mutations, paging
 from training_common.rpc.estimates import Estimator
 from training_common.rpc.identity import current_caller
+from training_common.rpc.logs import LogWatcher
 from training_common.rpc.series import SeriesBuilder
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
 _BATCH = 200
 _METRICS_BATCH = 1000
+# The contract's bound on a list of them.
+_VERIFICATIONS = 100
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -62,8 +67,13 @@ class JobService(Generic[M]):
         estimator: Estimator,
         units: Mapping[str, str],
         heartbeat_s: float,
+        logs: LogWatcher,
+        sweeper: Sweeper,
     ) -> None:
         self.store = store
+        self.logs = logs
+        self._sweeper = sweeper
+        self._verifications = VerificationStore(store)
         self._scheduler = scheduler
         self._hub = hub
         self._to_message = to_message
@@ -175,6 +185,7 @@ class JobService(Generic[M]):
         quiet_since = loop.time()
         while True:
             job, frames = await self._frames.get((name, sequence, seen), functools.partial(self._read, name, sequence))
+            _require_kept(job, sequence, frames)
             for frame in frames:
                 sequence = frame.event.sequence
                 yield frame
@@ -204,6 +215,12 @@ class JobService(Generic[M]):
         rows = await self.store.database.run(self.store.checkpoints, job.id)
         return [convert.checkpoint(row) for row in rows]
 
+    def server_info(self, info: job_pb2.ServerInfo, peers: Sequence[job_pb2.Peer] = ()) -> job_pb2.ServerInfo:
+        """Return what a server is, with what it counts."""
+        return job_pb2.ServerInfo(
+            version=info.version, capabilities=info.capabilities, peers=peers, removed=self._sweeper.message()
+        )
+
     async def pin(self, method: str, request: Any, answer: Callable[..., Message], *, pinned: bool) -> bytes:
         """Pin or unpin a checkpoint once for the request id, and return the answer's bytes."""
 
@@ -213,6 +230,31 @@ class JobService(Generic[M]):
             return answer(checkpoint=convert.checkpoint(row))
 
         return await mutations.mutate(self.store.database, method, request, work)
+
+    async def verify(self, request: Any, answer: Callable[..., Message]) -> bytes:
+        """Ask for a verification once for the request id, and return the answer's bytes."""
+        caller = current_caller().name
+
+        def work(connection: sa.Connection) -> Message:
+            row = self._verifications.submit(
+                connection, request.name, from_step=request.from_step, to_step=request.to_step, caller=caller
+            )
+            return answer(verification=convert.verification(self._verifications.claim_of(connection, row)))
+
+        stored = await mutations.mutate(self.store.database, "VerifyResume", request, work)
+        self._scheduler.wake()
+        return stored
+
+    async def verifications(self, name: str) -> list[job_pb2.Verification]:
+        """Return a job's verifications, newest first."""
+
+        def read() -> list[job_pb2.Verification]:
+            with self.store.database.read() as connection:
+                job = self.store.get(name, connection)
+                found = self._verifications.of_job(connection, job.id, _VERIFICATIONS)
+            return [convert.verification(claim) for claim in found]
+
+        return await self.store.database.run(read)
 
     async def metrics(self, request: Any) -> list[job_pb2.MetricSeries]:
         """Return a job's metrics over its steps."""
@@ -228,6 +270,17 @@ class JobService(Generic[M]):
             return builder.series(self._units)
 
         return await self.store.database.run(read)
+
+
+def _require_kept(job: JobRow, sequence: int, frames: Sequence[job_pb2.WatchFrame]) -> None:
+    """Refuse to pass over events that retention has removed."""
+    oldest = frames[0].event.sequence if frames else job.first_sequence
+    if oldest > sequence + 1:
+        raise SequenceOutOfRangeError(
+            f"retention has removed the events of {job.name} before {oldest}: watch after_sequence {oldest - 1} for "
+            "what is left",
+            metadata={"oldest_sequence": str(oldest)},
+        )
 
 
 class JobRpcs(Generic[M]):
@@ -251,6 +304,13 @@ class JobRpcs(Generic[M]):
         async for frame in self._jobs.watch(request.name, request.after_sequence):
             yield self._contract.WatchJobResponse(frame=frame)
 
+    async def WatchLogs(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        frames = self._jobs.logs.watch(
+            request.name, attempt=request.attempt, position=request.position, follow=request.follow
+        )
+        async for frame in frames:
+            yield self._contract.WatchLogsResponse(frame=frame)
+
     async def PauseJob(self, request: Any, context: Context) -> Any:
         return await self._steer("Pause", request, self._jobs.store.pause)
 
@@ -270,6 +330,13 @@ class JobRpcs(Generic[M]):
     async def UnpinCheckpoint(self, request: Any, context: Context) -> Any:
         answer = self._contract.UnpinCheckpointResponse
         return answer.FromString(await self._jobs.pin("UnpinCheckpoint", request, answer, pinned=False))
+
+    async def VerifyResume(self, request: Any, context: Context) -> Any:
+        answer = self._contract.VerifyResumeResponse
+        return answer.FromString(await self._jobs.verify(request, answer))
+
+    async def ListVerifications(self, request: Any, context: Context) -> Any:
+        return self._contract.ListVerificationsResponse(verifications=await self._jobs.verifications(request.name))
 
     async def GetMetrics(self, request: Any, context: Context) -> Any:
         return self._contract.GetMetricsResponse(series=await self._jobs.metrics(request))

@@ -83,6 +83,10 @@ jobs = Table(
     Column("artifact", String(128), nullable=False, default=""),
     Column("facts", JSON, nullable=False, default=dict, comment="what a service adds, e.g. the foundation's digest"),
     Index("ix_jobs_configuration_id", "configuration", "id"),
+    # What retention has left: the oldest event, and when the job's folder was removed.
+    Column("first_sequence", BigInteger, nullable=False, default=1, server_default="1"),
+    Column("files_removed_us", BigInteger),
+    Index("ix_jobs_end_us", "end_us"),
 )
 
 events = Table(
@@ -138,6 +142,29 @@ checkpoints = Table(
     Index("ix_checkpoints_job_id_step", "job_id", "step"),
 )
 
+# Replays of some steps between two checkpoints of a job that holds no worker, and what came of them.
+verifications = Table(
+    "verifications",
+    metadata,
+    Column("id", KEY, primary_key=True, autoincrement=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False, index=True),
+    Column("caller", String(255), nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("from_checkpoint_id", ForeignKey("checkpoints.id"), nullable=False),
+    Column("to_checkpoint_id", ForeignKey("checkpoints.id"), nullable=False),
+    # Grows with every worker that begins it. What one with an older number writes changes nothing.
+    Column("tries", Integer, nullable=False, default=0),
+    Column("server", String(255), nullable=False, default=""),
+    Column("handle", String(255), nullable=False, default=""),
+    Column("heartbeat_us", BigInteger, nullable=False, default=0),
+    Column("create_us", BigInteger, nullable=False),
+    Column("start_us", BigInteger),
+    Column("end_us", BigInteger),
+    Column("failure", Text, nullable=False, default=""),
+    Column("receipt", JSON),
+)
+
 requests = Table(
     "requests",
     metadata,
@@ -146,7 +173,7 @@ requests = Table(
     Column("method", String(128), nullable=False),
     Column("payload_sha256", String(64), nullable=False),
     Column("answer", LargeBinary, nullable=False),
-    Column("create_us", BigInteger, nullable=False),
+    Column("create_us", BigInteger, nullable=False, index=True),
 )
 
 artifacts = Table(

@@ -74,6 +74,33 @@ def follow(
         return Exit.INTERRUPTED
 
 
+def show_logs(session: Session, frames: Iterator[job_pb2.LogFrame], name: str) -> Exit:
+    """Print what workers have written, each attempt's under a word about it. Ctrl-C leaves the job alone."""
+    attempt = 0
+    try:
+        for frame in frames:
+            if session.as_json:
+                session.emit(frame)
+                continue
+            part = frame.gap if frame.HasField("gap") else frame.lines
+            if part.attempt > attempt:
+                attempt = part.attempt
+                say(f"attempt {attempt}")
+            if frame.HasField("gap"):
+                say(f"{frame.gap.next_position - frame.gap.position} bytes are no longer kept")
+            for line in frame.lines.lines:
+                print_line(_printable(line.text), newline=not line.continued)
+    except KeyboardInterrupt:
+        say(f"no longer following; the job goes on: forge logs --follow {name}")
+        return Exit.INTERRUPTED
+    return Exit.OK
+
+
+def _printable(text: str) -> str:
+    """Return the text without what a terminal would obey."""
+    return "".join(one if one.isprintable() or one == "\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
 def show_models(session: Session, news: Iterator[ModelNews]) -> None:
     """Print what happens to models, a line for each event or model of a snapshot, as long as there is something."""
     for one in news:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -12,11 +13,11 @@ import typer
 
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.names import full_job_name
-from cognateforge.cli.session import Session, command, first_found, new_request_id, say
+from cognateforge.cli.session import Session, command, first_found, new_request_id, print_line, say
 
 if TYPE_CHECKING:
     from cognateforge.cli.session import Row
-    from cognateforge.job.v1.job_pb2 import Checkpoint, Job, MetricSeries, WatchFrame
+    from cognateforge.job.v1.job_pb2 import Checkpoint, Job, LogFrame, MetricSeries, Verification, WatchFrame
 
 JobName = Annotated[str, typer.Argument(help="Job: jobs/UUID, or the UUID alone.", metavar="NAME")]
 RequestId = Annotated[str | None, typer.Option(help="UUID of this wish: the same one again changes nothing twice.")]
@@ -25,6 +26,10 @@ CheckpointDigest = Annotated[str, typer.Option(help="Which one of that step. Def
 Progress = Annotated[
     bool | None, typer.Option("--progress/--no-progress", help="Progress on stderr. Default: when it is a terminal.")
 ]
+
+
+# A replay takes seconds at least.
+POLL_S = 1.0
 
 
 class Service(enum.StrEnum):
@@ -86,6 +91,16 @@ class JobService:
         fields = {"name": name, "step": step, "digest": digest, "request_id": request_id}
         return getattr(self._stub, f"{verb}Checkpoint")(self._request(f"{verb}CheckpointRequest", **fields)).checkpoint
 
+    def verify(self, name: str, from_step: int, to_step: int, request_id: str) -> Verification:
+        """Ask for a replay of some steps, and return it."""
+        fields = {"name": name, "from_step": from_step, "to_step": to_step, "request_id": request_id}
+        answer = self._stub.VerifyResume(self._request("VerifyResumeRequest", **fields))
+        return cast("Verification", answer.verification)
+
+    def verifications(self, name: str) -> list[Verification]:
+        """Return a job's verifications, newest first."""
+        return list(self._stub.ListVerifications(self._request("ListVerificationsRequest", name=name)).verifications)
+
     def metrics(self, name: str, metrics: list[str]) -> list[MetricSeries]:
         """Return a job's metrics over its steps."""
         return list(self._stub.GetMetrics(self._request("GetMetricsRequest", name=name, metrics=metrics)).series)
@@ -109,6 +124,11 @@ class JobService:
     def watch(self, name: str, after_sequence: int) -> Iterator[WatchFrame]:
         """Yield a job's events and its end."""
         return cast("Iterator[WatchFrame]", self._client.watch_job(name, after_sequence))
+
+    def logs(self, name: str, *, attempt: int, position: int, follow: bool) -> Iterator[LogFrame]:
+        """Yield what a job's workers write, and the end."""
+        frames = self._client.watch_logs(name, attempt=attempt, position=position, follow=follow)
+        return cast("Iterator[LogFrame]", frames)
 
 
 def owner(session: Session, service: Service | None, name: str) -> tuple[JobService, Any]:
@@ -148,7 +168,7 @@ def wait_words(job: Job) -> str:
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for add in (_reading, _watching, _steering, _pinning):
+    for add in (_reading, _watching, _steering, _pinning, _verifying):
         add(app)
 
 
@@ -252,8 +272,27 @@ def _watching(app: typer.Typer) -> None:
         from cognateforge.cli.follow import follow
 
         found, item = owner(session, service, name)
+        if not after_sequence and item.job.first_sequence > 1:
+            after_sequence = item.job.first_sequence - 1
+            say(f"the events before {item.job.first_sequence} are no longer kept")
         frames = found.watch(item.job.name, after_sequence)
         return follow(session, frames, item.job, progress=progress, verdict=found.verdict)
+
+    @command(app)
+    def logs(
+        session: Session,
+        name: JobName,
+        service: ServiceOption = None,
+        follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+        attempt: Annotated[int, typer.Option(min=0, help="Which attempt's. Default: the newest.")] = 0,
+        position: Annotated[int, typer.Option(min=0, help="Where in it to begin, as --json tells.")] = 0,
+    ) -> Exit:
+        """Print what a job's workers have written."""
+        from cognateforge.cli.follow import show_logs
+
+        found, item = owner(session, service, name)
+        frames = found.logs(item.job.name, attempt=attempt, position=position, follow=follow)
+        return show_logs(session, frames, item.job.name)
 
 
 def _steering(app: typer.Typer) -> None:
@@ -315,3 +354,57 @@ def _pinning(app: typer.Typer) -> None:
     ) -> None:
         """Leave a checkpoint to its job's policy again."""
         change(session, "Unpin", name, step, digest, service, request_id)
+
+
+def _verifying(app: typer.Typer) -> None:
+    @command(app, "verify-resume")
+    def verify_resume(
+        session: Session,
+        name: JobName,
+        from_step: Annotated[int, typer.Option("--from", min=0, help="Step of the checkpoint to begin with.")] = 0,
+        to_step: Annotated[int, typer.Option("--to", min=0, help="Step of the one to compare. Default: newest.")] = 0,
+        wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the receipt.")] = True,
+        service: ServiceOption = None,
+        request_id: RequestId = None,
+    ) -> Exit:
+        """Replay steps of a job that has ended or is paused, and compare every bit of its parameters."""
+        found, item = owner(session, service, name)
+        one = found.verify(item.job.name, from_step, to_step, new_request_id(request_id))
+        if not session.as_json:
+            say(f"{one.name} replays steps {one.from_checkpoint.step} to {one.to_checkpoint.step}")
+        while wait and not one.HasField("receipt") and not one.failure:
+            time.sleep(POLL_S)
+            name_wanted = one.name
+            one = next(each for each in found.verifications(item.job.name) if each.name == name_wanted)
+        return _tell_verification(session, one, found.service)
+
+    @command(app)
+    def verifications(session: Session, name: JobName, service: ServiceOption = None) -> None:
+        """List a job's verifications, newest first."""
+        found, item = owner(session, service, name)
+        rows: list[Row] = [
+            (one, {}, (one.name, _verdict(one), one.from_checkpoint.step, one.to_checkpoint.step, one.failure))
+            for one in found.verifications(item.job.name)
+        ]
+        session.table(("name", "verdict", "from", "to", "failure"), rows)
+
+
+def _tell_verification(session: Session, one: Verification, service: Service) -> Exit:
+    from cognateforge.job.v1 import job_pb2
+
+    if session.as_json:
+        session.show(one, service=service.value)
+    else:
+        print_line(f"{one.name} {_verdict(one)} {one.failure}".rstrip())
+    different = one.receipt.verdict == job_pb2.RESUME_VERDICT_DIFFERENT
+    return Exit.JOB_FAILED if one.failure or different else Exit.OK
+
+
+def _verdict(one: Verification) -> str:
+    """Return the verdict of a verification, or its state while it has none."""
+    from cognateforge.cli.plain import enum_word
+    from cognateforge.job.v1 import job_pb2
+
+    if one.HasField("receipt"):
+        return enum_word(job_pb2.ResumeVerdict.DESCRIPTOR, one.receipt.verdict)
+    return enum_word(job_pb2.VerificationState.DESCRIPTOR, one.state)

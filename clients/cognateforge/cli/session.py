@@ -183,9 +183,9 @@ def _indented(value: Mapping[str, Any], depth: int = 0) -> list[str]:
     return lines
 
 
-def print_line(text: str) -> None:
+def print_line(text: str, *, newline: bool = True) -> None:
     """Print a result to stdout, at once: a reader of a pipe follows a watched job."""
-    typer.echo(text)
+    typer.echo(text, nl=newline)
 
 
 def say(text: str) -> None:

@@ -11,7 +11,7 @@ from cognateforge.cli.jobs import Service
 from cognateforge.cli.session import Session, command, print_line, say
 
 if TYPE_CHECKING:
-    from cognateforge.job.v1.job_pb2 import Peer
+    from cognateforge.job.v1.job_pb2 import Peer, Removed
 
 
 def register(app: typer.Typer) -> None:
@@ -76,8 +76,20 @@ def _status(session: Session, service: Service) -> dict[str, Any]:
         "version": info.version,
         "capabilities": list(info.capabilities),
         "breaker": client.breaker_state,
+        "removed": _removed(info.removed),
         **{f"circuit to {peer.name}": _circuit(peer) for peer in info.peers},
     }
+
+
+def _removed(removed: Removed) -> str:
+    """Return what retention has removed since the server's start, "" for nothing."""
+    counts = {
+        "job folders": removed.job_folders,
+        "bytes": removed.size_bytes,
+        "events": removed.events,
+        "request ids": removed.request_ids,
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _circuit(peer: Peer) -> str:

@@ -151,6 +151,24 @@ class AsyncCognateClient(_AsyncServiceClient):
 
         return watch.watch_aio(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
 
+    def watch_logs(
+        self,
+        name: str,
+        *,
+        attempt: int = 0,
+        position: int = 0,
+        follow: bool = False,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> AsyncIterator[job_pb2.LogFrame]:
+        """Yield what a job's workers write, as `CognateClient.watch_logs` does."""
+        stub = self.pretraining
+
+        def open_stream(place: tuple[int, int], timeout_s: float) -> watch.AioStream[pretraining_pb2.WatchLogsResponse]:
+            request = pretraining_pb2.WatchLogsRequest(name=name, attempt=place[0], position=place[1], follow=follow)
+            return stub.WatchLogs(request, timeout=timeout_s)
+
+        return watch.watch_aio(open_stream, watch.LogPosition(attempt, position, give_up_after_s))
+
     def watch_models(
         self, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
     ) -> AsyncGenerator[watch.ModelNews, None]:
@@ -208,6 +226,24 @@ class AsyncAgentClient(_AsyncServiceClient):
             return stub.WatchJob(request, timeout=timeout_s)
 
         return watch.watch_aio(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
+
+    def watch_logs(
+        self,
+        name: str,
+        *,
+        attempt: int = 0,
+        position: int = 0,
+        follow: bool = False,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> AsyncIterator[job_pb2.LogFrame]:
+        """Yield what a job's workers write, as `CognateClient.watch_logs` does."""
+        stub = self.training
+
+        def open_stream(place: tuple[int, int], timeout_s: float) -> watch.AioStream[training_pb2.WatchLogsResponse]:
+            request = training_pb2.WatchLogsRequest(name=name, attempt=place[0], position=place[1], follow=follow)
+            return stub.WatchLogs(request, timeout=timeout_s)
+
+        return watch.watch_aio(open_stream, watch.LogPosition(attempt, position, give_up_after_s))
 
     async def fetch_agent(
         self,

@@ -142,6 +142,31 @@ class CognateClient(_ServiceClient):
 
         return watch.watch(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
 
+    def watch_logs(
+        self,
+        name: str,
+        *,
+        attempt: int = 0,
+        position: int = 0,
+        follow: bool = False,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> Iterator[job_pb2.LogFrame]:
+        """Yield what a job's workers write: lines, gaps where a log's middle is no longer kept, and then the end.
+
+        attempt: where to begin; 0 means the newest. position: where in its log, 0 or a frame's next_position.
+        follow: go on with what is written later, and with later attempts, until the job has ended. Broken streams are
+        followed by new ones, every byte once, until nothing came for `give_up_after_s`.
+        Errors: JobNotFoundError, AttemptNotFoundError, LogGoneError, OffsetOutOfRangeError; UnavailableError or the
+        like when the patience is spent.
+        """
+        stub = self.pretraining
+
+        def open_stream(place: tuple[int, int], timeout_s: float) -> watch.Stream[pretraining_pb2.WatchLogsResponse]:
+            request = pretraining_pb2.WatchLogsRequest(name=name, attempt=place[0], position=place[1], follow=follow)
+            return stub.WatchLogs(request, timeout=timeout_s)
+
+        return watch.watch(open_stream, watch.LogPosition(attempt, position, give_up_after_s))
+
     def watch_models(
         self, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
     ) -> Generator[watch.ModelNews, None, None]:
@@ -210,6 +235,24 @@ class AgentClient(_ServiceClient):
             return stub.WatchJob(request, timeout=timeout_s)
 
         return watch.watch(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
+
+    def watch_logs(
+        self,
+        name: str,
+        *,
+        attempt: int = 0,
+        position: int = 0,
+        follow: bool = False,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> Iterator[job_pb2.LogFrame]:
+        """Yield what a job's workers write, as `CognateClient.watch_logs` does."""
+        stub = self.training
+
+        def open_stream(place: tuple[int, int], timeout_s: float) -> watch.Stream[training_pb2.WatchLogsResponse]:
+            request = training_pb2.WatchLogsRequest(name=name, attempt=place[0], position=place[1], follow=follow)
+            return stub.WatchLogs(request, timeout=timeout_s)
+
+        return watch.watch(open_stream, watch.LogPosition(attempt, position, give_up_after_s))
 
     def fetch_agent(
         self,

@@ -1,4 +1,4 @@
-"""Following a job or the published models, over as many streams as that takes: every event once, in order."""
+"""Following a job, its logs or the published models, over as many streams as that takes: every event once, in order."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class JobResponse(Protocol):
         """The frame."""
 
 
+class LogResponse(Protocol):
+    """A WatchLogsResponse of either service."""
+
+    @property
+    def frame(self) -> job_pb2.LogFrame:
+        """The frame."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSnapshot:
     """Every model that was published up to a sequence, in place of events that the service no longer keeps.
@@ -40,6 +48,8 @@ ResponseT_co = TypeVar("ResponseT_co", covariant=True)
 ResponseT_contra = TypeVar("ResponseT_contra", contravariant=True)
 NewsT = TypeVar("NewsT")
 NewsT_co = TypeVar("NewsT_co", covariant=True)
+PlaceT = TypeVar("PlaceT")
+PlaceT_co = TypeVar("PlaceT_co", covariant=True)
 
 
 class Stream(Iterable[ResponseT_co], Protocol[ResponseT_co]):
@@ -59,12 +69,12 @@ class AioStream(Protocol[ResponseT_co]):
         """End it."""
 
 
-class Position(Protocol[ResponseT_contra, NewsT_co]):
+class Position(Protocol[ResponseT_contra, NewsT_co, PlaceT_co]):
     """What was delivered, and so where the next stream begins."""
 
     @property
-    def after_sequence(self) -> int:
-        """The last sequence that was delivered."""
+    def place(self) -> PlaceT_co:
+        """Where the next stream begins, as its request tells it."""
 
     @property
     def ended(self) -> bool:
@@ -131,7 +141,7 @@ class JobPosition:
         self.ended = False
 
     @property
-    def after_sequence(self) -> int:
+    def place(self) -> int:
         """The last sequence that was delivered."""
         return self._events.after_sequence
 
@@ -149,7 +159,7 @@ class JobPosition:
             self._events.pass_over()
             return None
         if kind == "end":
-            if frame.end.last_sequence > self.after_sequence:
+            if frame.end.last_sequence > self.place:
                 raise self._events.missing(f"the end came before event {frame.end.last_sequence}")
             self.ended = True
         self._events.patience.progress()
@@ -170,7 +180,7 @@ class ModelPosition:
         self._pages: list[model_pb2.ModelSnapshot] = []
 
     @property
-    def after_sequence(self) -> int:
+    def place(self) -> int:
         """The last sequence that was delivered."""
         return self._events.after_sequence
 
@@ -195,7 +205,7 @@ class ModelPosition:
         return None
 
     def _page(self, page: model_pb2.ModelSnapshot) -> ModelSnapshot | None:
-        if self.after_sequence > 0 or (self._pages and page.last_sequence != self._pages[0].last_sequence):
+        if self.place > 0 or (self._pages and page.last_sequence != self._pages[0].last_sequence):
             raise UnavailableError("a page of a snapshot came that was not asked for")
         self._pages.append(page)
         if page.more:
@@ -211,14 +221,53 @@ class ModelPosition:
         return self._events.patience.pause_s(error or UnavailableError("the stream closed, and a watch has no end"))
 
 
+class LogPosition:
+    """What of a job's logs was delivered: up to which place of which attempt's."""
+
+    def __init__(self, attempt: int, position: int, give_up_after_s: float) -> None:
+        self.place = (attempt, position)
+        self.ended = False
+        self._patience = Patience(give_up_after_s)
+
+    def begin(self) -> None:
+        """A new stream is opened."""
+
+    def take(self, response: LogResponse) -> job_pb2.LogFrame | None:
+        """Return the frame if it is news: lines or a gap that follow, or the end."""
+        frame = response.frame
+        kind = frame.WhichOneof("frame")
+        if kind is None:
+            return None
+        if kind == "lines":
+            self._advance(frame.lines, frame.lines.lines[0].position)
+        elif kind == "gap":
+            self._advance(frame.gap, frame.gap.position)
+        self.ended = kind == "end"
+        self._patience.progress()
+        return None if kind == "heartbeat" else frame
+
+    def _advance(self, part: job_pb2.LogLines | job_pb2.LogGap, begins_at: int) -> None:
+        attempt, position = self.place
+        expected = position if part.attempt == attempt or attempt == 0 else 0
+        if part.attempt < attempt or begins_at != expected:
+            raise UnavailableError(
+                f"the server sent byte {begins_at} of attempt {part.attempt}'s log, and byte {expected} is next"
+            )
+        self.place = (part.attempt, part.next_position)
+
+    def broken(self, error: ForgeError | None) -> float:
+        """Return how long to wait before watching again, or raise the error when the patience is spent."""
+        return self._patience.pause_s(error or UnavailableError("the stream closed before its end frame"))
+
+
 def watch(
-    open_stream: Callable[[int, float], Stream[ResponseT]], position: Position[ResponseT, NewsT]
+    open_stream: Callable[[PlaceT, float], Stream[ResponseT]], position: Position[ResponseT, NewsT, PlaceT]
 ) -> Generator[NewsT, None, None]:
-    """Yield what is news, until the position has ended. `open_stream` takes after_sequence and a timeout."""
+    """Yield what is news, until the position has ended. `open_stream` takes a place and a timeout."""
     while not position.ended:
         error: ForgeError | None = None
         position.begin()
-        stream = open_stream(position.after_sequence, STREAM_LIFE_S)
+        stream = open_stream(position.place, STREAM_LIFE_S)
         try:
             for response in stream:
                 if (news := position.take(response)) is not None:
@@ -233,13 +282,13 @@ def watch(
 
 
 async def watch_aio(
-    open_stream: Callable[[int, float], AioStream[ResponseT]], position: Position[ResponseT, NewsT]
+    open_stream: Callable[[PlaceT, float], AioStream[ResponseT]], position: Position[ResponseT, NewsT, PlaceT]
 ) -> AsyncGenerator[NewsT, None]:
     """The same for asyncio."""
     while not position.ended:
         error: ForgeError | None = None
         position.begin()
-        stream = open_stream(position.after_sequence, STREAM_LIFE_S)
+        stream = open_stream(position.place, STREAM_LIFE_S)
         try:
             async for response in stream:
                 if (news := position.take(response)) is not None:

@@ -55,6 +55,11 @@ class AgentForgeTrainingServiceStub:
                 request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.WatchLogs = channel.unary_stream(
+                '/cognateforge.agent.v1.AgentForgeTrainingService/WatchLogs',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchLogsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchLogsResponse.FromString,
+                _registered_method=True)
         self.PauseJob = channel.unary_unary(
                 '/cognateforge.agent.v1.AgentForgeTrainingService/PauseJob',
                 request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.PauseJobRequest.SerializeToString,
@@ -84,6 +89,16 @@ class AgentForgeTrainingServiceStub:
                 '/cognateforge.agent.v1.AgentForgeTrainingService/UnpinCheckpoint',
                 request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointResponse.FromString,
+                _registered_method=True)
+        self.VerifyResume = channel.unary_unary(
+                '/cognateforge.agent.v1.AgentForgeTrainingService/VerifyResume',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.VerifyResumeRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.VerifyResumeResponse.FromString,
+                _registered_method=True)
+        self.ListVerifications = channel.unary_unary(
+                '/cognateforge.agent.v1.AgentForgeTrainingService/ListVerifications',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.ListVerificationsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.ListVerificationsResponse.FromString,
                 _registered_method=True)
         self.GetMetrics = channel.unary_unary(
                 '/cognateforge.agent.v1.AgentForgeTrainingService/GetMetrics',
@@ -155,6 +170,17 @@ class AgentForgeTrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLogs(self, request, context):
+        """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+        frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PauseJob(self, request, context):
         """Asks a job to save a checkpoint and let go of its worker.
 
@@ -210,6 +236,28 @@ class AgentForgeTrainingServiceServicer:
 
         Callers: operator. Repeat: by request_id.
         Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyResume(self, request, context):
+        """Replays the steps between two checkpoints of a job that has ended or is paused, away from its files, and compares
+        the parameters bit for bit. It runs when a place is free that no job waits for.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, ILLEGAL_TRANSITION, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, VERIFICATION_OPEN,
+        REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVerifications(self, request, context):
+        """Lists a job's verifications with their receipts, newest first.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -278,6 +326,11 @@ def add_AgentForgeTrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchJobRequest.FromString,
                     response_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchJobResponse.SerializeToString,
             ),
+            'WatchLogs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLogs,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchLogsRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchLogsResponse.SerializeToString,
+            ),
             'PauseJob': grpc.unary_unary_rpc_method_handler(
                     servicer.PauseJob,
                     request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.PauseJobRequest.FromString,
@@ -307,6 +360,16 @@ def add_AgentForgeTrainingServiceServicer_to_server(servicer, server):
                     servicer.UnpinCheckpoint,
                     request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointRequest.FromString,
                     response_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointResponse.SerializeToString,
+            ),
+            'VerifyResume': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyResume,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.VerifyResumeRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.VerifyResumeResponse.SerializeToString,
+            ),
+            'ListVerifications': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVerifications,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.ListVerificationsRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_training__pb2.ListVerificationsResponse.SerializeToString,
             ),
             'GetMetrics': grpc.unary_unary_rpc_method_handler(
                     servicer.GetMetrics,
@@ -438,6 +501,33 @@ class AgentForgeTrainingService:
             '/cognateforge.agent.v1.AgentForgeTrainingService/WatchJob',
             cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchJobRequest.SerializeToString,
             cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentForgeTrainingService/WatchLogs',
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchLogsRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.WatchLogsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -600,6 +690,60 @@ class AgentForgeTrainingService:
             '/cognateforge.agent.v1.AgentForgeTrainingService/UnpinCheckpoint',
             cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointRequest.SerializeToString,
             cognateforge_dot_agent_dot_v1_dot_training__pb2.UnpinCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyResume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentForgeTrainingService/VerifyResume',
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.VerifyResumeRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.VerifyResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVerifications(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentForgeTrainingService/ListVerifications',
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.ListVerificationsRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_training__pb2.ListVerificationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

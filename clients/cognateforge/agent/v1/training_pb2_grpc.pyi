@@ -63,6 +63,13 @@ class AgentForgeTrainingServiceStub:
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
     """
+    WatchLogs: _grpc.UnaryStreamMultiCallable[_training_pb2.WatchLogsRequest, _training_pb2.WatchLogsResponse]
+    """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+    frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
+    """
     PauseJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.PauseJobRequest, _training_pb2.PauseJobResponse]
     """Asks a job to save a checkpoint and let go of its worker.
 
@@ -98,6 +105,20 @@ class AgentForgeTrainingServiceStub:
 
     Callers: operator. Repeat: by request_id.
     Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
+    """
+    VerifyResume: _grpc.UnaryUnaryMultiCallable[_training_pb2.VerifyResumeRequest, _training_pb2.VerifyResumeResponse]
+    """Replays the steps between two checkpoints of a job that has ended or is paused, away from its files, and compares
+    the parameters bit for bit. It runs when a place is free that no job waits for.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, ILLEGAL_TRANSITION, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, VERIFICATION_OPEN,
+    REQUEST_ID_REUSED.
+    """
+    ListVerifications: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListVerificationsRequest, _training_pb2.ListVerificationsResponse]
+    """Lists a job's verifications with their receipts, newest first.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: JOB_NOT_FOUND.
     """
     GetMetrics: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetMetricsRequest, _training_pb2.GetMetricsResponse]
     """Returns a job's metrics over its steps.
@@ -157,6 +178,13 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
     """
+    WatchLogs: _aio.UnaryStreamMultiCallable[_training_pb2.WatchLogsRequest, _training_pb2.WatchLogsResponse]  # type: ignore[assignment]
+    """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+    frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
+    """
     PauseJob: _aio.UnaryUnaryMultiCallable[_training_pb2.PauseJobRequest, _training_pb2.PauseJobResponse]  # type: ignore[assignment]
     """Asks a job to save a checkpoint and let go of its worker.
 
@@ -192,6 +220,20 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
 
     Callers: operator. Repeat: by request_id.
     Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
+    """
+    VerifyResume: _aio.UnaryUnaryMultiCallable[_training_pb2.VerifyResumeRequest, _training_pb2.VerifyResumeResponse]  # type: ignore[assignment]
+    """Replays the steps between two checkpoints of a job that has ended or is paused, away from its files, and compares
+    the parameters bit for bit. It runs when a place is free that no job waits for.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: JOB_NOT_FOUND, ILLEGAL_TRANSITION, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, VERIFICATION_OPEN,
+    REQUEST_ID_REUSED.
+    """
+    ListVerifications: _aio.UnaryUnaryMultiCallable[_training_pb2.ListVerificationsRequest, _training_pb2.ListVerificationsResponse]  # type: ignore[assignment]
+    """Lists a job's verifications with their receipts, newest first.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: JOB_NOT_FOUND.
     """
     GetMetrics: _aio.UnaryUnaryMultiCallable[_training_pb2.GetMetricsRequest, _training_pb2.GetMetricsResponse]  # type: ignore[assignment]
     """Returns a job's metrics over its steps.
@@ -274,6 +316,19 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def WatchLogs(
+        self,
+        request: _training_pb2.WatchLogsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_pb2.WatchLogsResponse], _abc.AsyncIterator[_training_pb2.WatchLogsResponse]]:
+        """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+        frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
+        """
+
+    @_abc_1.abstractmethod
     def PauseJob(
         self,
         request: _training_pb2.PauseJobRequest,
@@ -343,6 +398,32 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: operator. Repeat: by request_id.
         Reasons: JOB_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyResume(
+        self,
+        request: _training_pb2.VerifyResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.VerifyResumeResponse, _abc.Awaitable[_training_pb2.VerifyResumeResponse]]:
+        """Replays the steps between two checkpoints of a job that has ended or is paused, away from its files, and compares
+        the parameters bit for bit. It runs when a place is free that no job waits for.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, ILLEGAL_TRANSITION, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, VERIFICATION_OPEN,
+        REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def ListVerifications(
+        self,
+        request: _training_pb2.ListVerificationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.ListVerificationsResponse, _abc.Awaitable[_training_pb2.ListVerificationsResponse]]:
+        """Lists a job's verifications with their receipts, newest first.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

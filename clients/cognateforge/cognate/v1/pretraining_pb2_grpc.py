@@ -55,6 +55,11 @@ class CognatePretrainingServiceStub:
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.WatchLogs = channel.unary_stream(
+                '/cognateforge.cognate.v1.CognatePretrainingService/WatchLogs',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsResponse.FromString,
+                _registered_method=True)
         self.PauseJob = channel.unary_unary(
                 '/cognateforge.cognate.v1.CognatePretrainingService/PauseJob',
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.PauseJobRequest.SerializeToString,
@@ -84,6 +89,16 @@ class CognatePretrainingServiceStub:
                 '/cognateforge.cognate.v1.CognatePretrainingService/UnpinCheckpoint',
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointResponse.FromString,
+                _registered_method=True)
+        self.VerifyResume = channel.unary_unary(
+                '/cognateforge.cognate.v1.CognatePretrainingService/VerifyResume',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeResponse.FromString,
+                _registered_method=True)
+        self.ListVerifications = channel.unary_unary(
+                '/cognateforge.cognate.v1.CognatePretrainingService/ListVerifications',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsResponse.FromString,
                 _registered_method=True)
         self.GetMetrics = channel.unary_unary(
                 '/cognateforge.cognate.v1.CognatePretrainingService/GetMetrics',
@@ -143,6 +158,17 @@ class CognatePretrainingServiceServicer:
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLogs(self, request, context):
+        """Streams what the workers of a job write on their standard output and error, every byte once and in order, then an end
+        frame. A stream that closes without it is resumed at the last frame's attempt and next_position.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND, ATTEMPT_NOT_FOUND, LOG_GONE, OFFSET_OUT_OF_RANGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,6 +234,28 @@ class CognatePretrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyResume(self, request, context):
+        """Replays the steps between two checkpoints of a job that has ended or is paused, away from its files, and compares
+        the parameters bit for bit. It runs when a place is free that no job waits for.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: JOB_NOT_FOUND, ILLEGAL_TRANSITION, CHECKPOINT_NOT_FOUND, CHECKPOINT_GONE, VERIFICATION_OPEN,
+        REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVerifications(self, request, context):
+        """Lists a job's verifications with their receipts, newest first.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: JOB_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetMetrics(self, request, context):
         """Returns a job's metrics over its steps.
 
@@ -261,6 +309,11 @@ def add_CognatePretrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobRequest.FromString,
                     response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobResponse.SerializeToString,
             ),
+            'WatchLogs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLogs,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsResponse.SerializeToString,
+            ),
             'PauseJob': grpc.unary_unary_rpc_method_handler(
                     servicer.PauseJob,
                     request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.PauseJobRequest.FromString,
@@ -290,6 +343,16 @@ def add_CognatePretrainingServiceServicer_to_server(servicer, server):
                     servicer.UnpinCheckpoint,
                     request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointRequest.FromString,
                     response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointResponse.SerializeToString,
+            ),
+            'VerifyResume': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyResume,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeResponse.SerializeToString,
+            ),
+            'ListVerifications': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVerifications,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsResponse.SerializeToString,
             ),
             'GetMetrics': grpc.unary_unary_rpc_method_handler(
                     servicer.GetMetrics,
@@ -416,6 +479,33 @@ class CognatePretrainingService:
             '/cognateforge.cognate.v1.CognatePretrainingService/WatchJob',
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobRequest.SerializeToString,
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/WatchLogs',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.WatchLogsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -578,6 +668,60 @@ class CognatePretrainingService:
             '/cognateforge.cognate.v1.CognatePretrainingService/UnpinCheckpoint',
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointRequest.SerializeToString,
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.UnpinCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyResume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/VerifyResume',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.VerifyResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVerifications(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/ListVerifications',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListVerificationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

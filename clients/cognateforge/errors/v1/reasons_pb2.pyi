@@ -102,6 +102,12 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The checkpoint's files were removed by retention or found damaged."""
     REASON_JOB_DEADLINE_EXCEEDED: _Reason.ValueType  # 50
     """The job passed a deadline of its own: start_by before its first worker, or finish_by before its end."""
+    REASON_ATTEMPT_NOT_FOUND: _Reason.ValueType  # 51
+    """The job has had no attempt of that number."""
+    REASON_LOG_GONE: _Reason.ValueType  # 52
+    """The attempt's log was removed by retention, or is not among the files that this server reaches."""
+    REASON_VERIFICATION_OPEN: _Reason.ValueType  # 53
+    """A verification of the job is under way. Its receipt comes first."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -181,6 +187,12 @@ REASON_CHECKPOINT_GONE: Reason.ValueType  # 42
 """The checkpoint's files were removed by retention or found damaged."""
 REASON_JOB_DEADLINE_EXCEEDED: Reason.ValueType  # 50
 """The job passed a deadline of its own: start_by before its first worker, or finish_by before its end."""
+REASON_ATTEMPT_NOT_FOUND: Reason.ValueType  # 51
+"""The job has had no attempt of that number."""
+REASON_LOG_GONE: Reason.ValueType  # 52
+"""The attempt's log was removed by retention, or is not among the files that this server reaches."""
+REASON_VERIFICATION_OPEN: Reason.ValueType  # 53
+"""A verification of the job is under way. Its receipt comes first."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

@@ -117,6 +117,58 @@ WAIT_REASON_LAUNCH: WaitReason.ValueType  # 6
 """A place is free, but workers cannot be started on this server. It tries again by itself."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
 
+class _VerificationState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerificationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerificationState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERIFICATION_STATE_UNSPECIFIED: _VerificationState.ValueType  # 0
+    VERIFICATION_STATE_QUEUED: _VerificationState.ValueType  # 1
+    """Waits for a place. Waiting jobs come first."""
+    VERIFICATION_STATE_RUNNING: _VerificationState.ValueType  # 2
+    """Its worker replays."""
+    VERIFICATION_STATE_DONE: _VerificationState.ValueType  # 3
+    """Ended, with a receipt."""
+    VERIFICATION_STATE_FAILED: _VerificationState.ValueType  # 4
+    """Ended without one. Verification.failure tells why."""
+
+class VerificationState(_VerificationState, metaclass=_VerificationStateEnumTypeWrapper):
+    """Where a verification stands."""
+
+VERIFICATION_STATE_UNSPECIFIED: VerificationState.ValueType  # 0
+VERIFICATION_STATE_QUEUED: VerificationState.ValueType  # 1
+"""Waits for a place. Waiting jobs come first."""
+VERIFICATION_STATE_RUNNING: VerificationState.ValueType  # 2
+"""Its worker replays."""
+VERIFICATION_STATE_DONE: VerificationState.ValueType  # 3
+"""Ended, with a receipt."""
+VERIFICATION_STATE_FAILED: VerificationState.ValueType  # 4
+"""Ended without one. Verification.failure tells why."""
+Global___VerificationState: _TypeAlias = VerificationState  # noqa: Y015
+
+class _ResumeVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResumeVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResumeVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESUME_VERDICT_UNSPECIFIED: _ResumeVerdict.ValueType  # 0
+    RESUME_VERDICT_EQUAL: _ResumeVerdict.ValueType  # 1
+    """Every bit of the parameters is that of the job's own checkpoint."""
+    RESUME_VERDICT_DIFFERENT: _ResumeVerdict.ValueType  # 2
+    """Some bit is not."""
+
+class ResumeVerdict(_ResumeVerdict, metaclass=_ResumeVerdictEnumTypeWrapper):
+    """What a replay came to."""
+
+RESUME_VERDICT_UNSPECIFIED: ResumeVerdict.ValueType  # 0
+RESUME_VERDICT_EQUAL: ResumeVerdict.ValueType  # 1
+"""Every bit of the parameters is that of the job's own checkpoint."""
+RESUME_VERDICT_DIFFERENT: ResumeVerdict.ValueType  # 2
+"""Some bit is not."""
+Global___ResumeVerdict: _TypeAlias = ResumeVerdict  # noqa: Y015
+
 class _Circuit:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -377,6 +429,8 @@ class Job(_message.Message):
     ARTIFACT_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     SCHEDULING_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    FILES_REMOVED_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"jobs/" and a UUID."""
     state: Global___JobState.ValueType
@@ -395,6 +449,8 @@ class Job(_message.Message):
     """Who submitted it. At most 255 characters."""
     artifact: _builtins.str
     """Name of the artifact it published, for instance "cognate-25m@7". Empty before."""
+    first_sequence: _builtins.int
+    """Sequence of the oldest event that is kept. Those before it, and their metrics, were removed by retention."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the job was submitted."""
@@ -419,6 +475,10 @@ class Job(_message.Message):
     def scheduling(self) -> Global___Scheduling:
         """Its priority and its deadlines."""
 
+    @_builtins.property
+    def files_removed_time(self) -> _timestamp_pb2.Timestamp:
+        """When retention removed the job's files: checkpoints and logs. Absent before."""
+
     def __init__(
         self,
         *,
@@ -437,10 +497,12 @@ class Job(_message.Message):
         artifact: _builtins.str = ...,
         wait: Global___Wait | None = ...,
         scheduling: Global___Scheduling | None = ...,
+        first_sequence: _builtins.int = ...,
+        files_removed_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "scheduling", b"scheduling", "start_time", b"start_time", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "files_removed_time", b"files_removed_time", "scheduling", b"scheduling", "start_time", b"start_time", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "last_sequence", b"last_sequence", "name", b"name", "observed", b"observed", "scheduling", b"scheduling", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "files_removed_time", b"files_removed_time", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "name", b"name", "observed", b"observed", "scheduling", b"scheduling", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -894,6 +956,372 @@ class WatchFrame(_message.Message):
 Global___WatchFrame: _TypeAlias = WatchFrame  # noqa: Y015
 
 @_typing.final
+class LogLine(_message.Message):
+    """A line that a worker wrote on its standard output or error, or a part of a longer one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    CONTINUED_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """Place of its first byte in all that the attempt's worker has written."""
+    text: _builtins.str
+    """The line, without its newline. Bytes that are no UTF-8 are U+FFFD, and secrets of the server's settings asterisks."""
+    continued: _builtins.bool
+    """The line goes on in the next one: it is longer than 8,192 bytes, or not yet whole."""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        text: _builtins.str = ...,
+        continued: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continued", b"continued", "position", b"position", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogLine: _TypeAlias = LogLine  # noqa: Y015
+
+@_typing.final
+class LogLines(_message.Message):
+    """Lines of one attempt's log, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the attempt, from 1."""
+    next_position: _builtins.int
+    """Place of what follows them: where to go on."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogLine]:
+        """At least one. They follow each other without a gap."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        lines: _abc.Iterable[Global___LogLine] | None = ...,
+        next_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "lines", b"lines", "next_position", b"next_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogLines: _TypeAlias = LogLines  # noqa: Y015
+
+@_typing.final
+class LogGap(_message.Message):
+    """Of a log that has grown beyond its bound the beginning and the end are kept. This stands in place of what lay between."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the attempt, from 1."""
+    position: _builtins.int
+    """Place of the first byte that is no longer kept."""
+    next_position: _builtins.int
+    """Place of the next line that is."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        position: _builtins.int = ...,
+        next_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "next_position", b"next_position", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogGap: _TypeAlias = LogGap  # noqa: Y015
+
+@_typing.final
+class LogHeartbeat(_message.Message):
+    """Sent when a watch of logs has been silent for a while."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the attempt whose log is watched. 0 before the first."""
+    next_position: _builtins.int
+    """Place up to which its log was sent."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        next_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "next_position", b"next_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogHeartbeat: _TypeAlias = LogHeartbeat  # noqa: Y015
+
+@_typing.final
+class LogEnd(_message.Message):
+    """All that was asked for was sent: the log as it is, or to the job's end where it was followed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Number of the last attempt whose log was sent. 0 when there was none."""
+    next_position: _builtins.int
+    """Place up to which its log was sent."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        next_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "next_position", b"next_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogEnd: _TypeAlias = LogEnd  # noqa: Y015
+
+@_typing.final
+class LogFrame(_message.Message):
+    """One frame of a watch of logs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    GAP_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lines(self) -> Global___LogLines:
+        """The next lines."""
+
+    @_builtins.property
+    def gap(self) -> Global___LogGap:
+        """What is no longer kept."""
+
+    @_builtins.property
+    def heartbeat(self) -> Global___LogHeartbeat:
+        """Nothing new."""
+
+    @_builtins.property
+    def end(self) -> Global___LogEnd:
+        """The last frame."""
+
+    def __init__(
+        self,
+        *,
+        lines: Global___LogLines | None = ...,
+        gap: Global___LogGap | None = ...,
+        heartbeat: Global___LogHeartbeat | None = ...,
+        end: Global___LogEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "gap", b"gap", "heartbeat", b"heartbeat", "lines", b"lines"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "gap", b"gap", "heartbeat", b"heartbeat", "lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["lines", "gap", "heartbeat", "end"]  # noqa: Y015
+    _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
+
+Global___LogFrame: _TypeAlias = LogFrame  # noqa: Y015
+
+@_typing.final
+class ReplayedFile(_message.Message):
+    """A file of the later checkpoint, as the job saved it and as the replay did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    RECORDED_DIGEST_FIELD_NUMBER: _builtins.int
+    REPLAYED_DIGEST_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path inside the checkpoint."""
+    recorded_digest: _builtins.str
+    """Digest of the job's own file; of torch's files (.pt), of the values in it. "sha256:" and 64 hex digits, empty where
+    it has none.
+    """
+    replayed_digest: _builtins.str
+    """Digest of the replay's, likewise."""
+    parameters: _builtins.bool
+    """Whether it holds parameters: these decide the verdict."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        recorded_digest: _builtins.str = ...,
+        replayed_digest: _builtins.str = ...,
+        parameters: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "path", b"path", "recorded_digest", b"recorded_digest", "replayed_digest", b"replayed_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayedFile: _TypeAlias = ReplayedFile  # noqa: Y015
+
+@_typing.final
+class ResumeReceipt(_message.Message):
+    """What a replay of some steps came to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvironmentEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    RECORDED_DIGEST_FIELD_NUMBER: _builtins.int
+    REPLAYED_DIGEST_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    verdict: Global___ResumeVerdict.ValueType
+    """Whether the parameters are the same bit for bit."""
+    recorded_digest: _builtins.str
+    """Digest of all files of parameters, as the job saved them."""
+    replayed_digest: _builtins.str
+    """The same of the replay's."""
+    seconds: _builtins.float
+    """Seconds that the replay took."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplayedFile]:
+        """Every file of the later checkpoint, by path."""
+
+    @_builtins.property
+    def environment(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What replayed: versions of the service, Python and torch, the machine, its threads. On other hardware, or with
+        another number of threads, bits may differ.
+        """
+
+    def __init__(
+        self,
+        *,
+        verdict: Global___ResumeVerdict.ValueType = ...,
+        recorded_digest: _builtins.str = ...,
+        replayed_digest: _builtins.str = ...,
+        files: _abc.Iterable[Global___ReplayedFile] | None = ...,
+        environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "files", b"files", "recorded_digest", b"recorded_digest", "replayed_digest", b"replayed_digest", "seconds", b"seconds", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeReceipt: _TypeAlias = ResumeReceipt  # noqa: Y015
+
+@_typing.final
+class Verification(_message.Message):
+    """A replay of some steps of a job from one of its checkpoints, held against a later one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FROM_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TO_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"verifications/" and a UUID."""
+    job: _builtins.str
+    """The job: "jobs/" and a UUID."""
+    state: Global___VerificationState.ValueType
+    """Where it stands."""
+    caller: _builtins.str
+    """Who asked for it. At most 255 characters."""
+    failure: _builtins.str
+    """Why there is no receipt, for people. At most 2,000 characters, empty unless it FAILED."""
+    @_builtins.property
+    def from_checkpoint(self) -> Global___Checkpoint:
+        """The checkpoint that the replay begins with."""
+
+    @_builtins.property
+    def to_checkpoint(self) -> Global___Checkpoint:
+        """The checkpoint that it is held against."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was asked for."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When its first worker started. Absent before."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended. Absent before."""
+
+    @_builtins.property
+    def receipt(self) -> Global___ResumeReceipt:
+        """What came of it. Absent before it is DONE."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        job: _builtins.str = ...,
+        state: Global___VerificationState.ValueType = ...,
+        from_checkpoint: Global___Checkpoint | None = ...,
+        to_checkpoint: Global___Checkpoint | None = ...,
+        caller: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        failure: _builtins.str = ...,
+        receipt: Global___ResumeReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "from_checkpoint", b"from_checkpoint", "receipt", b"receipt", "start_time", b"start_time", "to_checkpoint", b"to_checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "from_checkpoint", b"from_checkpoint", "job", b"job", "name", b"name", "receipt", b"receipt", "start_time", b"start_time", "state", b"state", "to_checkpoint", b"to_checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Verification: _TypeAlias = Verification  # noqa: Y015
+
+@_typing.final
 class MetricSeries(_message.Message):
     """A metric over time."""
 
@@ -974,6 +1402,40 @@ class Peer(_message.Message):
 Global___Peer: _TypeAlias = Peer  # noqa: Y015
 
 @_typing.final
+class Removed(_message.Message):
+    """What retention has removed since the server's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FOLDERS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    job_folders: _builtins.int
+    """Ended jobs whose files were removed."""
+    size_bytes: _builtins.int
+    """Bytes of these files."""
+    events: _builtins.int
+    """Events of ended jobs."""
+    request_ids: _builtins.int
+    """Request ids, with their answers."""
+    def __init__(
+        self,
+        *,
+        job_folders: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        events: _builtins.int = ...,
+        request_ids: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "job_folders", b"job_folders", "request_ids", b"request_ids", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Removed: _TypeAlias = Removed  # noqa: Y015
+
+@_typing.final
 class ServerInfo(_message.Message):
     """What a server is and can do."""
 
@@ -982,6 +1444,7 @@ class ServerInfo(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the distribution."""
     @_builtins.property
@@ -992,16 +1455,21 @@ class ServerInfo(_message.Message):
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
         """Services that this server calls. At most 8."""
 
+    @_builtins.property
+    def removed(self) -> Global___Removed:
+        """What this server's retention has removed."""
+
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
+        removed: Global___Removed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "peers", b"peers", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "peers", b"peers", "removed", b"removed", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

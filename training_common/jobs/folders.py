@@ -1,0 +1,27 @@
+"""Where a job's files lie: one folder for each, in the folder that all servers of a store reach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training_common.settings import ServiceSettings
+
+
+def jobs_dir(settings: ServiceSettings) -> Path:
+    """Return the folder of all jobs' folders."""
+    return settings.files_dir / "jobs"
+
+
+def folder_name(job_name: str) -> str:
+    """Return the name of one job's folder: what follows "jobs/"."""
+    return job_name.removeprefix("jobs/")
+
+
+def job_dir(settings: ServiceSettings, job_name: str) -> Path:
+    """Return the folder of one job: checkpoints, scratch files, logs."""
+    return jobs_dir(settings) / folder_name(job_name)
+
+
+def log_name(job_name: str, attempt: int) -> str:
+    """Return the path of an attempt's log below the folder of all jobs' folders."""
+    return f"{folder_name(job_name)}/logs/attempt-{attempt}.log"
