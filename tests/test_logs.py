@@ -1,5 +1,7 @@
 """Logs that cannot be written."""
 
+import io
+import json
 import sys
 from typing import Any
 
@@ -28,3 +30,22 @@ def test_a_log_that_cannot_be_written_disturbs_nothing(monkeypatch: pytest.Monke
         structlog.get_logger("test").error("nobody reads this")
     finally:
         structlog.configure(**before)
+
+
+def test_no_line_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that is named, nor one of the environment, nor a password in a URL, also in a traceback."""
+    before: dict[str, Any] = structlog.get_config()
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("HUB_TOKEN", "hf_verysecret")
+    try:
+        logs.configure(secrets=["consul-secret"])
+        try:
+            raise RuntimeError("no answer from postgresql://forge:hunter2@db/x with hf_verysecret")
+        except RuntimeError:
+            structlog.get_logger("test").exception("failed", token="consul-secret")  # noqa: S106
+    finally:
+        structlog.configure(**before)
+    told = json.loads(stream.getvalue())
+    assert "*" * 13 == told["token"]
+    assert "postgresql://forge:*******@db/x with *************" in told["exception"]

@@ -227,7 +227,7 @@ def _digest_of_values(path: Path) -> str:
         if isinstance(value, torch.Tensor):
             flat = value.detach().cpu().contiguous()
             digest.update(f"tensor {flat.dtype} {tuple(flat.shape)} ".encode())
-            digest.update(flat.reshape(-1).view(torch.uint8).numpy())
+            digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             digest.update(f"map {len(value)} ".encode())
             for key in sorted(value, key=repr):

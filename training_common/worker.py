@@ -42,7 +42,7 @@ from training_common.attempt_log import kept_bounded
 from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
 from training_common.engines.local import EX_TEMPFAIL, own_handle
-from training_common.jobs.folders import job_dir, jobs_dir, log_name
+from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
 from training_common.jobs.verifications import VerificationStore
@@ -237,6 +237,10 @@ def main(
             _run(context, work)
     except FencedOutError as error:
         log.warning("fenced out", detail=str(error))
+    except sa.exc.OperationalError as error:
+        # Before or after the work itself: a store that is full or away is no fault of the job.
+        log.warning("the store cannot be used", detail=str(error.orig))
+        return EX_TEMPFAIL
     finally:
         database.close()
     return 0
@@ -297,7 +301,7 @@ def _verify(name: str, number: int, settings: S, database: Database, work: Calla
     store = VerificationStore(JobStore(database))
     claim = store.claimed(name, number)
     folder = job_dir(settings, claim.job.name)
-    scratch = settings.files_dir / name
+    scratch = scratch_dir(settings, name)
 
     def run(attempt: replay.ReplayAttempt) -> None:
         work(WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=scratch))

@@ -3,17 +3,20 @@
 Real mounts, real workers. The retry budgets of these services are empty: whatever counted would fail the job at once.
 """
 
+import asyncio
 import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.jobs.test_jobs import assert_contiguous, ended, result
+from tests.jobs.test_jobs import assert_contiguous, ended, pid, result
 from tests.support.toy_service import ToyService
 from tests.support.toy_worker import expected_result
+from tests.support.waiting import until
 from training_common.jobs.folders import job_dir, jobs_dir, log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobRow
@@ -99,6 +102,28 @@ async def test_a_full_disk_is_waited_out(service: ToyService, mounted: Path) -> 
     ballast.unlink()
     job = await service.until(job, ended)
     assert_whole(service, job, 60)
+
+
+async def test_a_full_disk_that_holds_the_store_too_is_waited_out(mounted: Path, quick: None) -> None:
+    """Neither side can write a word: the worker ends, the server goes on looking, and both go on when there is room."""
+    (mounted / "all").mkdir()
+    service = ToyService(mounted / "all", retries_without_progress=0)
+    job = service.submit(steps=60, step_s=0.02, checkpoint_every=10, ballast_bytes=MIB // 2)
+    looking = asyncio.create_task(service.scheduler.run())
+    await until(lambda: service.store.get(job.name).step >= 12)
+    worker = psutil.Process(pid(service.handle(job)))
+    ballast = mounted / "ballast"
+    with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    await until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 30)
+    await asyncio.sleep(1.0)  # the scheduler meets it, too
+    ballast.unlink()
+    await until(lambda: ended(service.store.get(job.name)), 90)
+    assert_whole(service, service.store.get(job.name), 60)
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    service.database.close()
 
 
 async def test_a_folder_that_turns_read_only_is_waited_out(service: ToyService, mounted: Path) -> None:

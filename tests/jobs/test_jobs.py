@@ -8,7 +8,7 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -508,8 +508,9 @@ async def test_a_server_takes_over_what_another_left(tmp_path: Path, postgres: P
     url = postgres.new_database()
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    one = ToyService(tmp_path / "one", store_url=url, server="one", silent_cut_s=1.5)
-    two = ToyService(tmp_path / "two", store_url=url, server="two", silent_cut_s=1.5)
+    options: dict[str, Any] = {"store_url": url, "shared_dir": tmp_path / "shared", "silent_cut_s": 1.5}
+    one = ToyService(tmp_path / "one", server="one", **options)
+    two = ToyService(tmp_path / "two", server="two", **options)
     job = one.submit(steps=200, step_s=0.02, checkpoint_every=5)
     await one.until(job, lambda row: row.step >= 12)
     step = one.store.get(job.name).step

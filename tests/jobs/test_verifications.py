@@ -151,6 +151,10 @@ async def test_a_killed_replay_is_begun_again_and_its_old_worker_is_fenced_out(l
     row = await until(local, job, done)
     assert (VerificationState.FAILED, 3) == (row.state, row.tries)
     assert "try 3: the worker process was ended by SIGKILL" in row.failure
+    scratch = jobs_dir(local.settings).parent / row.name
+    assert scratch.exists(), "nobody was left to remove it"
+    Sweeper(local.database, jobs_dir(local.settings), RetentionSettings()).sweep()
+    assert not scratch.exists()
 
 
 async def test_a_replay_takes_a_slot_and_jobs_come_first(local: ToyService) -> None:

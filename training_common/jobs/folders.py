@@ -25,3 +25,8 @@ def job_dir(settings: ServiceSettings, job_name: str) -> Path:
 def log_name(job_name: str, attempt: int) -> str:
     """Return the path of an attempt's log below the folder of all jobs' folders."""
     return f"{folder_name(job_name)}/logs/attempt-{attempt}.log"
+
+
+def scratch_dir(settings: ServiceSettings, verification_name: str) -> Path:
+    """Return the folder of one verification's replay, on the same file system as its job's."""
+    return settings.files_dir / verification_name

@@ -32,7 +32,7 @@ _DAY_US = 86_400 * 10**6
 _BATCH = 1000
 # Jobs that are looked up at once.
 _JOBS = 100
-_CHECKPOINTS = "checkpoints"
+_CHECKPOINTS, _VERIFICATIONS = "checkpoints", "verifications"
 
 
 @dataclass(kw_only=True)
@@ -87,6 +87,7 @@ class Sweeper:
         # Where the folder of all jobs is not mounted, nothing is known about any.
         if (cutoff := self._cutoff(self._settings.job_files_days)) and self._root.is_dir():
             self._each_job(t.jobs.c.files_removed_us.is_(None), cutoff, self._remove_files)
+        self._remove_scratch()
         if self.removed != before:
             log.info("retention applied", **vars(self.removed))
 
@@ -164,6 +165,16 @@ class Sweeper:
         with self._database.write() as connection:
             ours = sa.update(t.jobs).where(t.jobs.c.id == job_id, t.jobs.c.files_removed_us.is_(None))
             self.removed.job_folders += connection.execute(ours.values(files_removed_us=self._clock())).rowcount
+
+    def _remove_scratch(self) -> None:
+        """Remove folders of replays that have ended. One whose worker was killed does not do so itself."""
+        root = self._root.parent / _VERIFICATIONS
+        for folder in sorted(root.iterdir()) if root.is_dir() else []:
+            query = sa.select(t.verifications.c.end_us).filter_by(name=f"{_VERIFICATIONS}/{folder.name}")
+            with self._database.read() as connection:
+                row = connection.execute(query).first()
+            if row is not None and row.end_us is not None and not self._stop.is_set():
+                self._remove(folder)
 
     def _give_up_checkpoints(self, job_id: int) -> Collection[str] | None:
         """Tell that a job's checkpoints are gone, but for pinned ones, and return the folders of those.
