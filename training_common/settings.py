@@ -58,6 +58,12 @@ class WorkerSettings(Section):
         le=10_000,
         description="workers in a row that were ended from outside before a new checkpoint, before FAILED",
     )
+    exchange_timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        le=86_400,
+        description="silence in an exchange of a job's processes after which they count as lost to each other",
+    )
     checkpoints: Literal["async", "sync"] = Field(
         default="async",
         description="async writes beside training and holds one more copy of its state in memory; sync stops training",

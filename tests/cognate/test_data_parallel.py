@@ -1,0 +1,116 @@
+"""Pretraining in two processes: what it computes, saves and reports is what one process does with the same batches."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.multiprocessing as mp
+
+from tests.cognate.pretraining_processes import CUT_AT, KINDS, PROCESSES, STEPS, run, train
+from training_common.team import Strategy, Team
+
+pytestmark = pytest.mark.slow
+Seen = Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both processes, and one before them, have left what they saw."""
+    folder = tmp_path_factory.mktemp("processes")
+    for kind in KINDS:
+        (folder / kind).mkdir()
+    train(folder / "begun-alone", stop_at=CUT_AT)
+    for kind in KINDS:
+        shutil.copytree(folder / "begun-alone", folder / kind / "begun-alone")
+    mp.spawn(run, (str(folder),), nprocs=PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """The same training in this process."""
+    seen = train(tmp_path_factory.mktemp("alone"))
+    assert seen is not None
+    return seen
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, weights_only=False)  # written by this test's own processes
+
+
+def _losses(seen: Seen, name: str = "loss") -> list[float]:
+    return [metrics[name] for _, metrics in seen["rows"] if name in metrics]
+
+
+def assert_same_weights(expected: Seen, actual: Seen) -> None:
+    theirs = safetensors.torch.load(actual["weights"])
+    for name, tensor in safetensors.torch.load(expected["weights"]).items():
+        torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(kind: Strategy, folder: Path, alone: Seen) -> None:
+    """Losses, gradient norms and final weights, with rows of different numbers of targets and memory carried over."""
+    two = _load(folder / kind / "whole-None.pt")
+    assert len(_losses(alone)) == STEPS
+    assert _losses(two) == pytest.approx(_losses(alone), rel=2e-5)
+    assert _losses(two, "gradient_norm") == pytest.approx(_losses(alone, "gradient_norm"), rel=1e-3)
+    assert max(_losses(alone, "gradient_norm")) > 1, "the clip has to matter here"
+    assert_same_weights(alone, two)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reports_are_of_the_whole_batch(kind: Strategy, folder: Path, alone: Seen) -> None:
+    """Every metric but those of time and memory; a mean over one process's rows would be another number."""
+    two = _load(folder / kind / "whole-None.pt")
+    of_the_machine = {"peak_memory_bytes", "tokens_per_s", "model_flops_per_s", "mfu_ratio", "seconds_left"}
+    for (step, expected), (other, actual) in zip(alone["rows"], two["rows"], strict=True):
+        assert step == other
+        assert expected.keys() - of_the_machine == actual.keys() - of_the_machine
+        for name in expected.keys() - of_the_machine:
+            assert actual[name] == pytest.approx(expected[name], rel=2e-2, abs=1e-4), (step, name)
+    assert two["acceleration"].curves["control"] == [
+        (step, pytest.approx(loss, rel=1e-4)) for step, loss in alone["acceleration"].curves["control"]
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_resume_bit_for_bit(kind: Strategy, folder: Path) -> None:
+    """Paused after ten steps and gone on with, and not paused: the same bits."""
+    whole, cut = _load(folder / kind / "whole-None.pt"), _load(folder / kind / "cut-None.pt")
+    assert cut["rows"][0][0] == CUT_AT + 1
+    assert whole["weights"] == cut["weights"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_with_another_number_of_processes(kind: Strategy, folder: Path, alone: Seen) -> None:
+    """From one process to two and from two to one: each goes on with the rows that come next."""
+    to_two = _load(folder / kind / "begun-alone-None.pt")
+    assert to_two["rows"][0][0] == CUT_AT + 1
+    assert _losses(to_two) == pytest.approx(_losses(alone)[CUT_AT:], rel=2e-5)
+    assert_same_weights(alone, to_two)
+    to_one = train(folder / kind / "begun")
+    assert to_one is not None
+    assert _losses(to_one) == pytest.approx(_losses(alone)[CUT_AT:], rel=2e-5)
+    assert_same_weights(alone, to_one)
+
+
+def test_a_filter_before_the_reduction_would_be_found(folder: Path, alone: Seen) -> None:
+    """Gradients are added up, then clipped and filtered. The other order trains another model, and this test sees it."""
+    right, wrong = _load(folder / "filtered-False.pt"), _load(folder / "filtered-True.pt")
+    assert right == pytest.approx(_losses(alone), rel=2e-5)
+    assert wrong != pytest.approx(_losses(alone), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"), [(3, 2, [1, 2]), (4, 2, [2, 2]), (1, 2, [0, 1]), (7, 3, [2, 2, 3])]
+)
+def test_every_row_has_one_process(count: int, size: int, expected: list[int]) -> None:
+    """Shares follow one another, and differ by one row at most."""
+    shares = [range(count)[Team(rank=rank, size=size).rows(count)] for rank in range(size)]
+    assert [len(share) for share in shares] == expected
+    assert [row for share in shares for row in share] == list(range(count))
