@@ -63,7 +63,10 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     link = CognateLink(settings.cognate)
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
-        TrainingServicer(jobs, factory=factory, data=settings.data, cognate=link, info=info), server
+        TrainingServicer(
+            jobs, factory=factory, data=settings.data, slots=settings.workers.slots, cognate=link, info=info
+        ),
+        server,
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
     borrower = Borrower(store, scheduler, link, slots=settings.workers.slots, settings=settings.borrow)

@@ -67,7 +67,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
-        PretrainingServicer(jobs, data=settings.data, info=info), server
+        PretrainingServicer(jobs, data=settings.data, slots=settings.workers.slots, info=info), server
     )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server

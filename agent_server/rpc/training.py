@@ -15,6 +15,7 @@ from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
 from cognateforge.job.v1 import job_pb2
+from training_common.compute import require_slots
 from training_common.jobs.store import JobRow
 from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, JobRpcs, JobService
@@ -30,12 +31,14 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         *,
         factory: AgentArchitectureFactory,
         data: DataSettings,
+        slots: int,
         cognate: foundation.CognateLink,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
         self._factory = factory
         self._data = data
+        self._slots = slots
         self._cognate = cognate
         self._info = info
 
@@ -47,10 +50,15 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         def submit(connection: sa.Connection) -> JobRow:
             # Not before: a repeated start is answered as the first time, even when the data is gone by now.
             require_feasible(plan, self._factory, self._data)
+            require_slots(plan.compute, self._slots)
             if refused is not None:
                 raise refused
             return self._jobs.store.submit(
-                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
+                connection,
+                plan=plan.SerializeToString(),
+                total_steps=plan.total_steps,
+                caller=caller,
+                processes=max(1, plan.compute.processes),
             )
 
         answer = await self._jobs.mutate(

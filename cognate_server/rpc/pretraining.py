@@ -11,6 +11,7 @@ from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError
 from cognateforge.job.v1 import job_pb2
+from training_common.compute import require_slots
 from training_common.jobs.store import JobRow
 from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, JobRpcs, JobService
@@ -20,9 +21,12 @@ from training_common.settings import DataSettings
 class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.CognatePretrainingServiceServicer):
     """Pretraining jobs over gRPC."""
 
-    def __init__(self, jobs: JobService[pb.PretrainingJob], *, data: DataSettings, info: job_pb2.ServerInfo) -> None:
+    def __init__(
+        self, jobs: JobService[pb.PretrainingJob], *, data: DataSettings, slots: int, info: job_pb2.ServerInfo
+    ) -> None:
         super().__init__(jobs, pb)
         self._data = data
+        self._slots = slots
         self._info = info
 
     async def StartPretraining(self, request: pb.StartPretrainingRequest, context: Context) -> Any:
@@ -32,8 +36,13 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
         def submit(connection: sa.Connection) -> JobRow:
             # Not before: a repeated start is answered as the first time, even when the data is gone by now.
             require_data(plan, self._data)
+            require_slots(plan.compute, self._slots)
             return self._jobs.store.submit(
-                connection, plan=plan.SerializeToString(), total_steps=plan.total_steps, caller=caller
+                connection,
+                plan=plan.SerializeToString(),
+                total_steps=plan.total_steps,
+                caller=caller,
+                processes=max(1, plan.compute.processes),
             )
 
         answer = await self._jobs.mutate(

@@ -43,8 +43,8 @@ class Engine(Protocol):
     def name(self) -> str:
         """Short name, recorded with every attempt."""
 
-    def launch(self, arguments: Sequence[str], *, log_name: str) -> str:
-        """Start a worker and return its handle. Errors: OSError."""
+    def launch(self, arguments: Sequence[str], *, log_name: str, processes: int) -> str:
+        """Start a worker of so many processes and return its handle. Errors: OSError."""
 
     def alive(self, handle: str) -> bool:
         """Whether the worker still runs."""
@@ -123,9 +123,12 @@ class Scheduler:
                 self._look_at_anothers(job, attempt)
         if self._clock() < self._launch_again_at:
             return
-        for _ in range(self._settings.slots - sum(not job.lease for job, _ in held)):
-            if not self._may_start() or self._start() is None:
+        free = self._settings.slots - sum(job.processes for job, _ in held if not job.lease)
+        while free > 0 and self._may_start():
+            started = self._start(free=free)
+            if started is None:
                 return
+            free -= started.processes
 
     def _look_at(self, job: JobRow, attempt: AttemptRow) -> None:
         handle = attempt.handle or self._launched.get(attempt.id, "")
@@ -166,7 +169,10 @@ class Scheduler:
             self._store.set_observed(job, observed)
 
     def start_on(self, loan: Loan) -> JobRow | None:
-        """Give the next waiting job a worker on borrowed capacity, or return None. Its slot is none of our own."""
+        """Give the next waiting job of one process a worker on borrowed capacity, or return None.
+
+        Its slot is none of our own.
+        """
         return None if self._clock() < self._launch_again_at else self._start(loan)
 
     def give_up(self, job: JobRow, attempt: AttemptRow, message: str) -> None:
@@ -176,8 +182,9 @@ class Scheduler:
             self._engine.kill(handle)
         self._cut(job, attempt, message)
 
-    def _start(self, loan: Loan | None = None) -> JobRow | None:
-        job = self._store.begin_attempt(self._engine.name, self._server, loan)
+    def _start(self, loan: Loan | None = None, *, free: int = 1) -> JobRow | None:
+        most = self._settings.slots if loan is None else 1
+        job = self._store.begin_attempt(self._engine.name, self._server, loan, most=most, free=free)
         if job is None:
             self.last_launch_failed = False  # nothing waits that could show whether workers start again
             return None
@@ -189,7 +196,7 @@ class Scheduler:
         _, attempt = next(pair for pair in self._store.held() if pair[0].id == job.id)
         try:
             self._launched[attempt.id] = self._engine.launch(
-                arguments, log_name=f"{job.name.removeprefix('jobs/')}.log"
+                arguments, log_name=f"{job.name.removeprefix('jobs/')}.log", processes=job.processes
             )
         except OSError as error:
             self.last_launch_failed = True

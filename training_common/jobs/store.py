@@ -57,6 +57,7 @@ class JobRow:
     fencing_token: int
     step: int
     total_steps: int
+    processes: int
     last_sequence: int
     observed: bool
     retries_without_progress: int
@@ -284,14 +285,17 @@ class JobStore:
 
     # --- servicer
 
-    def submit(self, connection: sa.Connection, *, plan: bytes, total_steps: int, caller: str) -> JobRow:
-        """Store a new QUEUED job and its first event."""
+    def submit(
+        self, connection: sa.Connection, *, plan: bytes, total_steps: int, caller: str, processes: int = 1
+    ) -> JobRow:
+        """Store a new QUEUED job and its first event. processes: how many it trains on, each in a slot of its own."""
         values = {
             "name": f"jobs/{uuid.uuid4()}",
             "state": JobState.QUEUED.value,
             "plan": plan,
             "caller": caller,
             "total_steps": total_steps,
+            "processes": processes,
             "create_us": now_us(),
             "facts": {},
         }
@@ -392,9 +396,27 @@ class JobStore:
         query = sa.select(sa.func.count()).select_from(t.jobs).where(_is_due())
         return connection.execute(query).scalar_one()
 
-    def next_due(self, connection: sa.Connection) -> JobRow | None:
-        """Return the job that is the next to get a worker. Those that another server is just taking are passed over."""
+    def held_slots(self, connection: sa.Connection) -> int:
+        """Return how many slots are taken by jobs that a worker holds."""
+        return self._slots(connection, t.jobs.c.state.in_([state.value for state in HELD]))
+
+    def due_slots(self, connection: sa.Connection) -> int:
+        """Return how many slots the jobs want that wait for nothing but a worker."""
+        return self._slots(connection, _is_due())
+
+    @staticmethod
+    def _slots(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> int:
+        query = sa.select(sa.func.coalesce(sa.func.sum(t.jobs.c.processes), 0)).where(condition)
+        return int(connection.execute(query).scalar_one())
+
+    def next_due(self, connection: sa.Connection, *, most: int | None = None) -> JobRow | None:
+        """Return the job that is the next to get a worker. Those that another server is just taking are passed over.
+
+        most: jobs of more processes are for other servers.
+        """
         query = sa.select(t.jobs).where(_is_due()).order_by(t.jobs.c.id).limit(1)
+        if most is not None:
+            query = query.where(t.jobs.c.processes <= most)
         if connection.get_execution_options().get("forge_write"):
             query = query.with_for_update(skip_locked=True)
         row = connection.execute(query).mappings().one_or_none()
@@ -434,14 +456,24 @@ class JobStore:
             for row in rows
         ]
 
-    def begin_attempt(self, engine: str, server: str = "", loan: Loan | None = None) -> JobRow | None:
+    def begin_attempt(
+        self,
+        engine: str,
+        server: str = "",
+        loan: Loan | None = None,
+        *,
+        most: int | None = None,
+        free: int | None = None,
+    ) -> JobRow | None:
         """Take the oldest waiting job whose time has come for a new attempt, or return None.
 
         The worker is launched after the commit. server: who looks after it. loan: borrowed capacity that it runs on.
+        most, free: slots that the server has, and of these, those that nobody takes. A job that would fit into the
+        first but not yet into the second waits, and those behind it do too: small ones would never let it have a turn.
         """
         with self.database.write() as connection:
-            job = self.next_due(connection)
-            if job is None:
+            job = self.next_due(connection, most=most)
+            if job is None or (free is not None and job.processes > free):
                 return None
             number, token, now = job.attempt + 1, job.fencing_token + 1, now_us()
             job = move(

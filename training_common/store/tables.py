@@ -51,6 +51,8 @@ jobs = Table(
     Column("fencing_token", BigInteger, nullable=False, default=0),
     Column("step", BigInteger, nullable=False, default=0),
     Column("total_steps", BigInteger, nullable=False),
+    # On how many it trains; each takes a slot.
+    Column("processes", Integer, nullable=False, default=1, server_default="1"),
     Column("last_sequence", BigInteger, nullable=False, default=0),
     Column("observed", Boolean, nullable=False, default=True),
     # Attempts in a row that brought no new checkpoint: lost by their own fault, and ended from outside.

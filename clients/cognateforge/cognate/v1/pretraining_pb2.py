@@ -28,7 +28,7 @@ from cognateforge.job.v1 import job_pb2 as cognateforge_dot_job_dot_v1_dot_job__
 from cognateforge.policy.v1 import policy_pb2 as cognateforge_dot_policy_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)cognateforge/cognate/v1/pretraining.proto\x12\x17\x63ognateforge.cognate.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\'cognateforge/artifact/v1/artifact.proto\x1a\x1d\x63ognateforge/job/v1/job.proto\x1a#cognateforge/policy/v1/policy.proto\"v\n\x0c\x44\x61tasetShare\x12=\n\x07\x64\x61taset\x18\x01 \x01(\x0e\x32 .cognateforge.cognate.v1.DatasetB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\'\n\x06weight\x18\x02 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00@\x8f@!\x00\x00\x00\x00\x00\x00\x00\x00\"^\n\nCurriculum\x12\x1b\n\x05steps\x18\x01 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xad\xe2\x04(\x00\x12\x33\n\x12initial_competence\x18\x02 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00\x00\xf0?)\x00\x00\x00\x00\x00\x00\x00\x00\"V\n\x13\x41\x63\x63\x65lerationControl\x12?\n\x15learning_rate_factors\x18\x01 \x03(\x01\x42 \xbaH\x1d\x92\x01\x1a\x10\x04\x18\x01\"\x14\x12\x12\x19\x00\x00\x00\x00\x00\x00 @!\x00\x00\x00\x00\x00\x00\x00\x00\"\xf4\x08\n\x0fPretrainingPlan\x12!\n\x0btotal_steps\x18\x01 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xad\xe2\x04(\x01\x12\x1b\n\x04seed\x18\x02 \x01(\x03\x42\r\xbaH\n\"\x08\x18\xff\xff\xff\xff\x0f(\x00\x12\x1e\n\nbatch_size\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x80 (\x00\x12\xb1\x01\n\x0fsequence_length\x18\x04 \x01(\x05\x42\x97\x01\xbaH\x93\x01\x1a\x05\x18\x80 (\x00\xba\x01\x88\x01\n\x1esequence_length.multiple_of_64\x12Vsequence_length must be a multiple of 64, because memory is written once per 64 tokens\x1a\x0ethis % 64 == 0\x12\x33\n\x12peak_learning_rate\x18\x05 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19{\x14\xaeG\xe1z\x84?)\x00\x00\x00\x00\x00\x00\x00\x00\x12!\n\x0cwarmup_steps\x18\x06 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12.\n\x19\x63heckpoint_interval_steps\x18\x07 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12\xa8\x01\n\x08\x64\x61tasets\x18\x08 \x03(\x0b\x32%.cognateforge.cognate.v1.DatasetShareBo\xbaHl\x92\x01\x02\x10\x08\xba\x01\x64\n\x0f\x64\x61tasets.unique\x12(datasets must name each set at most once\x1a\'this.map(share, share.dataset).unique()\x12,\n\x17progress_interval_steps\x18\t \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xa0\x8d\x06(\x00\x12\x37\n\ncurriculum\x18\n \x01(\x0b\x32#.cognateforge.cognate.v1.Curriculum\x12J\n\x14\x61\x63\x63\x65leration_control\x18\x0b \x01(\x0b\x32,.cognateforge.cognate.v1.AccelerationControl\x12@\n\x11\x63heckpoint_policy\x18\x0c \x01(\x0b\x32%.cognateforge.job.v1.CheckpointPolicy:\xa4\x02\xbaH\xa0\x02\x1a\x95\x01\n\x1cplan.curriculum_within_total\x12,curriculum.steps must not exceed total_steps\x1aGthis.curriculum.steps == 0 || this.curriculum.steps <= this.total_steps\x1a\x85\x01\n\x18plan.warmup_within_total\x12(warmup_steps must not exceed total_steps\x1a?this.warmup_steps == 0 || this.warmup_steps <= this.total_steps\"o\n\x0ePretrainingJob\x12%\n\x03job\x18\x01 \x01(\x0b\x32\x18.cognateforge.job.v1.Job\x12\x36\n\x04plan\x18\x02 \x01(\x0b\x32(.cognateforge.cognate.v1.PretrainingPlan\"w\n\x17StartPretrainingRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12>\n\x04plan\x18\x02 \x01(\x0b\x32(.cognateforge.cognate.v1.PretrainingPlanB\x06\xbaH\x03\xc8\x01\x01\"P\n\x18StartPretrainingResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"s\n\x14ValidateModelRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12=\n\x04name\x18\x02 \x01(\tB/\xbaH,r*\x18@2&^[a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8}$\"R\n\x15ValidateModelResponse\x12\x39\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x1f.cognateforge.artifact.v1.CheckB\x08\xbaH\x05\x92\x01\x02\x10@\":\n\rGetJobRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"F\n\x0eGetJobResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"\x8d\x01\n\x0fListJobsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12@\n\x06states\x18\x03 \x03(\x0e\x32\x1d.cognateforge.job.v1.JobStateB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07\x82\x01\x04\x10\x01 \x00\"w\n\x10ListJobsResponse\x12@\n\x04jobs\x18\x01 \x03(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJobB\t\xbaH\x06\x92\x01\x03\x10\xf4\x03\x12!\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"]\n\x0fWatchJobRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\x12\x1f\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"B\n\x10WatchJobResponse\x12.\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x1f.cognateforge.job.v1.WatchFrame\"Z\n\x0fPauseJobRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"H\n\x10PauseJobResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"[\n\x10ResumeJobRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"I\n\x11ResumeJobResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"[\n\x10\x43\x61ncelJobRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"I\n\x11\x43\x61ncelJobResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"C\n\x16ListCheckpointsRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"Z\n\x17ListCheckpointsResponse\x12?\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x1f.cognateforge.job.v1.CheckpointB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07\"\xa7\x01\n\x14PinCheckpointRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\x12\x15\n\x04step\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12/\n\x06\x64igest\x18\x04 \x01(\tB\x1f\xbaH\x1cr\x1a\x32\x18^(sha256:[0-9a-f]{64})?$\"L\n\x15PinCheckpointResponse\x12\x33\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1f.cognateforge.job.v1.Checkpoint\"\xa9\x01\n\x16UnpinCheckpointRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\x12\x15\n\x04step\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12/\n\x06\x64igest\x18\x04 \x01(\tB\x1f\xbaH\x1cr\x1a\x32\x18^(sha256:[0-9a-f]{64})?$\"N\n\x17UnpinCheckpointResponse\x12\x33\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1f.cognateforge.job.v1.Checkpoint\"a\n\x11GetMetricsRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\x12!\n\x07metrics\x18\x02 \x03(\tB\x10\xbaH\r\x92\x01\n\x10@\"\x06r\x04\x10\x01\x18@\"Q\n\x12GetMetricsResponse\x12;\n\x06series\x18\x01 \x03(\x0b\x32!.cognateforge.job.v1.MetricSeriesB\x08\xbaH\x05\x92\x01\x02\x10@\"\x16\n\x14GetServerInfoRequest\"F\n\x15GetServerInfoResponse\x12-\n\x04info\x18\x01 \x01(\x0b\x32\x1f.cognateforge.job.v1.ServerInfo*\x83\x01\n\x07\x44\x61taset\x12\x17\n\x13\x44\x41TASET_UNSPECIFIED\x10\x00\x12\x11\n\rDATASET_GSM8K\x10\x01\x12\x14\n\x10\x44\x41TASET_HOTPOTQA\x10\x02\x12\x1c\n\x18\x44\x41TASET_FORGE_ARITHMETIC\x10\x03\x12\x18\n\x14\x44\x41TASET_FORGE_TWOHOP\x10\x04\x32\xc3\x0c\n\x19\x43ognatePretrainingService\x12\x84\x01\n\x10StartPretraining\x12\x30.cognateforge.cognate.v1.StartPretrainingRequest\x1a\x31.cognateforge.cognate.v1.StartPretrainingResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12j\n\x06GetJob\x12&.cognateforge.cognate.v1.GetJobRequest\x1a\'.cognateforge.cognate.v1.GetJobResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12p\n\x08ListJobs\x12(.cognateforge.cognate.v1.ListJobsRequest\x1a).cognateforge.cognate.v1.ListJobsResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12p\n\x08WatchJob\x12(.cognateforge.cognate.v1.WatchJobRequest\x1a).cognateforge.cognate.v1.WatchJobResponse\"\r\x90\x02\x01\xaa\xbb\x18\x06\n\x02\x01\x02\x10\x01\x30\x01\x12l\n\x08PauseJob\x12(.cognateforge.cognate.v1.PauseJobRequest\x1a).cognateforge.cognate.v1.PauseJobResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12o\n\tResumeJob\x12).cognateforge.cognate.v1.ResumeJobRequest\x1a*.cognateforge.cognate.v1.ResumeJobResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12o\n\tCancelJob\x12).cognateforge.cognate.v1.CancelJobRequest\x1a*.cognateforge.cognate.v1.CancelJobResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12\x85\x01\n\x0fListCheckpoints\x12/.cognateforge.cognate.v1.ListCheckpointsRequest\x1a\x30.cognateforge.cognate.v1.ListCheckpointsResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12{\n\rPinCheckpoint\x12-.cognateforge.cognate.v1.PinCheckpointRequest\x1a..cognateforge.cognate.v1.PinCheckpointResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12\x81\x01\n\x0fUnpinCheckpoint\x12/.cognateforge.cognate.v1.UnpinCheckpointRequest\x1a\x30.cognateforge.cognate.v1.UnpinCheckpointResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12v\n\nGetMetrics\x12*.cognateforge.cognate.v1.GetMetricsRequest\x1a+.cognateforge.cognate.v1.GetMetricsResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12{\n\rValidateModel\x12-.cognateforge.cognate.v1.ValidateModelRequest\x1a..cognateforge.cognate.v1.ValidateModelResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12\x80\x01\n\rGetServerInfo\x12-.cognateforge.cognate.v1.GetServerInfoRequest\x1a..cognateforge.cognate.v1.GetServerInfoResponse\"\x10\x90\x02\x01\xaa\xbb\x18\t\n\x03\x01\x02\x03\x10\x01\x18\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)cognateforge/cognate/v1/pretraining.proto\x12\x17\x63ognateforge.cognate.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\'cognateforge/artifact/v1/artifact.proto\x1a\x1d\x63ognateforge/job/v1/job.proto\x1a#cognateforge/policy/v1/policy.proto\"v\n\x0c\x44\x61tasetShare\x12=\n\x07\x64\x61taset\x18\x01 \x01(\x0e\x32 .cognateforge.cognate.v1.DatasetB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\'\n\x06weight\x18\x02 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00@\x8f@!\x00\x00\x00\x00\x00\x00\x00\x00\"^\n\nCurriculum\x12\x1b\n\x05steps\x18\x01 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xad\xe2\x04(\x00\x12\x33\n\x12initial_competence\x18\x02 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00\x00\xf0?)\x00\x00\x00\x00\x00\x00\x00\x00\"V\n\x13\x41\x63\x63\x65lerationControl\x12?\n\x15learning_rate_factors\x18\x01 \x03(\x01\x42 \xbaH\x1d\x92\x01\x1a\x10\x04\x18\x01\"\x14\x12\x12\x19\x00\x00\x00\x00\x00\x00 @!\x00\x00\x00\x00\x00\x00\x00\x00\"\xf9\n\n\x0fPretrainingPlan\x12!\n\x0btotal_steps\x18\x01 \x01(\x03\x42\x0c\xbaH\t\"\x07\x18\x80\xad\xe2\x04(\x01\x12\x1b\n\x04seed\x18\x02 \x01(\x03\x42\r\xbaH\n\"\x08\x18\xff\xff\xff\xff\x0f(\x00\x12\x1e\n\nbatch_size\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x80 (\x00\x12\xb1\x01\n\x0fsequence_length\x18\x04 \x01(\x05\x42\x97\x01\xbaH\x93\x01\x1a\x05\x18\x80 (\x00\xba\x01\x88\x01\n\x1esequence_length.multiple_of_64\x12Vsequence_length must be a multiple of 64, because memory is written once per 64 tokens\x1a\x0ethis % 64 == 0\x12\x33\n\x12peak_learning_rate\x18\x05 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19{\x14\xaeG\xe1z\x84?)\x00\x00\x00\x00\x00\x00\x00\x00\x12!\n\x0cwarmup_steps\x18\x06 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12.\n\x19\x63heckpoint_interval_steps\x18\x07 \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xc0\x84=(\x00\x12\xa8\x01\n\x08\x64\x61tasets\x18\x08 \x03(\x0b\x32%.cognateforge.cognate.v1.DatasetShareBo\xbaHl\x92\x01\x02\x10\x08\xba\x01\x64\n\x0f\x64\x61tasets.unique\x12(datasets must name each set at most once\x1a\'this.map(share, share.dataset).unique()\x12,\n\x17progress_interval_steps\x18\t \x01(\x03\x42\x0b\xbaH\x08\"\x06\x18\xa0\x8d\x06(\x00\x12\x37\n\ncurriculum\x18\n \x01(\x0b\x32#.cognateforge.cognate.v1.Curriculum\x12J\n\x14\x61\x63\x63\x65leration_control\x18\x0b \x01(\x0b\x32,.cognateforge.cognate.v1.AccelerationControl\x12@\n\x11\x63heckpoint_policy\x18\x0c \x01(\x0b\x32%.cognateforge.job.v1.CheckpointPolicy\x12-\n\x07\x63ompute\x18\x14 \x01(\x0b\x32\x1c.cognateforge.job.v1.Compute:\xfa\x03\xbaH\xf6\x03\x1a\xd3\x01\n\x1bplan.processes_within_batch\x12lcompute.processes must not exceed batch_size (4 when it is 0), since every process trains on rows of its own\x1a\x46this.compute.processes <= (this.batch_size == 0 ? 4 : this.batch_size)\x1a\x95\x01\n\x1cplan.curriculum_within_total\x12,curriculum.steps must not exceed total_steps\x1aGthis.curriculum.steps == 0 || this.curriculum.steps <= this.total_steps\x1a\x85\x01\n\x18plan.warmup_within_total\x12(warmup_steps must not exceed total_steps\x1a?this.warmup_steps == 0 || this.warmup_steps <= this.total_steps\"o\n\x0ePretrainingJob\x12%\n\x03job\x18\x01 \x01(\x0b\x32\x18.cognateforge.job.v1.Job\x12\x36\n\x04plan\x18\x02 \x01(\x0b\x32(.cognateforge.cognate.v1.PretrainingPlan\"w\n\x17StartPretrainingRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12>\n\x04plan\x18\x02 \x01(\x0b\x32(.cognateforge.cognate.v1.PretrainingPlanB\x06\xbaH\x03\xc8\x01\x01\"P\n\x18StartPretrainingResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"s\n\x14ValidateModelRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12=\n\x04name\x18\x02 \x01(\tB/\xbaH,r*\x18@2&^[a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8}$\"R\n\x15ValidateModelResponse\x12\x39\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x1f.cognateforge.artifact.v1.CheckB\x08\xbaH\x05\x92\x01\x02\x10@\":\n\rGetJobRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"F\n\x0eGetJobResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"\x8d\x01\n\x0fListJobsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12@\n\x06states\x18\x03 \x03(\x0e\x32\x1d.cognateforge.job.v1.JobStateB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07\x82\x01\x04\x10\x01 \x00\"w\n\x10ListJobsResponse\x12@\n\x04jobs\x18\x01 \x03(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJobB\t\xbaH\x06\x92\x01\x03\x10\xf4\x03\x12!\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"]\n\x0fWatchJobRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\x12\x1f\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"B\n\x10WatchJobResponse\x12.\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x1f.cognateforge.job.v1.WatchFrame\"Z\n\x0fPauseJobRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"H\n\x10PauseJobResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"[\n\x10ResumeJobRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"I\n\x11ResumeJobResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"[\n\x10\x43\x61ncelJobRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"I\n\x11\x43\x61ncelJobResponse\x12\x34\n\x03job\x18\x01 \x01(\x0b\x32\'.cognateforge.cognate.v1.PretrainingJob\"C\n\x16ListCheckpointsRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\"Z\n\x17ListCheckpointsResponse\x12?\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x1f.cognateforge.job.v1.CheckpointB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07\"\xa7\x01\n\x14PinCheckpointRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\x12\x15\n\x04step\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12/\n\x06\x64igest\x18\x04 \x01(\tB\x1f\xbaH\x1cr\x1a\x32\x18^(sha256:[0-9a-f]{64})?$\"L\n\x15PinCheckpointResponse\x12\x33\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1f.cognateforge.job.v1.Checkpoint\"\xa9\x01\n\x16UnpinCheckpointRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12)\n\x04name\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\x12\x15\n\x04step\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12/\n\x06\x64igest\x18\x04 \x01(\tB\x1f\xbaH\x1cr\x1a\x32\x18^(sha256:[0-9a-f]{64})?$\"N\n\x17UnpinCheckpointResponse\x12\x33\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1f.cognateforge.job.v1.Checkpoint\"a\n\x11GetMetricsRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^jobs/[0-9a-f-]{36}$\x12!\n\x07metrics\x18\x02 \x03(\tB\x10\xbaH\r\x92\x01\n\x10@\"\x06r\x04\x10\x01\x18@\"Q\n\x12GetMetricsResponse\x12;\n\x06series\x18\x01 \x03(\x0b\x32!.cognateforge.job.v1.MetricSeriesB\x08\xbaH\x05\x92\x01\x02\x10@\"\x16\n\x14GetServerInfoRequest\"F\n\x15GetServerInfoResponse\x12-\n\x04info\x18\x01 \x01(\x0b\x32\x1f.cognateforge.job.v1.ServerInfo*\x83\x01\n\x07\x44\x61taset\x12\x17\n\x13\x44\x41TASET_UNSPECIFIED\x10\x00\x12\x11\n\rDATASET_GSM8K\x10\x01\x12\x14\n\x10\x44\x41TASET_HOTPOTQA\x10\x02\x12\x1c\n\x18\x44\x41TASET_FORGE_ARITHMETIC\x10\x03\x12\x18\n\x14\x44\x41TASET_FORGE_TWOHOP\x10\x04\x32\xc3\x0c\n\x19\x43ognatePretrainingService\x12\x84\x01\n\x10StartPretraining\x12\x30.cognateforge.cognate.v1.StartPretrainingRequest\x1a\x31.cognateforge.cognate.v1.StartPretrainingResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12j\n\x06GetJob\x12&.cognateforge.cognate.v1.GetJobRequest\x1a\'.cognateforge.cognate.v1.GetJobResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12p\n\x08ListJobs\x12(.cognateforge.cognate.v1.ListJobsRequest\x1a).cognateforge.cognate.v1.ListJobsResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12p\n\x08WatchJob\x12(.cognateforge.cognate.v1.WatchJobRequest\x1a).cognateforge.cognate.v1.WatchJobResponse\"\r\x90\x02\x01\xaa\xbb\x18\x06\n\x02\x01\x02\x10\x01\x30\x01\x12l\n\x08PauseJob\x12(.cognateforge.cognate.v1.PauseJobRequest\x1a).cognateforge.cognate.v1.PauseJobResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12o\n\tResumeJob\x12).cognateforge.cognate.v1.ResumeJobRequest\x1a*.cognateforge.cognate.v1.ResumeJobResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12o\n\tCancelJob\x12).cognateforge.cognate.v1.CancelJobRequest\x1a*.cognateforge.cognate.v1.CancelJobResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12\x85\x01\n\x0fListCheckpoints\x12/.cognateforge.cognate.v1.ListCheckpointsRequest\x1a\x30.cognateforge.cognate.v1.ListCheckpointsResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12{\n\rPinCheckpoint\x12-.cognateforge.cognate.v1.PinCheckpointRequest\x1a..cognateforge.cognate.v1.PinCheckpointResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12\x81\x01\n\x0fUnpinCheckpoint\x12/.cognateforge.cognate.v1.UnpinCheckpointRequest\x1a\x30.cognateforge.cognate.v1.UnpinCheckpointResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12v\n\nGetMetrics\x12*.cognateforge.cognate.v1.GetMetricsRequest\x1a+.cognateforge.cognate.v1.GetMetricsResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12{\n\rValidateModel\x12-.cognateforge.cognate.v1.ValidateModelRequest\x1a..cognateforge.cognate.v1.ValidateModelResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12\x80\x01\n\rGetServerInfo\x12-.cognateforge.cognate.v1.GetServerInfoRequest\x1a..cognateforge.cognate.v1.GetServerInfoResponse\"\x10\x90\x02\x01\xaa\xbb\x18\t\n\x03\x01\x02\x03\x10\x01\x18\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -64,7 +64,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PRETRAININGPLAN'].fields_by_name['progress_interval_steps']._loaded_options = None
   _globals['_PRETRAININGPLAN'].fields_by_name['progress_interval_steps']._serialized_options = b'\272H\010\"\006\030\240\215\006(\000'
   _globals['_PRETRAININGPLAN']._loaded_options = None
-  _globals['_PRETRAININGPLAN']._serialized_options = b'\272H\240\002\032\225\001\n\034plan.curriculum_within_total\022,curriculum.steps must not exceed total_steps\032Gthis.curriculum.steps == 0 || this.curriculum.steps <= this.total_steps\032\205\001\n\030plan.warmup_within_total\022(warmup_steps must not exceed total_steps\032?this.warmup_steps == 0 || this.warmup_steps <= this.total_steps'
+  _globals['_PRETRAININGPLAN']._serialized_options = b'\272H\366\003\032\323\001\n\033plan.processes_within_batch\022lcompute.processes must not exceed batch_size (4 when it is 0), since every process trains on rows of its own\032Fthis.compute.processes <= (this.batch_size == 0 ? 4 : this.batch_size)\032\225\001\n\034plan.curriculum_within_total\022,curriculum.steps must not exceed total_steps\032Gthis.curriculum.steps == 0 || this.curriculum.steps <= this.total_steps\032\205\001\n\030plan.warmup_within_total\022(warmup_steps must not exceed total_steps\032?this.warmup_steps == 0 || this.warmup_steps <= this.total_steps'
   _globals['_STARTPRETRAININGREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_STARTPRETRAININGREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_STARTPRETRAININGREQUEST'].fields_by_name['plan']._loaded_options = None
@@ -155,8 +155,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COGNATEPRETRAININGSERVICE'].methods_by_name['ValidateModel']._serialized_options = b'\252\273\030\007\n\001\002\020\002\030\001'
   _globals['_COGNATEPRETRAININGSERVICE'].methods_by_name['GetServerInfo']._loaded_options = None
   _globals['_COGNATEPRETRAININGSERVICE'].methods_by_name['GetServerInfo']._serialized_options = b'\220\002\001\252\273\030\t\n\003\001\002\003\020\001\030\001'
-  _globals['_DATASET']._serialized_start=4174
-  _globals['_DATASET']._serialized_end=4305
+  _globals['_DATASET']._serialized_start=4435
+  _globals['_DATASET']._serialized_end=4566
   _globals['_DATASETSHARE']._serialized_start=208
   _globals['_DATASETSHARE']._serialized_end=326
   _globals['_CURRICULUM']._serialized_start=328
@@ -164,61 +164,61 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACCELERATIONCONTROL']._serialized_start=424
   _globals['_ACCELERATIONCONTROL']._serialized_end=510
   _globals['_PRETRAININGPLAN']._serialized_start=513
-  _globals['_PRETRAININGPLAN']._serialized_end=1653
-  _globals['_PRETRAININGJOB']._serialized_start=1655
-  _globals['_PRETRAININGJOB']._serialized_end=1766
-  _globals['_STARTPRETRAININGREQUEST']._serialized_start=1768
-  _globals['_STARTPRETRAININGREQUEST']._serialized_end=1887
-  _globals['_STARTPRETRAININGRESPONSE']._serialized_start=1889
-  _globals['_STARTPRETRAININGRESPONSE']._serialized_end=1969
-  _globals['_VALIDATEMODELREQUEST']._serialized_start=1971
-  _globals['_VALIDATEMODELREQUEST']._serialized_end=2086
-  _globals['_VALIDATEMODELRESPONSE']._serialized_start=2088
-  _globals['_VALIDATEMODELRESPONSE']._serialized_end=2170
-  _globals['_GETJOBREQUEST']._serialized_start=2172
-  _globals['_GETJOBREQUEST']._serialized_end=2230
-  _globals['_GETJOBRESPONSE']._serialized_start=2232
-  _globals['_GETJOBRESPONSE']._serialized_end=2302
-  _globals['_LISTJOBSREQUEST']._serialized_start=2305
-  _globals['_LISTJOBSREQUEST']._serialized_end=2446
-  _globals['_LISTJOBSRESPONSE']._serialized_start=2448
-  _globals['_LISTJOBSRESPONSE']._serialized_end=2567
-  _globals['_WATCHJOBREQUEST']._serialized_start=2569
-  _globals['_WATCHJOBREQUEST']._serialized_end=2662
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2664
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2730
-  _globals['_PAUSEJOBREQUEST']._serialized_start=2732
-  _globals['_PAUSEJOBREQUEST']._serialized_end=2822
-  _globals['_PAUSEJOBRESPONSE']._serialized_start=2824
-  _globals['_PAUSEJOBRESPONSE']._serialized_end=2896
-  _globals['_RESUMEJOBREQUEST']._serialized_start=2898
-  _globals['_RESUMEJOBREQUEST']._serialized_end=2989
-  _globals['_RESUMEJOBRESPONSE']._serialized_start=2991
-  _globals['_RESUMEJOBRESPONSE']._serialized_end=3064
-  _globals['_CANCELJOBREQUEST']._serialized_start=3066
-  _globals['_CANCELJOBREQUEST']._serialized_end=3157
-  _globals['_CANCELJOBRESPONSE']._serialized_start=3159
-  _globals['_CANCELJOBRESPONSE']._serialized_end=3232
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=3234
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=3301
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=3303
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3393
-  _globals['_PINCHECKPOINTREQUEST']._serialized_start=3396
-  _globals['_PINCHECKPOINTREQUEST']._serialized_end=3563
-  _globals['_PINCHECKPOINTRESPONSE']._serialized_start=3565
-  _globals['_PINCHECKPOINTRESPONSE']._serialized_end=3641
-  _globals['_UNPINCHECKPOINTREQUEST']._serialized_start=3644
-  _globals['_UNPINCHECKPOINTREQUEST']._serialized_end=3813
-  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_start=3815
-  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_end=3893
-  _globals['_GETMETRICSREQUEST']._serialized_start=3895
-  _globals['_GETMETRICSREQUEST']._serialized_end=3992
-  _globals['_GETMETRICSRESPONSE']._serialized_start=3994
-  _globals['_GETMETRICSRESPONSE']._serialized_end=4075
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=4077
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=4099
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=4101
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=4171
-  _globals['_COGNATEPRETRAININGSERVICE']._serialized_start=4308
-  _globals['_COGNATEPRETRAININGSERVICE']._serialized_end=5911
+  _globals['_PRETRAININGPLAN']._serialized_end=1914
+  _globals['_PRETRAININGJOB']._serialized_start=1916
+  _globals['_PRETRAININGJOB']._serialized_end=2027
+  _globals['_STARTPRETRAININGREQUEST']._serialized_start=2029
+  _globals['_STARTPRETRAININGREQUEST']._serialized_end=2148
+  _globals['_STARTPRETRAININGRESPONSE']._serialized_start=2150
+  _globals['_STARTPRETRAININGRESPONSE']._serialized_end=2230
+  _globals['_VALIDATEMODELREQUEST']._serialized_start=2232
+  _globals['_VALIDATEMODELREQUEST']._serialized_end=2347
+  _globals['_VALIDATEMODELRESPONSE']._serialized_start=2349
+  _globals['_VALIDATEMODELRESPONSE']._serialized_end=2431
+  _globals['_GETJOBREQUEST']._serialized_start=2433
+  _globals['_GETJOBREQUEST']._serialized_end=2491
+  _globals['_GETJOBRESPONSE']._serialized_start=2493
+  _globals['_GETJOBRESPONSE']._serialized_end=2563
+  _globals['_LISTJOBSREQUEST']._serialized_start=2566
+  _globals['_LISTJOBSREQUEST']._serialized_end=2707
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2709
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2828
+  _globals['_WATCHJOBREQUEST']._serialized_start=2830
+  _globals['_WATCHJOBREQUEST']._serialized_end=2923
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2925
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2991
+  _globals['_PAUSEJOBREQUEST']._serialized_start=2993
+  _globals['_PAUSEJOBREQUEST']._serialized_end=3083
+  _globals['_PAUSEJOBRESPONSE']._serialized_start=3085
+  _globals['_PAUSEJOBRESPONSE']._serialized_end=3157
+  _globals['_RESUMEJOBREQUEST']._serialized_start=3159
+  _globals['_RESUMEJOBREQUEST']._serialized_end=3250
+  _globals['_RESUMEJOBRESPONSE']._serialized_start=3252
+  _globals['_RESUMEJOBRESPONSE']._serialized_end=3325
+  _globals['_CANCELJOBREQUEST']._serialized_start=3327
+  _globals['_CANCELJOBREQUEST']._serialized_end=3418
+  _globals['_CANCELJOBRESPONSE']._serialized_start=3420
+  _globals['_CANCELJOBRESPONSE']._serialized_end=3493
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=3495
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=3562
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=3564
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3654
+  _globals['_PINCHECKPOINTREQUEST']._serialized_start=3657
+  _globals['_PINCHECKPOINTREQUEST']._serialized_end=3824
+  _globals['_PINCHECKPOINTRESPONSE']._serialized_start=3826
+  _globals['_PINCHECKPOINTRESPONSE']._serialized_end=3902
+  _globals['_UNPINCHECKPOINTREQUEST']._serialized_start=3905
+  _globals['_UNPINCHECKPOINTREQUEST']._serialized_end=4074
+  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_start=4076
+  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_end=4154
+  _globals['_GETMETRICSREQUEST']._serialized_start=4156
+  _globals['_GETMETRICSREQUEST']._serialized_end=4253
+  _globals['_GETMETRICSRESPONSE']._serialized_start=4255
+  _globals['_GETMETRICSRESPONSE']._serialized_end=4336
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=4338
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=4360
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=4362
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=4432
+  _globals['_COGNATEPRETRAININGSERVICE']._serialized_start=4569
+  _globals['_COGNATEPRETRAININGSERVICE']._serialized_end=6172
 # @@protoc_insertion_point(module_scope)
