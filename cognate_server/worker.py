@@ -30,7 +30,6 @@ from cognate_server.trainer import PretrainConfig, PretrainResult, pretrain
 from cognate_server.trainer import TrainingDivergedError as TrainerDivergedError
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import IntegrityCheckFailedError, TrainingDivergedError
-from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.compute import threads_of
@@ -38,7 +37,7 @@ from training_common.jobs.states import JobState
 from training_common.models import cognate_v1
 from training_common.models.cognate_v1 import CognateV1
 from training_common.retention import retention_of
-from training_common.team import ALONE, Strategy, Team
+from training_common.team import Team, team_for
 from training_common.team_attempt import TeamAttempt
 from training_common.worker import AssistantContext, WorkerContext, run
 
@@ -58,7 +57,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     """Take one job from its plan to a published model."""
     settings, attempt = context.settings, context.attempt
     plan = pb.PretrainingPlan.FromString(attempt.store.job.plan)
-    team = _team(plan, context.team)
+    team = team_for(plan.compute, context.team)
     _set_threads(settings, team)
     attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=False))
     tokenizer_file = context.job_dir / "tokenizer.json"
@@ -116,7 +115,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
 def assist(context: AssistantContext[CognateSettings]) -> None:
     """Take part in training, in a process that is not the first."""
     plan = pb.PretrainingPlan.FromString(context.plan)
-    team = _team(plan, context.team)
+    team = team_for(plan.compute, context.team)
     _set_threads(context.settings, team)
     precision = team.agree(lambda: Precision.FLOAT32)  # what the first one says
     attempt = TeamAttempt(team, None, job=context.job, workdir=context.job_dir)
@@ -124,11 +123,6 @@ def assist(context: AssistantContext[CognateSettings]) -> None:
         pretrain(_config(plan, Precision(precision)), None, attempt, team=team)
     except TrainerDivergedError as error:
         raise TrainingDivergedError(str(error)) from error
-
-
-def _team(plan: pb.PretrainingPlan, team: Team | None) -> Team:
-    strategy = Strategy.FSDP2 if plan.compute.strategy == job_pb2.COMPUTE_STRATEGY_FSDP2 else Strategy.DDP
-    return ALONE if team is None else team.using(strategy)
 
 
 def _set_threads(settings: CognateSettings, team: Team) -> None:

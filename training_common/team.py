@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cognateforge.job.v1 import job_pb2
 from training_common.attempt import TeamBrokenError
 
 # How long the others wait for the first one, which may prepare data, measure or save meanwhile. One that is gone is
@@ -176,13 +176,30 @@ class Team:
                 with exchanging():
                     dist.all_reduce(parameter.grad)
 
+    @torch.no_grad()
+    def clip(self, parameters: Sequence[Tensor], most: float) -> float:
+        """Scale gradients down to a norm of `most` and return the norm that they had. Errors: TeamBrokenError."""
+        if not self.shards:
+            return float(nn.utils.clip_grad_norm_(parameters, most))
+        squares = {True: torch.zeros((), dtype=torch.float64), False: torch.zeros((), dtype=torch.float64)}
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients:
+            parted = isinstance(gradient, DTensor)
+            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            squares[parted] += own.double().square().sum()
+        norm = float((self.total(squares[True]) + squares[False]).sqrt())
+        for gradient in gradients:
+            gradient.mul_(min(1.0, most / (norm + 1e-6)))
+        return norm
+
 
 ALONE = Team()
 
 
-def launched() -> bool:
-    """Whether this process is one of several that a launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def team_for(compute: job_pb2.Compute, launched: Team | None) -> Team:
+    """Return the team that trains as a plan asks. launched: the worker's processes, None of one alone."""
+    strategy = Strategy.FSDP2 if compute.strategy == job_pb2.COMPUTE_STRATEGY_FSDP2 else Strategy.DDP
+    return ALONE if launched is None else launched.using(strategy)
 
 
 class exchanging:  # noqa: N801 - reads as a statement

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from training_common.attempt import Attempt, CheckpointRef, Json, PartDone, StopKind
-from training_common.team import Team
+from training_common.team import ALONE, Team
 
 
 class TeamAttempt:
@@ -42,6 +42,7 @@ class TeamAttempt:
         """As `Attempt.trained`. Errors: PartDone, on all processes but the first."""
         if self._attempt is None:
             raise PartDone
+        self._team = ALONE  # the others end
         self._attempt.trained()
 
     def stop_requested(self) -> StopKind | None:

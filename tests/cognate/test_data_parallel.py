@@ -73,9 +73,9 @@ def test_reports_are_of_the_whole_batch(kind: Strategy, folder: Path, alone: See
         assert expected.keys() - of_the_machine == actual.keys() - of_the_machine
         for name in expected.keys() - of_the_machine:
             assert actual[name] == pytest.approx(expected[name], rel=2e-2, abs=1e-4), (step, name)
-    assert two["acceleration"].curves["control"] == [
-        (step, pytest.approx(loss, rel=1e-4)) for step, loss in alone["acceleration"].curves["control"]
-    ]
+    expected, actual = (seen["acceleration"].curves["control"] for seen in (alone, two))
+    assert [step for step, _ in expected] == [step for step, _ in actual]
+    assert [loss for _, loss in actual] == pytest.approx([loss for _, loss in expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_another_number_of_processes(kind: Strategy, folder: 
 
 
 def test_a_filter_before_the_reduction_would_be_found(folder: Path, alone: Seen) -> None:
-    """Gradients are added up, then clipped and filtered. The other order trains another model, and this test sees it."""
+    """Gradients are added up, then clipped and filtered. The other order trains another model."""
     right, wrong = _load(folder / "filtered-False.pt"), _load(folder / "filtered-True.pt")
     assert right == pytest.approx(_losses(alone), rel=2e-5)
     assert wrong != pytest.approx(_losses(alone), rel=1e-3)
