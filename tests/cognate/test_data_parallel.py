@@ -14,6 +14,8 @@ from tests.cognate.pretraining_processes import CUT_AT, KINDS, PROCESSES, STEPS,
 from training_common.team import Strategy, Team
 
 pytestmark = pytest.mark.slow
+# Sums in another order: 2e-7 was seen.
+TOLERANCE = 2e-6
 Seen = Mapping[str, Any]
 
 
@@ -49,7 +51,7 @@ def _losses(seen: Seen, name: str = "loss") -> list[float]:
 def assert_same_weights(expected: Seen, actual: Seen) -> None:
     theirs = safetensors.torch.load(actual["weights"])
     for name, tensor in safetensors.torch.load(expected["weights"]).items():
-        torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(theirs[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,7 +59,7 @@ def test_two_processes_train_as_one(kind: Strategy, folder: Path, alone: Seen) -
     """Losses, gradient norms and final weights, with rows of different numbers of targets and memory carried over."""
     two = _load(folder / kind / "whole-None.pt")
     assert len(_losses(alone)) == STEPS
-    assert _losses(two) == pytest.approx(_losses(alone), rel=2e-5)
+    assert _losses(two) == pytest.approx(_losses(alone), rel=TOLERANCE)
     assert _losses(two, "gradient_norm") == pytest.approx(_losses(alone, "gradient_norm"), rel=1e-3)
     assert max(_losses(alone, "gradient_norm")) > 1, "the clip has to matter here"
     assert_same_weights(alone, two)
@@ -91,19 +93,20 @@ def test_a_run_goes_on_with_another_number_of_processes(kind: Strategy, folder: 
     """From one process to two and from two to one: each goes on with the rows that come next."""
     to_two = _load(folder / kind / "begun-alone-None.pt")
     assert to_two["rows"][0][0] == CUT_AT + 1
-    assert _losses(to_two) == pytest.approx(_losses(alone)[CUT_AT:], rel=2e-5)
+    assert _losses(to_two) == pytest.approx(_losses(alone)[CUT_AT:], rel=TOLERANCE)
     assert_same_weights(alone, to_two)
     to_one = train(folder / kind / "begun")
     assert to_one is not None
-    assert _losses(to_one) == pytest.approx(_losses(alone)[CUT_AT:], rel=2e-5)
+    assert _losses(to_one) == pytest.approx(_losses(alone)[CUT_AT:], rel=TOLERANCE)
     assert_same_weights(alone, to_one)
 
 
 def test_a_filter_before_the_reduction_would_be_found(folder: Path, alone: Seen) -> None:
     """Gradients are added up, then clipped and filtered. The other order trains another model."""
     right, wrong = _load(folder / "filtered-False.pt"), _load(folder / "filtered-True.pt")
-    assert right == pytest.approx(_losses(alone), rel=2e-5)
-    assert wrong != pytest.approx(_losses(alone), rel=1e-3)
+    assert right == pytest.approx(_losses(alone), rel=TOLERANCE)
+    difference = max(abs(one - other) / other for one, other in zip(wrong, _losses(alone), strict=True))
+    assert difference > 4 * TOLERANCE
 
 
 @pytest.mark.parametrize(
