@@ -64,7 +64,8 @@ def test_a_job_of_two_processes_outlives_one_of_them_and_trains_as_one(
 def loss_in(frame: job_pb2.WatchFrame) -> Mapping[int, float]:
     """Return the step and its loss of a frame that tells of one."""
     progress = frame.event.progress
-    return {progress.step: metric.value for metric in progress.metrics if metric.name == "loss"}
+    loss = next((metric.value for metric in progress.metrics if metric.name == "loss"), None)
+    return {} if loss is None else {progress.step: loss}
 
 
 def losses_alone(cognate: CognateClient) -> Mapping[int, float]:
