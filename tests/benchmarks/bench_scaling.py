@@ -27,6 +27,7 @@ from training_common.team import ALONE, Strategy, Team
 
 PROCESSES, THREADS = 2, 1
 SEQUENCE_LENGTH = 128
+DEFAULTS = ("4", "5", "8", "ddp")
 
 
 def measure(rank: int, folder: str, steps: int, runs: int, rows: int, strategy: str) -> None:
@@ -84,12 +85,13 @@ def measure(rank: int, folder: str, steps: int, runs: int, rows: int, strategy: 
     dist.destroy_process_group()
 
 
-def main(steps: int = 4, runs: int = 5, rows: int = 8, strategy: str = "ddp") -> None:
+def main(given: list[str]) -> None:
     """Measure in two processes."""
+    steps, runs, rows = (int(number) for number in given[:3])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, (folder, steps, runs, rows, strategy), nprocs=PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
+        arguments = (folder, steps, runs, rows, given[3])
+        mp.spawn(measure, arguments, nprocs=PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
 
 
 if __name__ == "__main__":
-    numbers, kinds = [int(given) for given in sys.argv[1:4]], sys.argv[4:]
-    main(*numbers, **({"strategy": kinds[0]} if kinds else {}))
+    main([*sys.argv[1:], *DEFAULTS[len(sys.argv) - 1 :]])
