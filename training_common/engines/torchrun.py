@@ -4,6 +4,10 @@
 
 The agent is the process that an engine sees: while it lives the worker lives, its death ends every process of the
 worker, and its exit status is that of the process that failed first, so that whoever looks at it learns why.
+
+On several machines an agent runs on each, with the same --run-id and --rendezvous, the address of the first of them.
+They go on with as few as --nodes allows when one is lost, and take it in again when it is back; each time their
+processes start anew from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from training_common.engines.processes import EX_TEMPFAIL
 _HERE = "127.0.0.1"
 # How long processes that are to end may take, before they are killed: they have nothing to save by then.
 _SHUTDOWN_S = 5
-# Lets the agents' store be the processes' store too, which gets lost with the agent that holds it (pytorch#135712).
-_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+# How long agents wait for one more when they are enough, and after which silence of one they go on without it.
+_LAST_CALL_S = 5
+_KEEP_ALIVE_S, _KEEP_ALIVE_TRIES = 2, 3
 
 
 def main(argv: list[str]) -> int:
@@ -32,22 +37,34 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Runs one worker as several processes. Started by an engine.")
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--run-id", required=True)
+    parser.add_argument("--nodes", default="1", help="machines: N, or LEAST:MOST")
+    parser.add_argument("--rendezvous", default=f"{_HERE}:0", help="HOST:PORT on which the first one listens")
+    parser.add_argument("--address", default=_HERE, help="under which the others reach this one")
+    parser.add_argument("--interface", default="lo", help="the network interface that has this address")
+    parser.add_argument("--restarts", type=int, default=0, help="how often processes may start anew")
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    # Otherwise the agents' store is the processes' store too, and is lost with the agent that has it (pytorch#135712).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["GLOO_SOCKET_IFNAME"] = options.interface
+    least, _, most = options.nodes.partition(":")
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=int(least),
+        max_nodes=int(most or least),
         nproc_per_node=options.processes,
         run_id=options.run_id,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"{_HERE}:0",
-        local_addr=_HERE,
-        # A process that is lost ends the attempt, and the scheduler begins the next one: from the newest checkpoint,
-        # under a new fencing token, and on record.
-        max_restarts=0,
+        rdzv_endpoint=options.rendezvous,
+        rdzv_configs={
+            "last_call_timeout": _LAST_CALL_S,
+            "keep_alive_interval": _KEEP_ALIVE_S,
+            "keep_alive_max_attempt": _KEEP_ALIVE_TRIES,
+        },
+        local_addr=options.address,
+        # By default none: a process that is lost ends the attempt, and the scheduler begins the next one, from the
+        # newest checkpoint, under a new fencing token, and on record.
+        max_restarts=options.restarts,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         shutdown_timeout=_SHUTDOWN_S,
     )
