@@ -38,8 +38,8 @@ class Section(BaseModel):
 class WorkerSettings(Section):
     """How training processes are run."""
 
-    slots: int = Field(default=1, ge=0, le=64, description="jobs that train at the same time; 0 only takes them in")
-    threads: int = Field(default=0, ge=0, le=1024, description="torch threads of a worker; 0 means one for each core")
+    slots: int = Field(default=1, ge=0, le=64, description="processes that train at the same time; 0 takes jobs in and runs none")
+    threads: int = Field(default=0, ge=0, le=1024, description="torch threads of a process; 0 shares out all cores")
     heartbeat_interval_s: float = Field(default=1.0, gt=0, le=60, description="seconds between signs of life")
     lost_after_s: float = Field(default=30.0, gt=0, le=3600, description="silence that makes a job unobserved")
     silent_cut_s: float = Field(

@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint=options.rendezvous,
         rdzv_configs={
+            # By itself torch knows an address of this machine only if its host name resolves to it.
+            "is_host": options.rendezvous.rpartition(":")[0] == options.address,
             "last_call_timeout": _LAST_CALL_S,
             "keep_alive_interval": _KEEP_ALIVE_S,
             "keep_alive_max_attempt": _KEEP_ALIVE_TRIES,
