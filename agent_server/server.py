@@ -19,7 +19,7 @@ from cognateforge.agent.v1 import agent_pb2_grpc, training_pb2_grpc
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
-from training_common.engines.local import LocalEngine
+from training_common.engines.build import build_engine, worker_settings_file
 from training_common.folder_lock import FolderLock
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.scheduler import Scheduler
@@ -48,8 +48,9 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
-    engine = LocalEngine(module="agent_server.worker", log_dir=settings.data_dir / "logs")
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=settings.server_name)
+    engine = build_engine(settings, module="agent_server.worker")
+    worker_settings = worker_settings_file(settings, settings_file)
+    scheduler = Scheduler(store, engine, settings.workers, settings_file=worker_settings, server=settings.server_name)
     events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
     jobs = JobService(
@@ -61,7 +62,9 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         heartbeat_s=settings.heartbeat_frame_s,
     )
     link = CognateLink(settings.cognate)
-    info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
+    info = job_pb2.ServerInfo(
+        version=version("cognateforge"), capabilities=[f"engine.{engine.name}", "task.classification"]
+    )
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
         TrainingServicer(
             jobs, factory=factory, data=settings.data, slots=settings.workers.slots, cognate=link, info=info

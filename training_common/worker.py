@@ -232,6 +232,7 @@ def main(
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--token", type=int, required=True)
     parser.add_argument("--threads", type=int, help="instead of the setting, for instance on borrowed capacity")
+    parser.add_argument("--handle", help="by which the engine knows this worker, where it is no process of its host")
     options = parser.parse_args(argv)
     logs.configure()
     structlog.contextvars.bind_contextvars(job=options.job, attempt=options.attempt)
@@ -252,7 +253,7 @@ def main(
             _assist(store, settings, folder, assist)
             return 0
         # The launcher lives as long as all of its processes do.
-        store.register(parent_handle() if is_launched else own_handle())
+        store.register(options.handle or (parent_handle() if is_launched else own_handle()))
         in_background = settings.workers.checkpoints == "async"
         attempt = WorkerAttempt(store, workdir=folder, saves_in_background=in_background)
         with attempt.beating(settings.workers.heartbeat_interval_s), _ending(store, leads=True):

@@ -81,6 +81,10 @@ class LocalEngine:
             return child.poll() is None
         return find(handle) is not None
 
+    def waits(self, _handle: str) -> bool:
+        """Return False: nothing is queued here but in the store."""
+        return False
+
     def tidy(self) -> None:
         """Reap workers that have ended: the process table keeps them until somebody does."""
         ended = [handle for handle, child in self._children.items() if child.poll() is not None]

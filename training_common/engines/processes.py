@@ -42,7 +42,7 @@ def find(handle: str) -> psutil.Process | None:
     try:
         process = psutil.Process(pid_of(handle))
         return process if handle_of(process) == handle and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError):  # the latter: another engine's
         return None
 
 

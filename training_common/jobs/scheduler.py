@@ -49,6 +49,9 @@ class Engine(Protocol):
     def alive(self, handle: str) -> bool:
         """Whether the worker still runs."""
 
+    def waits(self, handle: str) -> bool:
+        """Whether a worker that was started waits for capacity of the engine's own, which may take long."""
+
     def ending(self, handle: str) -> Ending:
         """Return how a worker that runs no longer has ended. Asked once."""
 
@@ -116,7 +119,7 @@ class Scheduler:
         self._life.look((attempt.id, attempt.heartbeat_us) for _, attempt in every)
         for job, attempt in every:
             # Attempts of earlier releases name no server: there was only one.
-            if attempt.server in ("", self._server):
+            if attempt.server in ("", self._server) and attempt.engine == self._engine.name:
                 held.append((job, attempt))
                 self._look_at(job, attempt)
             else:
@@ -135,7 +138,9 @@ class Scheduler:
         if attempt.handle:
             self._launched.pop(attempt.id, None)
         silent_s = self._life.silent_s(attempt.id)
-        if handle and not self._engine.alive(handle):
+        if handle and silent_s > self._settings.lost_after_s / 2 and self._engine.waits(handle):
+            self._store.beat_for(attempt)
+        elif handle and not self._engine.alive(handle):
             ending = self._engine.ending(handle)
             loss = Loss.KILLED if ending.from_outside else Loss.CRASHED
             self._cut(job, attempt, f"attempt {attempt.number}: {ending.words}", loss)

@@ -539,6 +539,11 @@ class JobStore:
         with self.database.write() as connection:
             connection.execute(sa.update(t.jobs).filter_by(id=job.id).values(observed=observed))
 
+    def beat_for(self, attempt: AttemptRow) -> None:
+        """Give a sign of life for a worker that waits for capacity and cannot give one itself."""
+        with self.database.write() as connection:
+            connection.execute(sa.update(t.attempts).filter_by(id=attempt.id).values(heartbeat_us=now_us()))
+
     def extend_lease(self, job: JobRow, until_us: int) -> None:
         """Let the worker of a job on borrowed capacity write until then, if the job still has that lease."""
         with self.database.write() as connection:
