@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.support.toy_service import ToyService
@@ -88,7 +89,8 @@ async def test_a_worker_is_a_train_job(service: ClusterService, cluster: Kuberne
     assert manifest["metadata"]["namespace"] == "team"
     assert manifest["spec"]["runtimeRef"] == {"name": "torch-cpu"}
     trainer = manifest["spec"]["trainer"]
-    assert trainer["command"] == ["python", "-m", "tests.support.toy_worker"]
+    assert trainer["command"] == ["python", "-m"]
+    assert trainer["args"][0] == "tests.support.toy_worker"
     assert trainer["resourcesPerNode"] == {"limits": {"cpu": "2"}, "requests": {"cpu": "2"}}
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (1, 1)
     job = await service.until(job, ended)
@@ -105,8 +107,9 @@ def test_processes_are_spread_over_nodes(
     name = engine.launch(["--attempt", "2"], log_name="job.log", processes=processes)
     trainer = cluster.jobs[name]["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == expected
-    assert trainer["command"] == ["torchrun", "-m", "worker"]
-    assert trainer["args"] == ["--attempt", "2", "--handle", "forge-job-2"]
+    command = ["python", "-m", "training_common.engines.torchrun", "--cluster", "--run-id", "forge-job-2"]
+    assert trainer["command"] == command
+    assert trainer["args"] == ["worker", "--attempt", "2", "--handle", "forge-job-2"]
 
 
 @pytest.mark.parametrize("how", ["killed", "evicted", "deleted"])
@@ -128,6 +131,26 @@ async def test_a_lost_worker_is_followed_by_another(
     assert [expected_result(60)] == service.result(job)
     words = {"killed": "exit code 137", "evicted": "Evicted", "deleted": "was deleted"}
     assert words[how] in service.cuts(job)[0]
+
+
+@pytest.mark.slow
+async def test_a_lost_process_on_a_node_is_told_from_outside(
+    service: ClusterService, tmp_path: Path, cluster: KubernetesDouble
+) -> None:
+    """Two processes on one node, under an agent that ends as the killed one did: the retry budget is not touched."""
+    service.kubernetes = service.kubernetes.model_copy(update={"processes_per_node": 2})
+    service.settings = service.settings.model_copy(
+        update={"workers": service.settings.workers.model_copy(update={"slots": 2})}
+    )
+    service.restart()
+    job = service.submit(steps=40, step_s=0.05, checkpoint_every=5, processes=2)
+    await service.until(job, lambda row: row.step >= 7)
+    agent = psutil.Process(cluster.processes[service.handle(job)].pid)
+    agent.children()[-1].kill()
+    job = await service.until(job, ended, timeout_s=120)
+    assert (job.state, job.attempt, job.retries_without_progress) == (JobState.SUCCEEDED, 2, 0)
+    assert [expected_result(40)] == service.result(job)
+    assert "exit code 137" in service.cuts(job)[0]
 
 
 async def test_a_worker_in_the_queue_is_waited_for(tmp_path: Path, cluster: KubernetesDouble) -> None:

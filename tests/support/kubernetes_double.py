@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -172,7 +173,7 @@ class KubernetesDouble:
                 [*command, *trainer["args"]],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment},
+                env={**os.environ, **self._environment, **_torch_policy(trainer)},
             )
         labels = {"jobset.sigs.k8s.io/jobset-name": name}
         status = {"phase": "Running", "containerStatuses": [_container({"running": {"startedAt": _now()}})]}
@@ -204,6 +205,17 @@ class KubernetesDouble:
     def _set(self, name: str, kind: str, reason: str, message: str) -> None:
         condition = {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": _now()}
         self.jobs[name]["status"]["conditions"].append(condition)
+
+
+def _torch_policy(trainer: Mapping[str, Any]) -> dict[str, str]:
+    """Return what Kubeflow's torch runtime tells the containers of a node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {"NNODES": trainer["numNodes"], "NPROC_PER_NODE": trainer["numProcPerNode"], "NODE_RANK": 0}
+    return {
+        f"PET_{name}": str(value) for name, value in {**values, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items()
+    }
 
 
 def _container(state: dict[str, Any]) -> dict[str, Any]:

@@ -102,8 +102,10 @@ class KubernetesEngine:
     def _manifest(self, name: str, arguments: Sequence[str], processes: int) -> dict[str, Any]:
         settings = self._settings
         per_node = next(n for n in range(min(settings.processes_per_node, processes), 0, -1) if processes % n == 0)
-        # torchrun learns from the runtime's environment where the others are.
-        command = ["python", "-m", self._module] if processes == 1 else ["torchrun", "-m", self._module]
+        command = ["python", "-m"]
+        if processes > 1:
+            # Not the runtime's own torchrun: its exit code is 1 whatever ended a process.
+            command += ["training_common.engines.torchrun", "--cluster", "--run-id", name]
         labels = {_OWNER_LABEL: self._owner, "app.kubernetes.io/managed-by": "cognateforge"}
         if settings.queue:
             labels[_QUEUE_LABEL] = settings.queue
@@ -113,7 +115,7 @@ class KubernetesEngine:
         trainer = models.TrainerV1alpha1Trainer(
             image=settings.image or None,
             command=command,
-            args=list(arguments),
+            args=[self._module, *arguments],
             numNodes=processes // per_node,
             numProcPerNode=per_node,
             resourcesPerNode=models.IoK8sApiCoreV1ResourceRequirements(requests=quantities, limits=quantities)

@@ -34,20 +34,11 @@ _KEEP_ALIVE_S, _KEEP_ALIVE_TRIES = 2, 3
 
 def main(argv: list[str]) -> int:
     """Run the worker to its end. Returns its exit status; a worker that was ended by a signal ends this process so."""
-    parser = argparse.ArgumentParser(description="Runs one worker as several processes. Started by an engine.")
-    parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--run-id", required=True)
-    parser.add_argument("--nodes", default="1", help="machines: N, or LEAST:MOST")
-    parser.add_argument("--rendezvous", default=f"{_HERE}:0", help="HOST:PORT on which the first one listens")
-    parser.add_argument("--address", default=_HERE, help="under which the others reach this one")
-    parser.add_argument("--interface", default="lo", help="the network interface that has this address")
-    parser.add_argument("--restarts", type=int, default=0, help="how often processes may start anew")
-    parser.add_argument("module")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = parser.parse_args(argv)
+    options = _options(argv)
     # Otherwise the agents' store is the processes' store too, and is lost with the agent that has it (pytorch#135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ["GLOO_SOCKET_IFNAME"] = options.interface
+    if options.interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = options.interface
     least, _, most = options.nodes.partition(":")
     config = LaunchConfig(
         min_nodes=int(least),
@@ -57,13 +48,12 @@ def main(argv: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint=options.rendezvous,
         rdzv_configs={
-            # By itself torch knows an address of this machine only if its host name resolves to it.
-            "is_host": options.rendezvous.rpartition(":")[0] == options.address,
+            "is_host": options.is_host,
             "last_call_timeout": _LAST_CALL_S,
             "keep_alive_interval": _KEEP_ALIVE_S,
             "keep_alive_max_attempt": _KEEP_ALIVE_TRIES,
         },
-        local_addr=options.address,
+        local_addr=options.address or None,
         # By default none: a process that is lost ends the attempt, and the scheduler begins the next one, from the
         # newest checkpoint, under a new fencing token, and on record.
         max_restarts=options.restarts,
@@ -77,6 +67,33 @@ def main(argv: list[str]) -> int:
     except SignalException as error:
         return _end_as(-error.sigval)
     return 0
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Runs one worker as several processes. Started by an engine.")
+    parser.add_argument("--processes", type=int, default=1, help="on this machine")
+    parser.add_argument("--run-id", required=True)
+    parser.add_argument("--nodes", default="1", help="machines: N, or LEAST:MOST")
+    parser.add_argument("--rendezvous", default=f"{_HERE}:0", help="HOST:PORT on which the first one listens")
+    parser.add_argument("--address", default=_HERE, help="under which the others reach this one")
+    parser.add_argument("--interface", default="lo", help="the network interface that has this address")
+    parser.add_argument("--restarts", type=int, default=0, help="how often processes may start anew")
+    parser.add_argument(
+        "--cluster", action="store_true", help="take all of this from the PET_* variables of Kubeflow's torch runtime"
+    )
+    parser.add_argument("module")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args(argv)
+    # By itself torch knows an address of this machine only if its host name resolves to it.
+    options.is_host = options.rendezvous.rpartition(":")[0] == options.address
+    if options.cluster:
+        options.nodes = os.environ["PET_NNODES"]
+        options.processes = int(os.environ["PET_NPROC_PER_NODE"])
+        options.rendezvous = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
+        options.is_host = os.environ["PET_NODE_RANK"] == "0"
+        # Pods have names that the others can look up, and one interface.
+        options.address = options.interface = ""
+    return options
 
 
 def status_of(failures: Iterable[ProcessFailure]) -> int:
