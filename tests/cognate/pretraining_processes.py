@@ -12,18 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cognate_server import losses
 from cognate_server.grokfast import ALPHA, BETAS, EPSILON, MAX_GRADIENT_NORM, parameter_groups
 from cognate_server.run import PretrainConfig, PretrainingRun
 from cognate_server.stream import Batch
 from cognate_server.trainer import pretrain
 from tests.cognate._support import TINY, CountingStream, MemoryAttempt
 from training_common.attempt import AttemptStopped, PartDone, StopKind
+from training_common.models.cognate_v1 import CognateV1
 from training_common.team import ALONE, Strategy, Team
 from training_common.team_attempt import TeamAttempt
 
 PROCESSES = 2
-STEPS = 24
-CUT_AT = 10
+STEPS = 16
+CUT_AT = 9
+POISONED_AT = 4
+# Enough for the order of filter and reduction to show.
+FILTERED_STEPS = 24
 # Three rows do not divide by two. The rate is high, so that a wrong gradient shows soon.
 CONFIG = PretrainConfig(
     seed=7,
@@ -57,6 +62,27 @@ class UnevenStream(CountingStream):
         return dataclasses.replace(batch, segment_ids=batch.segment_ids.masked_fill(padding, -1))
 
 
+class Poison:
+    """Makes the loss of one step infinite, in the last process's part of the batch alone."""
+
+    def __init__(self, team: Team) -> None:
+        self._team, self._calls = team, 0
+
+    def __enter__(self) -> None:
+        self._before = losses.summed_cross_entropy
+        losses.summed_cross_entropy = self._summed
+
+    def __exit__(self, *_: object) -> None:
+        losses.summed_cross_entropy = self._before
+
+    def _summed(self, model: CognateV1, found: losses.Predictions) -> tuple[Tensor, Tensor]:
+        self._calls += 1
+        total, losses_X = self._before(model, found)
+        # The control comes first in every step.
+        is_here = self._calls == 2 * POISONED_AT and self._team.rank == self._team.size - 1
+        return total * math.inf if is_here else total, losses_X
+
+
 def train(folder: Path, team: Team = ALONE, *, stop_at: int | None = None) -> Mapping[str, Any] | None:
     """Train to the end, or until just before step `stop_at + 1`, and return what was reported and saved."""
     own = None
@@ -72,6 +98,7 @@ def train(folder: Path, team: Team = ALONE, *, stop_at: int | None = None) -> Ma
     return {
         "rows": own.rows,
         "saved": own.saved,
+        "recovery": own.events,
         "weights": None if result is None else (result.model_dir / "model.safetensors").read_bytes(),
         "acceleration": None if result is None else result.acceleration,
     }
@@ -98,6 +125,10 @@ def run(rank: int, folder: str) -> None:
             seen = train(place / name, ours, stop_at=stop_at)
             if rank == 0:
                 torch.save(seen, place / f"{name}-{stop_at}.pt")
+        with Poison(ours):
+            seen = train(place / "poisoned", ours)
+        if rank == 0:
+            torch.save(seen, place / "poisoned-None.pt")
     for before in (True, False):
         seen_losses = filtered(team, before=before)
         if rank == 0:
@@ -152,7 +183,7 @@ def filtered(team: Team, *, before: bool) -> list[float]:
             return module
 
     ours = Unreduced(rank=team.rank, size=team.size)
-    config = dataclasses.replace(CONFIG, control_rates=())
+    config = dataclasses.replace(CONFIG, control_rates=(), total_steps=FILTERED_STEPS)
     run = PretrainingRun(config, UnevenStream() if team.leads else None, ours)
     run.optimizer = Filtered(run, before=before)  # type: ignore[assignment]
-    return [run.train_step(measure=False).loss for _ in range(STEPS)]
+    return [run.train_step(measure=False).loss for _ in range(FILTERED_STEPS)]

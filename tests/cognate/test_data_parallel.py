@@ -1,5 +1,6 @@
 """Pretraining in two processes: what it computes, saves and reports is what one process does with the same batches."""
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,21 @@ import safetensors.torch
 import torch
 import torch.multiprocessing as mp
 
-from tests.cognate.pretraining_processes import CUT_AT, KINDS, PROCESSES, STEPS, run, train
-from training_common.team import Strategy, Team
+from cognate_server.run import PretrainingRun
+from tests.cognate.pretraining_processes import (
+    CONFIG,
+    CUT_AT,
+    FILTERED_STEPS,
+    KINDS,
+    POISONED_AT,
+    PROCESSES,
+    STEPS,
+    Poison,
+    UnevenStream,
+    run,
+    train,
+)
+from training_common.team import ALONE, Strategy, Team
 
 pytestmark = pytest.mark.slow
 # Sums in another order: 2e-7 was seen.
@@ -101,11 +115,27 @@ def test_a_run_goes_on_with_another_number_of_processes(kind: Strategy, folder: 
     assert_same_weights(alone, to_one)
 
 
-def test_a_filter_before_the_reduction_would_be_found(folder: Path, alone: Seen) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_in_one_process_is_skipped_by_all(kind: Strategy, folder: Path, tmp_path: Path) -> None:
+    """The recovery manager sees the sum, so no process takes the step, and all go on alike."""
+    with Poison(ALONE):
+        expected = train(tmp_path)
+    actual = _load(folder / kind / "poisoned-None.pt")
+    assert expected is not None
+    assert [(event["step"], event["action"]) for event in actual["recovery"]] == [(POISONED_AT, "skip_batch")]
+    assert [event["step"] for event in expected["recovery"]] == [POISONED_AT]
+    assert _losses(actual) == pytest.approx(_losses(expected), rel=TOLERANCE)
+    assert_same_weights(expected, actual)
+
+
+def test_a_filter_before_the_reduction_would_be_found(folder: Path, tmp_path: Path) -> None:
     """Gradients are added up, then clipped and filtered. The other order trains another model."""
     right, wrong = _load(folder / "filtered-False.pt"), _load(folder / "filtered-True.pt")
-    assert right == pytest.approx(_losses(alone), rel=TOLERANCE)
-    difference = max(abs(one - other) / other for one, other in zip(wrong, _losses(alone), strict=True))
+    config = dataclasses.replace(CONFIG, control_rates=(), total_steps=FILTERED_STEPS)
+    ours = PretrainingRun(config, UnevenStream())
+    expected = [ours.train_step(measure=False).loss for _ in range(FILTERED_STEPS)]
+    assert right == pytest.approx(expected, rel=TOLERANCE)
+    difference = max(abs(one - other) / other for one, other in zip(wrong, expected, strict=True))
     assert difference > 4 * TOLERANCE
 
 
