@@ -152,6 +152,8 @@ class CognateResourceManager:
         return found_gpus() if self._lending.gpus is None else self._lending.gpus
 
     def _cores_per_slot(self) -> int:
+        if self._workers.engine != "local":
+            return 0  # of this host
         return self._workers.threads or self._total(Resource.CPU)
 
     def _running(self, connection: sa.Connection) -> int:

@@ -240,7 +240,7 @@ def main(
     if options.threads is not None:
         workers = settings.workers.model_copy(update={"threads": options.threads})
         settings = settings.model_copy(update={"workers": workers})
-    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    is_launched = _is_launched()
     if is_launched:
         end_with_parent(os.getppid())
     database = Database(settings.database_url, patience_s=_STORE_PATIENCE_S)
@@ -318,7 +318,7 @@ def _ending(store: AttemptStore, *, leads: bool) -> Iterator[None]:
             # The process ends, and the scheduler gives the job another worker.
             log.exception("attempt ended by the platform")
             # Of a process that is gone the engine tells.
-            if not isinstance(error, TeamBrokenError):
+            if not _misses_another(error):
                 with contextlib.suppress(sa.exc.OperationalError):
                     store.append("note", note_of("platform", f"{fault}; another attempt will go on", {}))
             raise SystemExit(EX_TEMPFAIL) from error
@@ -352,11 +352,25 @@ def _platform_fault(error: Exception) -> str:
     """
     if isinstance(error, sa.exc.OperationalError):
         return "the store did not answer in time"
-    if isinstance(error, TeamBrokenError):
+    if _misses_another(error):
         return "another process of the worker is gone"
     if isinstance(error, OSError) and error.errno in _PLATFORM_ERRNOS:
         return f"the worker's machine failed it: {error.strerror}"
     return ""
+
+
+def _misses_another(error: Exception) -> bool:
+    if not _is_launched():
+        return False
+    # What is exchanged in the middle of a step raises torch's own errors.
+    from training_common.team import is_exchange_error
+
+    return isinstance(error, TeamBrokenError) or is_exchange_error(error)
+
+
+def _is_launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _fail(store: AttemptStore, reason: str, message: str, *, leads: bool) -> None:

@@ -15,6 +15,8 @@ from cognateforge.exceptions import InvalidFieldError
 from cognateforge.job.v1 import job_pb2
 from tests.support.toy_service import ToyService
 from tests.support.toy_worker import expected_result
+from training_common import worker
+from training_common.attempt import TeamBrokenError
 from training_common.compute import require_slots, threads_of
 from training_common.engines.processes import EX_TEMPFAIL, pid_of
 from training_common.engines.torchrun import status_of
@@ -88,6 +90,16 @@ def test_the_worker_ends_as_the_process_that_began_it(statuses: list[int], expec
     """Not as those that were ended for its sake, or that missed it."""
     failures = [ProcessFailure(rank, rank, status, "") for rank, status in enumerate(statuses)]
     assert status_of(failures) == expected
+
+
+def test_a_lost_partner_is_no_fault_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch tells of it by a plain RuntimeError, wherever in a step it comes; others are the job's own."""
+    lost = RuntimeError("[.../third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+    assert worker._platform_fault(lost) == ""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for error in (lost, TeamBrokenError("gone")):
+        assert worker._platform_fault(error) == "another process of the worker is gone"
+    assert worker._platform_fault(RuntimeError("size mismatch")) == ""
 
 
 @pytest.mark.slow
