@@ -102,6 +102,7 @@ def build_optimizer(config: Optimization, *, base: Sequence[Parameter], head: Se
     Every group keeps its own peak in `peak_lr`; `set_lr` gives all of them their rate of a step.
     """
     from torch import optim
+    from torch.distributed.tensor import DTensor
 
     groups = [
         {"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay}
@@ -119,7 +120,9 @@ def build_optimizer(config: Optimization, *, base: Sequence[Parameter], head: Se
         group["weight_decay"] = 0.0  # the contract gives decay to AdamW alone
     if config.optimizer is OptimizerKind.ADAM:
         return optim.Adam(groups, fused=True)
-    return optim.SGD(groups, momentum=config.momentum, fused=True)
+    # Torch has no fused SGD for parameters of which each process holds a part.
+    parted = any(isinstance(p, DTensor) for p in (*base, *head))
+    return optim.SGD(groups, momentum=config.momentum, fused=not parted)
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:

@@ -16,6 +16,7 @@ from cognateforge.exceptions import (
     InvalidFieldError,
     NotImplementedByServerError,
 )
+from training_common.compute import fill_defaults
 from training_common.settings import DataSettings
 
 DEFAULT_BATCH_SIZE = 32
@@ -31,6 +32,8 @@ def with_defaults(plan: pb.TrainingPlan) -> pb.TrainingPlan:
     filled.CopyFrom(plan)
     filled.batch_size = plan.batch_size or DEFAULT_BATCH_SIZE
     filled.checkpoint_interval_steps = plan.checkpoint_interval_steps or DEFAULT_CHECKPOINT_INTERVAL_STEPS
+    if plan.HasField("compute"):
+        fill_defaults(filled.compute)
     optimization = filled.optimization
     optimization.peak_learning_rate = optimization.peak_learning_rate or DEFAULT_PEAK_LEARNING_RATE
     optimization.schedule = optimization.schedule or pb.SCHEDULE_COSINE

@@ -19,7 +19,7 @@ from cognateforge.agent.v1 import agent_pb2_grpc, training_pb2_grpc
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
-from training_common.engines.local import LocalEngine
+from training_common.engines.build import build_engine, worker_settings_file
 from training_common.folder_lock import FolderLock
 from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
@@ -54,10 +54,12 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
-    engine = LocalEngine(module="agent_server.worker", log_dir=jobs_dir(settings))
-    name = settings.server_name
-    verifier = Verifier(VerificationStore(store), engine, settings.workers, settings_file=settings_file, server=name)
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=name, verifier=verifier)
+    engine = build_engine(settings, module="agent_server.worker")
+    worker_settings, name = worker_settings_file(settings, settings_file), settings.server_name
+    verifier = Verifier(VerificationStore(store), engine, settings.workers, settings_file=worker_settings, server=name)
+    scheduler = Scheduler(
+        store, engine, settings.workers, settings_file=worker_settings, server=name, verifier=verifier
+    )
     events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
     sweeper = Sweeper(database, jobs_dir(settings), settings.retention)
@@ -73,7 +75,9 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         sweeper=sweeper,
     )
     link = CognateLink(settings.cognate)
-    info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
+    info = job_pb2.ServerInfo(
+        version=version("cognateforge"), capabilities=[f"engine.{engine.name}", "task.classification"]
+    )
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
         TrainingServicer(jobs, factory=factory, settings=settings, cognate=link, info=info), server
     )

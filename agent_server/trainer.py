@@ -27,7 +27,7 @@ from torch import Tensor
 
 from agent_server.adaptation import ParameterCount, count_parameters, merge_checked
 from agent_server.architectures.factory import AgentArchitecture, AgentArchitectureFactory
-from agent_server.architectures.model import AgentModel
+from agent_server.architectures.model import AgentBatch, AgentModel, LossModule
 from agent_server.card import model_card
 from agent_server.evaluation import EncodedRows, Evaluation, TrainingOrder, evaluate, majority_share
 from agent_server.optim import build_optimizer, lr_factor, set_lr, warmup_steps
@@ -41,6 +41,7 @@ from cognateforge.exceptions import (
 )
 from training_common.attempt import Attempt, AttemptStopped, CheckpointRef, Json
 from training_common.memory_copy import MemoryCopy
+from training_common.team import ALONE, Team, exchanging, load_parts, parts_of_state, whole
 
 # Rows that the merge and the export are checked on: one batch, over in a fraction of a second.
 _PROBE_ROWS = 32
@@ -90,30 +91,38 @@ class AgentResult:
 def train_agent(
     config: AgentTrainConfig,
     foundation_dir: Path,
-    data: LabelledData,
+    data: LabelledData | None,
     attempt: Attempt,
     *,
     factory: AgentArchitectureFactory | None = None,
+    team: Team = ALONE,
 ) -> AgentResult:
     """Train an agent, or go on from the attempt's newest checkpoint, and export it.
 
+    data: read by the team's first process alone. attempt: a `TeamAttempt` where there are others.
     Errors: ArchitectureNotFoundError, IncompatibleError, DataUnavailableError, TrainingDivergedError,
-    IntegrityCheckFailedError; AttemptStopped, for PAUSE with a checkpoint saved.
+    IntegrityCheckFailedError; AttemptStopped, for PAUSE with a checkpoint saved; PartDone, after the last step on
+    processes that are not the first; TeamBrokenError.
     """
     architecture = (factory or AgentArchitectureFactory()).get(config.architecture)
     if config.task not in architecture.tasks:
         served = ", ".join(architecture.tasks)
         raise IncompatibleError(f"the architecture {architecture.name} serves {served}, not {config.task}")
-    _check_data(data)
+    if data is not None:
+        _check_data(data)
+    labels = team.agree(lambda: [] if data is None else list(data.labels))
     torch.manual_seed(config.seed)
-    model = architecture.build(
-        foundation_dir=foundation_dir,
-        task=config.task,
-        labels=data.labels,
-        adaptation=config.adaptation,
-        seed=config.seed,
-    )
-    return _Run(config, architecture, model, data, attempt).finish()
+
+    def build() -> AgentModel:
+        return architecture.build(
+            foundation_dir=foundation_dir,
+            task=config.task,
+            labels=labels,
+            adaptation=config.adaptation,
+            seed=config.seed,
+        )
+
+    return _Run(config, architecture, build, data, attempt, team).finish()
 
 
 def _check_data(data: LabelledData) -> None:
@@ -134,55 +143,87 @@ class _Run:
         self,
         config: AgentTrainConfig,
         architecture: AgentArchitecture,
-        model: AgentModel,
-        data: LabelledData,
+        build: Callable[[], AgentModel],
+        data: LabelledData | None,
         attempt: Attempt,
+        team: Team,
     ) -> None:
-        self.config, self.architecture, self.model, self.data, self.attempt = config, architecture, model, data, attempt
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # What a checkpoint holds of the model; all the rest is the foundation's.
-        self.state: dict[str, Tensor] = {**self.trained, **dict(model.named_buffers())}
-        head = model.head_parameters()
-        in_head = {id(p) for p in head}
-        base = [p for p in self.trained.values() if id(p) not in in_head]
-        self.optimizer = build_optimizer(config.optimization, base=base, head=head)
-        self.order = TrainingOrder(self._encode(data.train), batch_size=config.batch_size, seed=config.seed)
-        self.validation = self._encode(data.validation).sample(config.validation_rows, config.seed)
-        self.test = self._encode(data.test).sample(config.evaluation_rows, config.seed)
+        self.config, self.architecture, self.attempt, self.team = config, architecture, attempt, team
+        self._build = build
+        self.model = build()
+        self.rows = None if data is None else _Rows(data, self.model, config)
+        self.validates = team.agree(lambda: self.rows is not None and len(self.rows.validation) > 0)
         self.step = 0
         self.saved_step = -1
         self.evaluations: list[Evaluation] = []
         self.validation_accuracy: float | None = None
+        checkpoint = attempt.latest_checkpoint()
+        if checkpoint is None:
+            self._calibrate()
+        else:
+            self._restore(checkpoint)
+        self._loss = LossModule(self.model)
+        self._parallel = team.parallel(self._loss, blocks=self.model.blocks())
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        # What a checkpoint holds of the model; all the rest is the foundation's.
+        self.state: dict[str, Tensor] = {**self.trained, **dict(self.model.named_buffers())}
+        head = self.model.head_parameters()
+        in_head = {id(p) for p in head}
+        base = [p for p in self.trained.values() if id(p) not in in_head]
+        self.optimizer = build_optimizer(config.optimization, base=base, head=head)
+        if checkpoint is not None:
+            self._restore_optimizer(checkpoint)
         self._copy = MemoryCopy()
         self._saving: Future[CheckpointRef] | None = None
 
-    def _encode(self, rows: Sequence[tuple[str, int]]) -> EncodedRows:
-        tokens = self.model.encode([text for text, _ in rows], max_tokens=self.config.max_tokens)
-        return EncodedRows(tokens=tokens, labels=[label for _, label in rows])
+    def _calibrate(self) -> None:
+        """Measure on the first process what the head needs to know, and let the others know it too."""
+        if self.rows is not None:
+            rows = self.rows.order.rows.sample(_CALIBRATION_ROWS, self.config.seed)
+            self.model.eval().calibrate(rows.all())
+        buffers = dict(self.model.named_buffers())
+        load_parts(buffers, self.team.deal(lambda: {name: buffer.clone() for name, buffer in buffers.items()}))
 
     def finish(self) -> AgentResult:
-        if not self._restore():
-            self.model.eval().calibrate(self.order.rows.sample(_CALIBRATION_ROWS, self.config.seed).all())
-        if not self.evaluations:
-            self._measure("before")
-            share = majority_share(self.test)
-            self._record("majority_share", self.test, share)
+        if self.team.agree(lambda: not self.evaluations):
+            model = self._whole_model()
+            self.team.agree(lambda: self._measure("before", model, between=self._between))
         self._train()
         self._save()
+        model = self._whole_model()
         self.attempt.trained()
-        self._measure("after")
-        if len(self.validation):
-            self._record("validation_accuracy", self.validation, self._validate())
-        count = count_parameters(self.model)
-        folder = self._export(count)
+        return self._finish(model, self._own_rows())
+
+    def _finish(self, model: AgentModel, rows: _Rows) -> AgentResult:
+        """Measure and export, on the first process alone."""
+        self._measure("after", model, between=self._heed_stop)
+        if self.validates:
+            accuracy = evaluate(model, rows.validation, between=self._heed_stop).accuracy
+            self._record("validation_accuracy", rows.validation, accuracy)
+        count = count_parameters(model)
+        folder = self._export(model, rows, count)
         return AgentResult(
             folder=folder,
-            labels=self.model.labels,
+            labels=model.labels,
             evaluations=tuple(self.evaluations),
             trainable_parameters=count.trainable,
             total_parameters=count.total,
             steps=self.step,
         )
+
+    def _own_rows(self) -> _Rows:
+        if self.rows is None:
+            raise RuntimeError("only the team's first process has rows")
+        return self.rows
+
+    def _whole_model(self) -> AgentModel:
+        """Return the model, gathered where it is parted. Every process has to call it."""
+        if not self.team.shards:
+            return self.model
+        state = whole(self.model.state_dict())
+        model = self._build()
+        model.load_state_dict(state)
+        return model
 
     # Steps
 
@@ -198,7 +239,7 @@ class _Run:
             meter.add(loss=loss, correct=correct, rows=rows, seconds=time.monotonic() - started)
             last = self.step == config.total_steps
             measured: dict[str, Json] = {}
-            if len(self.validation) and not last and self.step % validation_interval == 0:
+            if self.validates and not last and self.step % validation_interval == 0:
                 measured["validation_accuracy"] = self.validation_accuracy = self._validate()
             if measured or last or self.step == 1 or self.step % config.progress_interval_steps == 0:
                 metrics = meter.take(self.step) | {"learning_rate": lr, "gradient_norm": norm} | measured
@@ -208,24 +249,29 @@ class _Run:
 
     def _optimize(self, step: int) -> tuple[float, int, int, float, float]:
         """Take one step; return loss, rows answered rightly, rows, gradient norm and learning rate."""
-        optimization = self.config.optimization
-        batch = self.order.batch(step)
-        result = self.model.loss(batch)
-        loss = float(result.mean.detach())
+        optimization, team, total = self.config.optimization, self.team, self.config.total_steps
+        batch = AgentBatch(**team.deal(lambda: vars(self._own_rows().order.batch(step))))
+        if team.size > 1:  # no two processes drop out the same, and a resumed run drops out as the uninterrupted one
+            torch.manual_seed((self.config.seed * total + step) * team.size + team.rank)
+        mine, weight = _share(batch, team)
+        part = self._parallel(mine) * weight
+        parts = torch.stack((part.detach().double(), torch.tensor(self._loss.found.correct * (weight > 0))))
+        loss, correct = team.total(parts).tolist()
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"the loss of step {step + 1} is {loss}; lower optimization.peak_learning_rate")
         self.optimizer.zero_grad(set_to_none=True)
-        result.mean.backward()  # type: ignore[no-untyped-call]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), optimization.clip_norm))
+        with exchanging():
+            part.backward()
+        team.add_up_the_rest(self.trained.values())
+        norm = team.clip(list(self.trained.values()), optimization.clip_norm)
         if not math.isfinite(norm):
             raise TrainingDivergedError(f"the gradient norm of step {step + 1} is {norm}, and its loss {loss}")
-        total = self.config.total_steps
         factor = lr_factor(
             step, total_steps=total, warmup_steps=warmup_steps(optimization, total), schedule=optimization.schedule
         )
         set_lr(self.optimizer, factor)
         self.optimizer.step()
-        return loss, result.correct, batch.tokens_BT.shape[0], norm, optimization.lr * factor
+        return loss, int(correct), len(batch.tokens_BT), norm, optimization.lr * factor
 
     def _heed_stop(self) -> None:
         """Raise AttemptStopped when the job's owner asked for it, for PAUSE with the present step saved."""
@@ -238,19 +284,27 @@ class _Run:
 
     # Measuring
 
-    def _measure(self, when: str) -> None:
-        result = evaluate(self.model, self.test, between=self._heed_stop)
-        self._record(f"accuracy_{when}", self.test, result.accuracy)
-        self._record(f"macro_f1_{when}", self.test, result.macro_f1)
+    def _between(self) -> None:
+        # While the first of several processes measures, the others wait for it and could not save.
+        if self.team.size == 1:
+            self._heed_stop()
+
+    def _measure(self, when: str, model: AgentModel, *, between: Callable[[], None]) -> None:
+        rows = self._own_rows().test
+        result = evaluate(model, rows, between=between)
+        self._record(f"accuracy_{when}", rows, result.accuracy)
+        self._record(f"macro_f1_{when}", rows, result.macro_f1)
+        if when == "before":
+            self._record("majority_share", rows, majority_share(rows))
 
     def _validate(self) -> float:
-        return evaluate(self.model, self.validation, between=self._heed_stop).accuracy
+        model = self._whole_model()
+        return self.team.agree(lambda: evaluate(model, self._own_rows().validation, between=self._between).accuracy)
 
     def _record(self, metric: str, rows: EncodedRows, value: float) -> None:
-        split = "validation" if rows is self.validation else "test"
-        self.evaluations.append(
-            Evaluation(metric=metric, dataset=f"{self.data.name}/{split}", value=value, rows=len(rows))
-        )
+        own = self._own_rows()
+        split = "validation" if rows is own.validation else "test"
+        self.evaluations.append(Evaluation(metric=metric, dataset=f"{own.name}/{split}", value=value, rows=len(rows)))
 
     # Checkpoints
 
@@ -260,8 +314,9 @@ class _Run:
         if self._saving is not None:
             self._saving.result()  # what the copy overwrites is written
         state: dict[str, Any] = {
-            "trained": {name: value.detach() for name, value in self.state.items()},
-            "optimizer": {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()},
+            # Whole, whatever each process holds: any number of processes can go on from it.
+            "trained": whole({name: value.detach() for name, value in self.state.items()}),
+            "optimizer": {"optimizer": whole(self.optimizer.state_dict()), "random": torch.get_rng_state()},
         }
         if self.attempt.saves_in_background:
             state = self._copy.take(state)
@@ -286,34 +341,33 @@ class _Run:
         }
         return json.dumps(position)
 
-    def _restore(self) -> bool:
-        """Take over the newest checkpoint; return whether there is one."""
-        checkpoint = self.attempt.latest_checkpoint()
-        if checkpoint is None:
-            return False
+    def _restore(self, checkpoint: CheckpointRef) -> None:
+        """Take over a checkpoint's weights and position."""
         position = json.loads((checkpoint.path / "position.json").read_text(encoding="utf-8"))
         if (position["format"], position["config_digest"]) != (_CHECKPOINT_FORMAT, self.config.digest()):
             raise ArtifactCorruptError(f"the checkpoint of step {checkpoint.step} is of another training plan")
         stored = safetensors.torch.load_file(checkpoint.path / "trained.safetensors")
-        if stored.keys() != self.state.keys():
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        own: dict[str, Tensor] = {**trained, **dict(self.model.named_buffers())}
+        if stored.keys() != own.keys():
             raise ArtifactCorruptError(f"the checkpoint of step {checkpoint.step} holds other parameters")
-        with torch.no_grad():
-            for name, value in self.state.items():
-                value.copy_(stored[name])
-        state = torch.load(checkpoint.path / "optimizer.pt", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
+        load_parts(own, stored)
         self.step = self.saved_step = position["step"]
         self.evaluations = [Evaluation(**e) for e in position["evaluations"]]
         self.validation_accuracy = position.get("validation_accuracy")  # unknown to checkpoints of before
-        return True
+
+    def _restore_optimizer(self, checkpoint: CheckpointRef) -> None:
+        state = torch.load(checkpoint.path / "optimizer.pt", weights_only=True)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(parts_of_state(state["optimizer"], parameters))
+        torch.set_rng_state(state["random"])
 
     # Export
 
-    def _export(self, count: ParameterCount) -> Path:
+    def _export(self, model: AgentModel, rows: _Rows, count: ParameterCount) -> Path:
         """Merge, write the folder, read it back, and hold both against the trained model's logits."""
-        model = self.model.eval()
-        probe = self.test.batch(range(min(_PROBE_ROWS, len(self.test))))
+        model.eval()
+        probe = rows.test.batch(range(min(_PROBE_ROWS, len(rows.test))))
 
         @torch.no_grad()
         def logits() -> Tensor:
@@ -325,8 +379,15 @@ class _Run:
             shutil.rmtree(folder)  # an earlier attempt's, cut off before it was published
         folder.mkdir(parents=True)
         model.save(folder, extra=self._export_config(count, change))
-        self._write_card(folder, count, change)
-        self._check_export(folder, logits)
+        card = model_card(
+            self.config, data=rows.name, labels=model.labels, count=count, change=change,
+            evaluations=self.evaluations, training_rows=rows.training_rows,
+        )  # fmt: skip
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        with torch.no_grad():
+            read_back = self.architecture.load(folder).eval().comparable_logits(probe)
+        if not torch.equal(read_back, logits()):
+            raise IntegrityCheckFailedError("the exported agent, read back, gives other logits than the trained one")
         return folder
 
     def _export_config(self, count: ParameterCount, change: float) -> dict[str, Json]:
@@ -342,19 +403,33 @@ class _Run:
             "evaluations": [asdict(e) for e in self.evaluations],
         }
 
-    def _write_card(self, folder: Path, count: ParameterCount, change: float) -> None:
-        card = model_card(
-            self.config, data=self.data.name, labels=self.model.labels, count=count, change=change,
-            evaluations=self.evaluations, training_rows=len(self.data.train),
-        )  # fmt: skip
-        (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def _check_export(self, folder: Path, logits: Callable[[], Tensor]) -> None:
-        probe = self.test.batch(range(min(_PROBE_ROWS, len(self.test))))
-        with torch.no_grad():
-            read_back = self.architecture.load(folder).eval().comparable_logits(probe)
-        if not torch.equal(read_back, logits()):
-            raise IntegrityCheckFailedError("the exported agent, read back, gives other logits than the trained one")
+class _Rows:
+    """The rows of prepared data, encoded: those to train on in their order, and samples of the others."""
+
+    def __init__(self, data: LabelledData, model: AgentModel, config: AgentTrainConfig) -> None:
+        self.name = data.name
+        self.training_rows = len(data.train)
+
+        def encode(rows: Sequence[tuple[str, int]]) -> EncodedRows:
+            tokens = model.encode([text for text, _ in rows], max_tokens=config.max_tokens)
+            return EncodedRows(tokens=tokens, labels=[label for _, label in rows])
+
+        self.order = TrainingOrder(encode(data.train), batch_size=config.batch_size, seed=config.seed)
+        self.validation = encode(data.validation).sample(config.validation_rows, config.seed)
+        self.test = encode(data.test).sample(config.evaluation_rows, config.seed)
+
+
+def _share(batch: AgentBatch, team: Team) -> tuple[AgentBatch, float]:
+    """Return this process's rows, and their share of the batch.
+
+    A process without a row takes the first one and counts it for nothing: it has to take part in every exchange.
+    """
+    rows = len(batch.tokens_BT)
+    mine = team.rows(rows)
+    count = mine.stop - mine.start
+    taken = mine if count else slice(0, 1)
+    return AgentBatch(**{name: part[taken] for name, part in vars(batch).items()}), count / rows
 
 
 class _Meter:

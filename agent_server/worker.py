@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -24,9 +25,12 @@ from cognateforge.agent.v1 import training_pb2 as pb
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.attempt import Attempt, AttemptStopped, AttemptWaits
+from training_common.compute import threads_of
 from training_common.jobs.states import JobState
 from training_common.retention import retention_of
-from training_common.worker import WorkerContext, run
+from training_common.team import Team, team_for
+from training_common.team_attempt import TeamAttempt
+from training_common.worker import AssistantContext, WorkerContext, run
 
 # Long enough that a Cognate that restarts is not pressed, short enough that its return is seen at once.
 _RETRY_S = 1.0
@@ -35,8 +39,9 @@ _RETRY_S = 1.0
 def work(context: WorkerContext[AgentSettings]) -> None:
     """Take one job from its plan to a published agent."""
     settings, attempt = context.settings, context.attempt
-    torch.set_num_threads(settings.workers.threads or os.cpu_count() or 1)
     plan = pb.TrainingPlan.FromString(attempt.store.job.plan)
+    team = team_for(plan.compute, context.team)
+    _set_threads(settings, team)
     attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=True))
     # A job that came back from waiting read its data before: what it lacked is asked for first.
     base = _fetch(context, plan) if attempt.store.job.waits else None
@@ -61,12 +66,33 @@ def work(context: WorkerContext[AgentSettings]) -> None:
         {"message": f"{base.name} fetched and verified", "foundation": base.name, "digest": base.digest},
     )
     attempt.move(JobState.RUNNING)
-    config = from_plan(plan, foundation=base.name, foundation_digest=base.digest)
-    result = train_agent(config, base.path, data, attempt)
+    name, digest, path = team.agree(lambda: (base.name, base.digest, str(base.path)))
+    result = train_agent(
+        from_plan(plan, foundation=name, foundation_digest=digest),
+        Path(path),
+        data,
+        TeamAttempt(team, attempt, job=attempt.job, workdir=attempt.workdir),
+        team=team,
+    )
     manifest = json.dumps(data.manifest.to_json(), indent=1) + "\n"
     (result.folder / "data.json").write_text(manifest, encoding="utf-8")
     registry = ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts"))
     AgentArtifactManager(registry).publish(result, plan=plan, foundation=base, data=data.manifest, attempt=attempt)
+
+
+def assist(context: AssistantContext[AgentSettings]) -> None:
+    """Take part in training, in a process that is not the first."""
+    plan = pb.TrainingPlan.FromString(context.plan)
+    team = team_for(plan.compute, context.team)
+    _set_threads(context.settings, team)
+    name, digest, path = team.agree(lambda: ("", "", ""))  # what the first one has fetched
+    config = from_plan(plan, foundation=name, foundation_digest=digest)
+    attempt = TeamAttempt(team, None, job=context.job, workdir=context.job_dir)
+    train_agent(config, Path(path), None, attempt, team=team)
+
+
+def _set_threads(settings: AgentSettings, team: Team) -> None:
+    torch.set_num_threads(threads_of(settings.workers.threads, os.cpu_count() or 1, team.size))
 
 
 def _heed(attempt: Attempt) -> None:
@@ -119,4 +145,4 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
 
 
 if __name__ == "__main__":
-    run(load_settings, work)
+    run(load_settings, work, assist)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.grokfast import BETAS, EPSILON, MAX_GRADIENT_NORM, parameter_groups
-from cognate_server.losses import PONDER_WEIGHT, objective
+from cognate_server.losses import PONDER_WEIGHT, ObjectiveModule
 from cognate_server.precision import Precision
 from cognate_server.stream import Batch
 from cognate_server.validation import row_losses
 from training_common.models.cognate_v1 import CognateV1, CognateV1Config, MemoryState
+from training_common.team import ALONE, Team, exchanging
 
 Curve = Sequence[tuple[int, float]]
 
@@ -47,24 +48,39 @@ class AccelerationReport:
 class _Control:
     """One model under plain AdamW: the gradient is clipped as GrokFast's is, and nothing is added to it."""
 
-    def __init__(self, config: CognateV1Config, *, seed: int, unigram_counts: Tensor, rate: float) -> None:
+    def __init__(
+        self,
+        config: CognateV1Config,
+        *,
+        seed: int,
+        unigram_counts: Tensor,
+        rate: float,
+        prior_N: Tensor,
+        precision: Precision,
+        team: Team,
+    ) -> None:
         self.rate = rate
+        self._team = team
         self.model = CognateModelConstructor(config).construct(config, seed=seed, unigram_counts=unigram_counts)
+        self._objective = ObjectiveModule(self.model, prior_N, precision=precision, team=team)
+        self._parallel = team.parallel(self._objective)
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self.model), lr=1.0, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True
         )
         self._memory: MemoryState | None = None
         self.diverged = False
 
-    def train_step(self, batch: Batch, prior_N: Tensor, lr: float, precision: Precision) -> None:
+    def train_step(self, batch: Batch, lr: float) -> None:
         """Take one step; a control whose loss or gradient is not finite is left where it is from then on."""
         if self.diverged:
             return
-        found = objective(self.model, batch, self._memory, prior_N, ponder_weight=PONDER_WEIGHT, precision=precision)
+        total = self._parallel(batch, self._memory, PONDER_WEIGHT)
+        found = self._objective.found
         self._optimizer.zero_grad()
-        found.total.backward()  # type: ignore[no-untyped-call]
+        with exchanging():
+            total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        if not math.isfinite(float(found.total.detach())) or not math.isfinite(float(norm)):
+        if not math.isfinite(float(total.detach())) or not math.isfinite(float(norm)):
             self.diverged = True
             return
         for group in self._optimizer.param_groups:
@@ -76,14 +92,15 @@ class _Control:
         return {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "memory": None if self._memory is None else self._memory.tensors(),
+            "memory": None if self._memory is None else self._memory.map(self._team.gather).tensors(),
             "diverged": self.diverged,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._memory = None if state["memory"] is None else MemoryState(**state["memory"])
+        memory = state["memory"]
+        self._memory = None if memory is None else MemoryState(**memory).map(self._team.mine)
         self.diverged = state["diverged"]
 
 
@@ -102,9 +119,20 @@ class AccelerationControl:
         prior_N: Tensor,
         rates: Sequence[float],
         precision: Precision,
+        team: Team = ALONE,
     ) -> None:
-        self._prior_N, self._precision = prior_N, precision
-        self._controls = [_Control(config, seed=seed, unigram_counts=unigram_counts, rate=rate) for rate in rates]
+        self._controls = [
+            _Control(
+                config,
+                seed=seed,
+                unigram_counts=unigram_counts,
+                rate=rate,
+                prior_N=prior_N,
+                precision=precision,
+                team=team,
+            )
+            for rate in rates
+        ]
         self._grokfast: list[tuple[int, float]] = []
         self._control: list[tuple[int, float]] = []
 
@@ -116,7 +144,7 @@ class AccelerationControl:
     def train_step(self, batch: Batch, lr: float) -> None:
         """Train every control on the batch. lr: what the plan's schedule says, before the control's own factor."""
         for control in self._controls:
-            control.train_step(batch, self._prior_N, lr, self._precision)
+            control.train_step(batch, lr)
 
     def validate(self, step: int, grokfast_loss: float, batches: Sequence[Batch]) -> float | None:
         """Add a point to both curves; return the lowest loss among the rates, None when all have diverged."""

@@ -14,6 +14,7 @@ from cognate_server.losses import PONDER_WEIGHT
 from cognate_server.recovery import Action, Change, Finding
 from cognate_server.run import PretrainingRun
 from cognate_server.tracker import contents_rms
+from training_common.team import whole
 
 # A halved learning rate is the usual answer to divergence; an eighth of the plan's hardly trains any more.
 LR_CUT = 0.5
@@ -89,14 +90,18 @@ def _adjust_pondering(run: PretrainingRun, finding: Finding) -> Change | None:
     A token that halts in its first step gives it all the weight whatever its probability was, so the prior has no
     gradient there: no weight alone brings such a model back.
     """
-    before = {"ponder_weight": run.ponder_weight, "halting_bias": float(run.model.halting.bias.detach())}
+    before = {"ponder_weight": run.ponder_weight, "halting_bias": _halting_bias(run)}
     if run.ponder_weight >= PONDER_WEIGHT_MOST:
         return None
     run.ponder_weight *= 2
     if finding.evidence.get("steps") == 1.0:
         _restart_halting(run)
-    after = {"ponder_weight": run.ponder_weight, "halting_bias": float(run.model.halting.bias.detach())}
+    after = {"ponder_weight": run.ponder_weight, "halting_bias": _halting_bias(run)}
     return Change(before=before, after=after)
+
+
+def _halting_bias(run: PretrainingRun) -> float:
+    return float(whole(run.model.halting.bias.detach()))
 
 
 @torch.no_grad()
@@ -105,14 +110,14 @@ def _restart_halting(run: PretrainingRun) -> None:
     halting = run.model.halting
     halting.bias.fill_(math.log(HALTING_START / (1 - HALTING_START)))
     length = HALTING_STD * math.sqrt(halting.weight.numel())
-    halting.weight.mul_(min(1.0, length / max(float(halting.weight.norm()), 1e-12)))
+    halting.weight.mul_(min(1.0, length / max(float(whole(halting.weight.norm())), 1e-12)))
 
 
 def _reset_memory(run: PretrainingRun, finding: Finding) -> Change | None:
     """Let every row start with an empty memory; parameters stay."""
     if run.memory is None:
         return None
-    before = {"contents_rms": contents_rms(run.memory)}
+    before = {"contents_rms": contents_rms(run.memory, run.team)}
     run.memory = None
     return Change(before=before, after={"contents_rms": 0.0})
 

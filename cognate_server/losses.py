@@ -5,17 +5,19 @@ Letters as in `cognate_v1`; X the positions of a batch that have a target.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cognate_server.cross_entropy import head_cross_entropy
 from cognate_server.precision import Precision
 from cognate_server.stream import Batch
 from training_common.models.cognate_v1 import CognateOutput, CognateV1, MemoryState, Recall
+from training_common.team import ALONE, Team
 
 PONDER_WEIGHT = 0.1
 PONDER_MEAN = 2.0
@@ -40,29 +42,71 @@ def truncated_geometric(steps: int, mean: float) -> Tensor:
     return (weights_N / weights_N.sum()).float()
 
 
-def ponder_divergence(output: CognateOutput, prior_N: Tensor) -> Tensor:
-    """Return KL(mean halting distribution || prior). Padding counts for nothing: its distribution is zero."""
-    tokens = (output.steps_BT > 0).sum().clamp(min=1)
-    mean_N = output.halting_BTN.sum((0, 1)) / tokens
+def ponder_divergence(mean_N: Tensor, prior_N: Tensor) -> Tensor:
+    """Return KL(mean halting distribution || prior)."""
     return torch.xlogy(mean_N, mean_N).sum() - (mean_N * prior_N.log()).sum()
 
 
-def step_allotment(halting_XN: Tensor, losses_X: Tensor) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What the objective is made of, added up over tokens: any parts of a batch add up to those of the whole.
+
+    float64, so that they can be squares and counts. x: expected ponder steps of a target's token. y: its loss, as a
+    yardstick without a gradient.
+    """
+
+    cross_entropy: Tensor
+    halting_N: Tensor
+    x: Tensor
+    xx: Tensor
+    xy: Tensor
+    y: Tensor
+    yy: Tensor
+    targets: Tensor
+    tokens: Tensor
+    taken_N: Tensor  # tokens that took 0, 1, ... steps
+
+    def over(self, team: Team) -> Sums:
+        """Add them up over all processes, in one exchange. Errors: TeamBrokenError."""
+        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        summed = team.total(torch.cat([part.reshape(-1) for part in parts]))
+        pieces = torch.split(summed, [part.numel() for part in parts])
+        named = zip(dataclasses.fields(self), pieces, parts, strict=True)
+        return Sums(**{field.name: piece.reshape(part.shape) for field, piece, part in named})
+
+
+def sums(found: Predictions, cross_entropy: Tensor, losses_X: Tensor) -> Sums:
+    """Add up a batch, or a part of one."""
+    output = found.output
+    numbers_N = torch.arange(1, output.halting_BTN.shape[-1] + 1, dtype=torch.float64)
+    x_X, y_X = output.halting_BTN[found.trained_BT].double() @ numbers_N, losses_X.detach().double()
+    taken_N = torch.bincount(output.steps_BT.reshape(-1), minlength=len(numbers_N) + 1).double()
+    return Sums(
+        cross_entropy=cross_entropy.double(),
+        halting_N=output.halting_BTN.sum((0, 1), dtype=torch.float64),
+        x=x_X.sum(),
+        xx=x_X.square().sum(),
+        xy=(x_X * y_X).sum(),
+        y=y_X.sum(),
+        yy=y_X.square().sum(),
+        targets=torch.tensor(len(y_X), dtype=torch.float64),
+        tokens=taken_N[1:].sum(),
+        taken_N=taken_N,
+    )
+
+
+def step_allotment(of: Sums) -> Tensor:
     """Return the correlation of the tokens' expected ponder steps with their losses, -1 to 1; 0 where either is flat.
 
     The prior fixes how many steps the tokens take together, and says nothing about which of them takes many. Without
     this, correlations were 0 after 400 steps of Cognate-25M. The halting unit learns to tell hard tokens from easy ones
     by it, as exits by confidence do (Schuster et al. 2022, arXiv:2207.07061), without a head at every step.
-
-    losses_X: a yardstick; no gradient goes through it.
     """
-    numbers_N = torch.arange(1, halting_XN.shape[1] + 1, device=halting_XN.device, dtype=halting_XN.dtype)
-    steps_X, losses_X = halting_XN @ numbers_N, losses_X.detach()
-    if len(steps_X) == 0:
-        return halting_XN.new_zeros(())
-    steps_X, losses_X = steps_X - steps_X.mean(), losses_X - losses_X.mean()
-    variances = (steps_X.square().mean() + _VARIANCE_FLOOR) * (losses_X.square().mean() + _VARIANCE_FLOOR)
-    return (steps_X * losses_X).mean() / variances.sqrt()
+    count = of.targets.clamp(min=1)
+    x, y = of.x / count, of.y / count
+    # The differences of large sums may end just below 0.
+    x_variance, y_variance = (of.xx / count - x * x).clamp(min=0), (of.yy / count - y * y).clamp(min=0)
+    return (of.xy / count - x * y) / ((x_variance + _VARIANCE_FLOOR) * (y_variance + _VARIANCE_FLOOR)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -115,15 +159,14 @@ def forward(model: CognateV1, batch: Batch, memory: MemoryState | None, **option
     return Predictions(output, hidden_XD, recall_X, targets_X, trained_BT)
 
 
-def mean_cross_entropy(model: CognateV1, found: Predictions) -> tuple[Tensor, Tensor]:
-    """Return the targets' mean cross-entropy in nats (0 of no target), and each one's without a gradient: (X,)."""
+def summed_cross_entropy(model: CognateV1, found: Predictions) -> tuple[Tensor, Tensor]:
+    """Return the sum of the targets' cross-entropies in nats, and each one's without a gradient: (X,)."""
     mixture = None
     if found.recall_X is not None:
         mixture = (found.recall_X.log_own, found.recall_X.log_part_of(found.targets_X))
-    total, losses_X = head_cross_entropy(
+    return head_cross_entropy(
         model.head(found.hidden_XD), model.embedding.weight, model.head_bias_V, found.targets_X, mixture
     )
-    return total / max(1, found.targets_X.shape[0]), losses_X
 
 
 @torch.no_grad()
@@ -144,10 +187,10 @@ def _starting_memory(model: CognateV1, batch: Batch, memory: MemoryState | None)
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a batch's gradient is taken of, and its parts.
+    """What a batch's gradient is taken of, and its parts, over all processes; `output` is this process's own.
 
-    total: cross_entropy + ponder weight * divergence - ALLOTMENT_WEIGHT * allotment. cross_entropy: nats per target.
-    targets: how many there are.
+    total: cross_entropy + ponder weight * divergence - ALLOTMENT_WEIGHT * allotment, float64. cross_entropy: nats per
+    target. targets: how many there are. taken_N: tokens that took 0, 1, ... steps; 0 is padding.
     """
 
     total: Tensor
@@ -155,6 +198,7 @@ class Objective:
     divergence: Tensor
     allotment: Tensor
     targets: int
+    taken_N: Tensor
     output: CognateOutput
 
 
@@ -167,18 +211,54 @@ def objective(
     ponder_weight: float,
     precision: Precision,
     statistics: bool = False,
+    team: Team = ALONE,
 ) -> Objective:
-    """Run the model on a batch and return what training minimizes; `memory` is what the rows go on from."""
+    """Run the model on a batch and return what training minimizes; `memory` is what the rows go on from.
+
+    With a team, `batch` is this process's share of the rows. The value is that of the whole batch, and the gradient
+    this process's part of its gradient. Errors: TeamBrokenError.
+    """
     with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.BFLOAT16):
         found = forward(model, batch, memory, statistics=statistics)
-        cross_entropy, losses_X = mean_cross_entropy(model, found)
-    divergence = ponder_divergence(found.output, prior_N)
-    allotment = step_allotment(found.output.halting_BTN[found.trained_BT], losses_X)
+        cross_entropy, losses_X = summed_cross_entropy(model, found)
+    # The prior and the correlation are of means over the whole batch, so means of the processes' own would not do.
+    of = sums(found, cross_entropy, losses_X).over(team)
+    mean = of.cross_entropy / of.targets.clamp(min=1)
+    divergence = ponder_divergence(of.halting_N / of.tokens.clamp(min=1), prior_N.double())
+    allotment = step_allotment(of)
     return Objective(
-        total=cross_entropy + ponder_weight * divergence - ALLOTMENT_WEIGHT * allotment,
-        cross_entropy=cross_entropy,
+        total=mean + ponder_weight * divergence - ALLOTMENT_WEIGHT * allotment,
+        cross_entropy=mean,
         divergence=divergence,
         allotment=allotment,
-        targets=found.targets_X.shape[0],
+        targets=int(of.targets),
+        taken_N=of.taken_N.long(),
         output=found.output,
     )
+
+
+class ObjectiveModule(nn.Module):
+    """The objective as a module, for what wraps modules: its forward returns the total, and `found` keeps all of it."""
+
+    found: Objective
+
+    def __init__(self, model: CognateV1, prior_N: Tensor, *, precision: Precision, team: Team = ALONE) -> None:
+        super().__init__()
+        self.model = model
+        self._prior_N, self._precision, self._team = prior_N, precision, team
+
+    def forward(
+        self, batch: Batch, memory: MemoryState | None, ponder_weight: float, statistics: bool = False
+    ) -> Tensor:
+        """Return the total, see `objective`."""
+        self.found = objective(
+            self.model,
+            batch,
+            memory,
+            self._prior_N,
+            ponder_weight=ponder_weight,
+            precision=self._precision,
+            statistics=statistics,
+            team=self._team,
+        )
+        return self.found.total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cognate_server.data.curriculum import DEFAULT_INITIAL_COMPETENCE, Curriculum
 from cognate_server.data.sources import DatasetShare, SourceSettings, parse_share, require_available
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
+from training_common.compute import fill_defaults
 from training_common.settings import DataSettings
 
 DEFAULT_BATCH_SIZE = 4
@@ -25,6 +26,8 @@ def with_defaults(plan: pb.PretrainingPlan) -> pb.PretrainingPlan:
     filled.warmup_steps = plan.warmup_steps or max(1, plan.total_steps // 10)
     filled.checkpoint_interval_steps = plan.checkpoint_interval_steps or DEFAULT_CHECKPOINT_INTERVAL_STEPS
     filled.progress_interval_steps = plan.progress_interval_steps or 1
+    if plan.HasField("compute"):
+        fill_defaults(filled.compute)
     if plan.HasField("curriculum"):
         filled.curriculum.steps = plan.curriculum.steps or max(1, plan.total_steps // 2)
         filled.curriculum.initial_competence = plan.curriculum.initial_competence or DEFAULT_INITIAL_COMPETENCE

@@ -16,6 +16,7 @@ import structlog
 
 from cognate_server.leases import LeaseRow, LeaseState, LeaseStore, Resource
 from cognate_server.settings import LendingSettings
+from training_common.engines.processes import find
 from training_common.jobs.states import HELD
 from training_common.jobs.store import JobStore
 from training_common.jobs.verifications import count_running
@@ -115,10 +116,12 @@ class CognateResourceManager:
         with self.database.write() as connection:
             now = now_us()
             lent = self.leases.active(connection, Resource.CPU, now)
-            job = self._store.next_due(connection)
+            job = self._store.next_due(connection, most=self._workers.slots)
             free = self._total(Resource.CPU) - self._own(connection, Resource.CPU) - sum(one.amount for one in lent)
-            missing = self._cores_per_job() - free
-            if missing <= 0 or not lent or job is None:
+            if not lent or job is None:
+                return ""
+            missing = min(self._total(Resource.CPU), job.processes * self._cores_per_slot()) - free
+            if missing <= 0:
                 return ""
             wanted = f"{missing} cores are missing, which are lent to {', '.join(sorted({one.holder for one in lent}))}"
             missing -= sum(one.amount for one in lent if one.state is LeaseState.REVOKING)
@@ -152,7 +155,9 @@ class CognateResourceManager:
             return int(psutil.virtual_memory().total)
         return found_gpus() if self._lending.gpus is None else self._lending.gpus
 
-    def _cores_per_job(self) -> int:
+    def _cores_per_slot(self) -> int:
+        if self._workers.engine != "local":
+            return 0  # of this host
         return self._workers.threads or self._total(Resource.CPU)
 
     def _running(self, connection: sa.Connection) -> int:
@@ -164,7 +169,7 @@ class CognateResourceManager:
     def _own(self, connection: sa.Connection, kind: Resource) -> int:
         """Return what our jobs hold. They use no graphics processor: the trainer runs on processor cores."""
         if kind is Resource.CPU:
-            return min(self._total(kind), self._slots_used(connection) * self._cores_per_job())
+            return min(self._total(kind), self._slots_used(connection) * self._cores_per_slot())
         if kind is Resource.MEMORY:
             return sum(_resident_bytes(handle) for handle in self._store.held_handles(connection))
         return 0
@@ -174,7 +179,7 @@ class CognateResourceManager:
         if kind is not Resource.CPU:
             return 0
         free_slots = max(0, self._workers.slots - self._slots_used(connection))
-        return min(free_slots, self._store.due(connection)) * self._cores_per_job()
+        return min(free_slots, self._store.due_slots(connection)) * self._cores_per_slot()
 
 
 def found_gpus() -> int:
@@ -183,9 +188,12 @@ def found_gpus() -> int:
 
 
 def _resident_bytes(handle: str) -> int:
-    """Return what a worker occupies; 0 for one that ended meanwhile or has not registered yet."""
-    try:
-        resident: int = psutil.Process(int(handle.partition(":")[0])).memory_info().rss
-    except (psutil.NoSuchProcess, ValueError):
+    """Return what a worker's processes occupy; 0 for one that ended meanwhile or has not registered yet."""
+    process = find(handle) if handle else None
+    if process is None:
         return 0
-    return resident
+    try:
+        processes = [process, *process.children(recursive=True)]
+        return sum(one.memory_info().rss for one in processes)
+    except psutil.NoSuchProcess:
+        return 0

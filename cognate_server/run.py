@@ -26,15 +26,16 @@ import torch
 from cognate_server.acceleration import AccelerationControl
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.detectors import RecoveryLimits
-from cognate_server.grokfast import EMA_RAMP_STEPS, GrokFastAdamW, parameter_groups
-from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, objective, truncated_geometric
+from cognate_server.grokfast import EMA_RAMP_STEPS, GrokFastAdamW, parameter_groups, sharding
+from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, ObjectiveModule, truncated_geometric
 from cognate_server.precision import Precision
 from cognate_server.recovery import CognateRecoveryManager
-from cognate_server.stream import Batch, TokenStream
-from cognate_server.tracker import StepOutcome
+from cognate_server.stream import Batch, DealtStream, TokenStream
+from cognate_server.tracker import StepOutcome, memory_use
 from training_common.attempt import Attempt, CheckpointRef, Json
 from training_common.memory_copy import MemoryCopy
-from training_common.models.cognate_v1 import CognateV1Config, MemoryState, load_state, save_tensors
+from training_common.models.cognate_v1 import CognateV1, CognateV1Config, MemoryState, load_state, save_tensors
+from training_common.team import ALONE, Strategy, Team, exchanging, load_parts, parts_of_state, whole
 
 # The cosine ends here, as a share of the peak.
 FINAL_LR_SHARE = 0.1
@@ -147,19 +148,26 @@ def lambda_ramp_steps(config: PretrainConfig) -> int:
 class PretrainingRun:
     """All that changes while a run goes on: how a step changes it, and how it is saved and restored."""
 
-    def __init__(self, config: PretrainConfig, data: TokenStream) -> None:
+    def __init__(self, config: PretrainConfig, data: TokenStream | None, team: Team = ALONE) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.data = data
+        self.team = team
+        self.data = DealtStream(data, team, rows=config.rows, length=config.sequence_length)
+        self.unigram_counts_V = self.data.unigram_counts()
+        self.prior_N = truncated_geometric(config.model.max_steps, PONDER_MEAN)
         self.model = CognateModelConstructor(config.model).construct(
-            config.model, seed=config.seed, unigram_counts=data.unigram_counts()
+            config.model, seed=config.seed, unigram_counts=self.unigram_counts_V
         )
+        self._objective = ObjectiveModule(self.model, self.prior_N, precision=config.precision, team=team)
+        # Only these are run once by every forward pass. The core runs as often as this process's tokens want, so what
+        # gathers its parts must not wait for others.
+        blocks = (*self.model.prelude, *self.model.coda)
+        self._parallel = team.parallel(self._objective, blocks=blocks)
         self.optimizer = GrokFastAdamW(
             parameter_groups(self.model),
             lr=config.peak_lr,
             ramp_steps=lambda_ramp_steps(config),
         )
-        self.prior_N = truncated_geometric(config.model.max_steps, PONDER_MEAN)
         self.control = self._build_control()
         self.recovery = CognateRecoveryManager(config.recovery)
         self.lr_factor = 1.0
@@ -179,18 +187,34 @@ class PretrainingRun:
         return AccelerationControl(
             self.config.model,
             seed=self.config.seed,
-            unigram_counts=self.data.unigram_counts(),
+            unigram_counts=self.unigram_counts_V,
             prior_N=self.prior_N,
             rates=self.config.control_rates,
             precision=self.config.precision,
+            # Whole on every process: a yardstick is not worth parting.
+            team=self.team.using(Strategy.DDP),
         )
 
     @property
     def good(self) -> GoodCheckpoint | None:
-        """The newest checkpoint to go back to. Waits until the newest of all is durable. Errors: those of its save."""
+        """The newest checkpoint to go back to. Waits until the newest of all is durable. Errors: those of its save.
+
+        Every process has to ask for it.
+        """
         if self._saving is not None:
             self._good, self._saving = _good_of(self._saving.result().path), None
+        found = self.team.agree(lambda: None if self._good is None else (self._good.step, str(self._good.folder)))
+        self._good = None if found is None else GoodCheckpoint(found[0], Path(found[1]))
         return self._good
+
+    def whole_model(self) -> CognateV1:
+        """Return the model, gathered where it is parted. Every process has to call it."""
+        if not self.team.shards:
+            return self.model
+        state = whole(self.model.state_dict())
+        model = CognateV1(self.config.model)
+        model.load_state_dict(state)
+        return model
 
     @property
     def next_lr(self) -> float:
@@ -216,7 +240,7 @@ class PretrainingRun:
         if measure:
             self.optimizer.measure_next_step()
         self.optimizer.step()
-        self.memory = outcome.output.memory.detach() if batch.fresh_rows is not None else None
+        self.memory = outcome.memory.detach() if batch.fresh_rows is not None else None
         self.step += 1
         if len(self.first_losses) < CURVE_ENDS:
             self.first_losses.append(outcome.loss)
@@ -224,31 +248,29 @@ class PretrainingRun:
         return outcome
 
     def backward(self, batch: Batch, *, measure: bool) -> StepOutcome:
-        """Replace the gradients by those of this batch's objective.
+        """Replace the gradients by those of the whole batch's objective.
 
-        Errors: TrainingDivergedError; ValueError, when the batch's shape is not the config's.
+        batch: this process's rows of it.
+        Errors: TrainingDivergedError; TeamBrokenError.
         """
-        _check_shape(batch, self.config)
-        found = objective(
-            self.model,
-            batch,
-            self.memory,
-            self.prior_N,
-            ponder_weight=self.ponder_weight,
-            precision=self.config.precision,
-            statistics=measure,
-        )
+        total = self._parallel(batch, self.memory, self.ponder_weight, measure)
+        found = self._objective.found
         loss = float(found.cross_entropy.detach())
-        if not math.isfinite(float(found.total.detach())):
+        if not math.isfinite(float(total.detach())):
             raise TrainingDivergedError(f"the loss of step {self.step + 1} is {loss}; nothing was updated")
         self.optimizer.zero_grad()
-        found.total.backward()  # type: ignore[no-untyped-call]
+        with exchanging():
+            total.backward()
+        self.team.add_up_the_rest(self.model.parameters())
         return StepOutcome(
             loss=loss,
             divergence=float(found.divergence.detach()),
             allotment=float(found.allotment.detach()),
             targets=found.targets,
-            output=found.output,
+            rows=self.config.rows,
+            taken_N=found.taken_N,
+            use=memory_use(found.output, self.team),
+            memory=found.output.memory,
         )
 
     def save(self, attempt: Attempt, *, planned: bool) -> int:
@@ -258,7 +280,7 @@ class PretrainingRun:
         Errors: those of the save before.
         """
         good = self.good  # waits, so that what the copy overwrites is written
-        is_good = planned and self.recovery.healthy and all(bool(p.isfinite().all()) for p in self.model.parameters())
+        is_good = planned and self.recovery.healthy and self._is_finite()
         kept = None if is_good else good
         tensors, trainer = self._tensors(), self._trainer(good_step=self.step if is_good else None)
         if attempt.saves_in_background:
@@ -272,13 +294,21 @@ class PretrainingRun:
         self._saving = attempt.save_checkpoint(step=self.step, write=write, score=self.validation_loss)
         return self.step
 
+    def _is_finite(self) -> bool:
+        broken = sum(not bool(sharding.local(p).isfinite().all()) for p in self.model.parameters())
+        return not bool(self.team.total(torch.tensor(broken)))
+
     def _tensors(self) -> dict[str, Any]:
-        """Return what changes in place while training goes on, by the file that it goes into."""
+        """Return what changes in place while training goes on, by the file that it goes into.
+
+        It is whole, whatever each process holds: any number of processes can go on from it.
+        """
+        memory = None if self.memory is None else self.memory.map(self.team.gather)
         tensors: dict[str, Any] = {
-            "model": self.model.state_dict(),
+            "model": whole(self.model.state_dict()),
             "optimizer": {
-                "optimizer": self.optimizer.state_dict(),
-                "memory": None if self.memory is None else self.memory.tensors(),
+                "optimizer": whole(self.optimizer.state_dict()),
+                "memory": None if memory is None else memory.tensors(),
                 "random_state": torch.get_rng_state(),
             },
         }
@@ -310,12 +340,11 @@ class PretrainingRun:
         state = json.loads((folder / "trainer.json").read_text())
         if state["config_digest"] != self.config.digest():
             raise CheckpointMismatchError(f"the checkpoint of step {state['step']} was written under another config")
-        load_state(self.model, folder / "model.safetensors")
         tensors = torch.load(folder / "optimizer.pt", weights_only=True)
-        self.optimizer.load_state_dict(tensors["optimizer"])
+        self._load(folder / "model.safetensors", tensors["optimizer"])
         if self.control is not None:
             self.control.load_state_dict(torch.load(folder / "control.pt", weights_only=True))
-        self.memory = None if tensors["memory"] is None else MemoryState(**tensors["memory"])
+        self.memory = None if tensors["memory"] is None else MemoryState(**tensors["memory"]).map(self.team.mine)
         torch.set_rng_state(tensors["random_state"])
         self.data.load_state_dict(state["data_position"])
         self.step = state["step"]
@@ -326,6 +355,17 @@ class PretrainingRun:
         self.validation_loss = state.get("validation_loss")  # unknown to checkpoints of before
         self._good, self._saving = _good_of(folder), None
 
+    def _load(self, weights: Path, optimizer: Mapping[str, Any]) -> None:
+        """Take over stored weights and the optimizer's stored state, as far as this process holds them."""
+        if self.team.shards:
+            stored = CognateV1(self.config.model)
+            load_state(stored, weights)
+            load_parts(dict(self.model.named_parameters()), stored.state_dict())
+        else:
+            load_state(self.model, weights)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(parts_of_state(optimizer, parameters))
+
     def go_back_to(self, good: GoodCheckpoint) -> None:
         """Take weights and optimizer from a good checkpoint, and go on with the plan's next step and fresh data.
 
@@ -333,8 +373,8 @@ class PretrainingRun:
         al. 2022, arXiv:2204.02311, section 5.1). What recoveries did to lambda stays.
         """
         kept = [{name: group[name] for name in _KEPT_IN_ROLL_BACK} for group in self.optimizer.param_groups]
-        load_state(self.model, good.folder / "model.safetensors")
-        self.optimizer.load_state_dict(torch.load(good.folder / "optimizer.pt", weights_only=True)["optimizer"])
+        stored = torch.load(good.folder / "optimizer.pt", weights_only=True)
+        self._load(good.folder / "model.safetensors", stored["optimizer"])
         for group, values in zip(self.optimizer.param_groups, kept, strict=True):
             group.update(values)
         self.memory = None
@@ -378,9 +418,3 @@ def _good_of(checkpoint: Path) -> GoodCheckpoint | None:
         return GoodCheckpoint(own, checkpoint)
     folder = checkpoint / _GOOD
     return GoodCheckpoint(json.loads((folder / "step.json").read_text()), folder) if folder.exists() else None
-
-
-def _check_shape(batch: Batch, config: PretrainConfig) -> None:
-    expected = (config.rows, config.sequence_length + 1)
-    if tuple(batch.tokens.shape) != expected:
-        raise ValueError(f"the stream's batches are {tuple(batch.tokens.shape)}, the config asks for {expected}")

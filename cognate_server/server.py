@@ -19,7 +19,7 @@ from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.outbox import compact_forever
 from training_common.artifacts.registry import ArtifactRegistry
-from training_common.engines.local import LocalEngine
+from training_common.engines.build import build_engine, worker_settings_file
 from training_common.folder_lock import FolderLock
 from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
@@ -49,17 +49,18 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     database.upgrade(Path(migrations.__file__).parent)
     store = JobStore(database)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
-    engine = LocalEngine(module="cognate_server.worker", log_dir=jobs_dir(settings))
+    engine = build_engine(settings, module="cognate_server.worker")
+    worker_settings = worker_settings_file(settings, settings_file)
     leases = LeaseStore(database)
     resources = CognateResourceManager(store, leases, workers=settings.workers, lending=settings.lending)
     verifier = Verifier(
-        VerificationStore(store), engine, settings.workers, settings_file=settings_file, server=settings.server_name
+        VerificationStore(store), engine, settings.workers, settings_file=worker_settings, server=settings.server_name
     )
     scheduler = Scheduler(
         store,
         engine,
         settings.workers,
-        settings_file=settings_file,
+        settings_file=worker_settings,
         server=settings.server_name,
         in_the_way=resources.make_room,
         verifier=verifier,
@@ -79,7 +80,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         logs=log_watcher(settings, store),
         sweeper=sweeper,
     )
-    info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "watch_models"])
+    info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=[f"engine.{engine.name}", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
         PretrainingServicer(jobs, settings=settings, info=info), server
     )

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from training_common.attempt import Json
+from training_common.team import Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +50,45 @@ class TokenStream(Protocol):
 
     def unigram_counts(self) -> Tensor:
         """Return how often each token of the vocabulary occurs in the training data: int64, (vocabulary size,)."""
+
+
+class DealtStream:
+    """A stream that one process reads, whose batches all processes of a team share row by row.
+
+    The stream's position is that of whole batches, so it is the same for any number of processes.
+
+    stream: on the first process. rows, length: B and T of a whole batch.
+    """
+
+    def __init__(self, stream: TokenStream | None, team: Team, *, rows: int, length: int) -> None:
+        self._stream, self._team = stream, team
+        self._shape = (rows, length + 1)
+
+    def next_batch(self) -> Batch:
+        """Return this process's rows of the next batch. Errors: ValueError, when the stream has another shape."""
+        dealt = self._team.deal(self._read)
+        return Batch(**{name: self._team.mine(part) for name, part in dealt.items()})
+
+    def _read(self) -> dict[str, Tensor]:
+        batch = self._read_stream().next_batch()
+        if tuple(batch.tokens.shape) != self._shape:
+            raise ValueError(f"the stream's batches are {tuple(batch.tokens.shape)}, the config asks for {self._shape}")
+        return {name: part for name, part in vars(batch).items() if part is not None}
+
+    def unigram_counts(self) -> Tensor:
+        """Return the stream's counts, on every process."""
+        return self._team.deal(lambda: {"counts_V": self._read_stream().unigram_counts()})["counts_V"]
+
+    def state_dict(self) -> Mapping[str, Json]:
+        """Return the stream's position, and nothing on processes that do not read it."""
+        return {} if self._stream is None else self._stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Go to a position, where this process reads the stream."""
+        if self._stream is not None:
+            self._stream.load_state_dict(state)
+
+    def _read_stream(self) -> TokenStream:
+        if self._stream is None:
+            raise RuntimeError("only the team's first process reads the stream")
+        return self._stream

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cognate_server.detectors import Measurement
 from cognate_server.flops import step_flops
@@ -18,21 +19,37 @@ from cognate_server.metrics import checked
 from cognate_server.validation import ValidationReport, mean_steps, step_histogram
 from training_common.attempt import Json
 from training_common.models.cognate_v1 import EMPTY, CognateOutput, CognateV1Config, MemoryState
+from training_common.team import ALONE, Team
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """How the long-term memory was used in a step; see `MemoryStatistics`. contents_rms: as in `contents_rms`."""
+
+    contents_rms: float
+    write_rate: float
+    slot_utilization: float
+    read_entropy_nats: float | None
+    head_share: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What one batch gave.
+    """What one batch gave, over all processes.
 
     loss: in nats per token. divergence: the ponder prior's part, unweighted. allotment: the correlation of expected
-    steps and losses. targets: positions that were trained on.
+    steps and losses. targets: positions that were trained on. rows: of the batch. taken_N: tokens that took 0, 1, ...
+    steps, padding being 0. use: only of steps that were measured. memory: what this process's rows left.
     """
 
     loss: float
     divergence: float
     allotment: float
     targets: int
-    output: CognateOutput
+    rows: int
+    taken_N: Tensor
+    use: MemoryUse | None
+    memory: MemoryState
 
 
 class CognateProgressTracker:
@@ -57,13 +74,13 @@ class CognateProgressTracker:
 
     def count(self, outcome: StepOutcome) -> None:
         """Add a finished step's work to the span; for every step, before its metrics."""
-        rows, length = outcome.output.steps_BT.shape
+        taken_N = outcome.taken_N
         self._flops += step_flops(
             self._config,
-            rows=rows,
-            tokens=rows * length,
+            rows=outcome.rows,
+            tokens=int(taken_N.sum()),
             targets=outcome.targets,
-            core_steps=int(outcome.output.steps_BT.sum()),
+            core_steps=int(taken_N @ torch.arange(len(taken_N))),
         )
 
     def step_metrics(
@@ -78,8 +95,8 @@ class CognateProgressTracker:
             "ponder_divergence": outcome.divergence,
             "ponder_loss_correlation": outcome.allotment,
             "learning_rate": learning_rate,
-            **self._halting(outcome.output),
-            **_memory(outcome.output),
+            **self._halting(outcome.taken_N),
+            **_memory(outcome.use),
             **self._speed(step),
             "peak_memory_bytes": _peak_memory_bytes(),
         }
@@ -87,9 +104,9 @@ class CognateProgressTracker:
             metrics |= dataclasses.asdict(report)
         return checked(metrics)
 
-    def _halting(self, output: CognateOutput) -> dict[str, Json]:
+    def _halting(self, taken_N: Tensor) -> dict[str, Json]:
         most = self._config.max_steps
-        histogram = step_histogram(torch.bincount(output.steps_BT.reshape(-1), minlength=most + 1))
+        histogram = step_histogram(taken_N)
         return {
             "mean_ponder_steps": mean_steps(histogram),
             "halting_histogram": list(histogram),
@@ -111,16 +128,17 @@ class CognateProgressTracker:
         }
 
 
-def measurement(outcome: StepOutcome, report: StepReport | None, config: CognateV1Config) -> Measurement:
-    """Return what the recovery manager watches of a measured step."""
-    used = outcome.output.memory_statistics
-    entropy = None if used is None or used.read_entropy_nats is None else float(used.read_entropy_nats)
-    counts_N = torch.bincount(outcome.output.steps_BT.reshape(-1), minlength=config.max_steps + 1)
+def measurement(outcome: StepOutcome, report: StepReport | None, config: CognateV1Config) -> Measurement | None:
+    """Return what the recovery manager watches; None of a step that was not measured."""
+    use = outcome.use
+    if use is None:
+        return None
+    entropy = use.read_entropy_nats
     return Measurement(
-        halting_shares=tuple(step_histogram(counts_N)),
+        halting_shares=tuple(step_histogram(outcome.taken_N)),
         slow_gradient_norm_ratio=None if report is None else report.slow_gradient_norm_ratio,
         read_entropy_share=None if entropy is None else entropy / math.log(config.memory_slots),
-        contents_rms=contents_rms(outcome.output.memory),
+        contents_rms=use.contents_rms,
     )
 
 
@@ -139,25 +157,44 @@ def validation_metrics(report: ValidationReport) -> dict[str, Json]:
     )
 
 
-def _memory(output: CognateOutput) -> dict[str, Json]:
-    used = output.memory_statistics
-    if used is None:
+def _memory(use: MemoryUse | None) -> dict[str, Json]:
+    if use is None:
         return {}
-    entropy = used.read_entropy_nats
     return {
-        "memory_contents_rms": contents_rms(output.memory),
-        "memory_write_rate": float(used.write_rate),
-        "memory_slot_utilization_ratio": float(used.slot_utilization),
-        "memory_read_entropy_nats": None if entropy is None else float(entropy),
-        "memory_head_share_ratio": None if used.head_share is None else float(used.head_share),
+        "memory_contents_rms": use.contents_rms,
+        "memory_write_rate": use.write_rate,
+        "memory_slot_utilization_ratio": use.slot_utilization,
+        "memory_read_entropy_nats": use.read_entropy_nats,
+        "memory_head_share_ratio": use.head_share,
     }
 
 
-def contents_rms(memory: MemoryState) -> float:
-    """Return the root mean square of what the filled slots hold; 0 while none is."""
-    held_BM = memory.tokens_BM != EMPTY
-    traces = memory.trace_BMD.detach()[held_BM]
-    return float(traces.square().mean().sqrt()) if len(traces) else 0.0
+def memory_use(output: CognateOutput, team: Team = ALONE) -> MemoryUse | None:
+    """Return how the rows of all processes used the memory; None where it was not measured."""
+    used = output.memory_statistics
+    if used is None:
+        return None
+    rows, tokens = len(output.steps_BT), int((output.steps_BT > 0).sum())
+    reads = 0 if used.reads is None else int(used.reads)
+    means = ((used.write_rate, tokens), (used.slot_utilization, rows), (used.read_entropy_nats, reads))
+    parts = [*means, (used.head_share, tokens)]
+    sums = torch.tensor([0.0 if mean is None else float(mean) * count for mean, count in parts], dtype=torch.float64)
+    counts = torch.tensor([float(count) for _, count in parts], dtype=torch.float64)
+    rate, utilization, entropy, share = (team.total(sums) / team.total(counts).clamp(min=1)).tolist()
+    return MemoryUse(
+        contents_rms=contents_rms(output.memory, team),
+        write_rate=rate,
+        slot_utilization=utilization,
+        read_entropy_nats=None if used.read_entropy_nats is None else entropy,
+        head_share=None if used.head_share is None else share,
+    )
+
+
+def contents_rms(memory: MemoryState, team: Team = ALONE) -> float:
+    """Return the root mean square of what the filled slots of all processes hold; 0 while none is."""
+    traces = memory.trace_BMD.detach()[memory.tokens_BM != EMPTY].double()
+    squares, count = team.total(torch.stack([traces.square().sum(), torch.tensor(float(traces.numel())).double()]))
+    return math.sqrt(float(squares) / max(1.0, float(count)))
 
 
 def _peak_memory_bytes() -> int:

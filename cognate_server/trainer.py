@@ -27,6 +27,7 @@ from cognate_server.tracker import CognateProgressTracker, StepOutcome, measurem
 from cognate_server.validation import ValidationReport, first_rows, row_losses, validate
 from training_common.attempt import Attempt, AttemptStopped, Json
 from training_common.models.cognate_v1 import CognateV1, CognateV1Config, config_to_json, save_state
+from training_common.team import ALONE, Team
 
 __all__ = [
     "CheckpointMismatchError",
@@ -68,39 +69,48 @@ class PretrainResult:
 
 
 def pretrain(
-    config: PretrainConfig, data: TokenStream, attempt: Attempt, *, score: Scorer | None = None
+    config: PretrainConfig,
+    data: TokenStream | None,
+    attempt: Attempt,
+    *,
+    score: Scorer | None = None,
+    team: Team = ALONE,
 ) -> PretrainResult:
     """Train from random values, or go on from the attempt's newest checkpoint, to the end of the plan.
 
     A resumed run is bitwise equal to an uninterrupted one on the same hardware with the same number of threads, and so
     are its recoveries.
 
+    data: read by the team's first process alone. attempt: a `TeamAttempt` where there are others.
     score: asked at validations before the end, as `score_interval_steps` says; None: no reasoning is measured.
     Errors: AttemptStopped, when the job's owner asked for it: after PAUSE there is a checkpoint of the last finished
         step, after CANCEL and REVOKED nothing more was written. TrainingDivergedError, with the evidence, when
-        recoveries did not help. CheckpointMismatchError, ConstructionError.
+        recoveries did not help. CheckpointMismatchError, ConstructionError. PartDone, after the last step on processes
+        that are not the first; TeamBrokenError.
     """
-    return _Pretraining(config, data, attempt, score).to_the_end()
+    return _Pretraining(config, data, attempt, score, team).to_the_end()
 
 
 class _Pretraining:
     """The loop around a run: what its job wishes, is told and keeps."""
 
-    def __init__(self, config: PretrainConfig, data: TokenStream, attempt: Attempt, score: Scorer | None) -> None:
-        self.config, self.attempt, self.score = config, attempt, score
-        self.run = PretrainingRun(config, data)
+    def __init__(
+        self, config: PretrainConfig, data: TokenStream | None, attempt: Attempt, score: Scorer | None, team: Team
+    ) -> None:
+        self.config, self.attempt, self.score, self.team = config, attempt, score, team
+        self.run = PretrainingRun(config, data, team)
         checkpoint = attempt.latest_checkpoint()
         self.saved_step = -1
         if checkpoint is not None:
             self.run.restore(checkpoint.path)
             self.saved_step = self.run.step
-        self.validation_batches = first_rows(data.validation_batches(), config.validation_rows)
+        self.validation_batches = [] if data is None else first_rows(data.validation_batches(), config.validation_rows)
         self.tracker = CognateProgressTracker(
             config.model,
             total_steps=config.total_steps,
             batch_tokens=config.batch_tokens,
             step=self.run.step,
-            peak_flops_per_s=peak_flops_per_s("cpu", config.precision.dtype),
+            peak_flops_per_s=team.size * peak_flops_per_s("cpu", config.precision.dtype),
         )
 
     def to_the_end(self) -> PretrainResult:
@@ -155,10 +165,17 @@ class _Pretraining:
 
     def _validate(self) -> None:
         """Validate between steps: the loss, and the score where there is a scorer."""
-        loss = self.run.validation_loss = row_losses(self.run.model, self.validation_batches).mean
-        self._report({"validation_loss": loss, "control_validation_loss": self._validate_control(loss)})
-        score = self.score(self.run.model) if self.score is not None and self._score_is_due() else None
-        self._recover(self.run.recovery.observe_validation(loss, score))
+        model = self.run.whole_model()
+
+        def measure() -> tuple[float, float | None, list[float]]:
+            loss = row_losses(model, self.validation_batches).mean
+            score = self.score(model) if self.score is not None and self._score_is_due() else ()
+            return loss, self._validate_control(loss), list(score)
+
+        loss, control, score = self.team.agree(measure)
+        self.run.validation_loss = loss
+        self._report({"validation_loss": loss, "control_validation_loss": control})
+        self._recover(self.run.recovery.observe_validation(loss, (score[0], int(score[1])) if score else None))
 
     def _score_is_due(self) -> bool:
         """Whether this is the first validation at or after a multiple of the scores' interval.
@@ -213,8 +230,9 @@ class _Pretraining:
     def _finish(self) -> PretrainResult:
         """Validate, write the model folder and sum the run up."""
         run, attempt = self.run, self.attempt
+        model = run.whole_model()
         attempt.trained()
-        report = validate(run.model, self.validation_batches, run.data.unigram_counts())
+        report = validate(model, self.validation_batches, run.unigram_counts_V)
         control_loss = self._validate_control(report.loss)
         acceleration = None if run.control is None else run.control.report(report.unigram_loss)
         self._report(
@@ -226,14 +244,14 @@ class _Pretraining:
         )
         model_dir = attempt.workdir / "final"
         model_dir.mkdir(parents=True, exist_ok=True)
-        save_state(run.model, model_dir / "model.safetensors")
+        save_state(model, model_dir / "model.safetensors")
         (model_dir / "config.json").write_text(json.dumps(config_to_json(run.config.model), indent=2) + "\n")
         return PretrainResult(
             step=run.step,
             model_dir=model_dir,
             config=run.config.model,
             precision=run.config.precision,
-            parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
             first_loss=sum(run.first_losses) / len(run.first_losses),
             last_loss=sum(run.last_losses) / len(run.last_losses),
             validation=report,

@@ -32,11 +32,14 @@ from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import IntegrityCheckFailedError, TrainingDivergedError
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
+from training_common.compute import threads_of
 from training_common.jobs.states import JobState
 from training_common.models import cognate_v1
 from training_common.models.cognate_v1 import CognateV1
 from training_common.retention import retention_of
-from training_common.worker import WorkerContext, run
+from training_common.team import Team, team_for
+from training_common.team_attempt import TeamAttempt
+from training_common.worker import AssistantContext, WorkerContext, run
 
 ARCHITECTURE = "cognate_v1"
 # Of each set. A share of 16 is coarse, and is told with their number.
@@ -53,8 +56,9 @@ VALIDATION_INTERVAL_STEPS = 100
 def work(context: WorkerContext[CognateSettings]) -> None:
     """Take one job from its plan to a published model."""
     settings, attempt = context.settings, context.attempt
-    torch.set_num_threads(settings.workers.threads or os.cpu_count() or 1)
     plan = pb.PretrainingPlan.FromString(attempt.store.job.plan)
+    team = team_for(plan.compute, context.team)
+    _set_threads(settings, team)
     attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=False))
     tokenizer_file = context.job_dir / "tokenizer.json"
     stream, data = build_stream(
@@ -84,9 +88,16 @@ def work(context: WorkerContext[CognateSettings]) -> None:
         )
     attempt.move(JobState.RUNNING)
     try:
-        precision = _precision(settings.pretraining.precision, context.job_dir / "precision")
+        # The first process decides for all of them.
+        precision = team.agree(lambda: _precision(settings.pretraining.precision, context.job_dir / "precision"))
         reason = functools.partial(_reason, stream, plan.sequence_length)
-        result = pretrain(_config(plan, precision), stream, attempt, score=lambda model: right_share(reason(model)))
+        result = pretrain(
+            _config(plan, Precision(precision)),
+            stream,
+            TeamAttempt(team, attempt, job=attempt.job, workdir=attempt.workdir),
+            score=lambda model: right_share(reason(model)),
+            team=team,
+        )
     except TrainerDivergedError as error:
         raise TrainingDivergedError(str(error)) from error
     reasoning = reason(_published(result))
@@ -99,6 +110,23 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     (result.model_dir / "data.json").write_text(json.dumps(data.to_json(), indent=1) + "\n", encoding="utf-8")
     manager = CognateArtifactManager(ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts")))
     manager.publish(_model(plan, data, result, report, reasoning), attempt)
+
+
+def assist(context: AssistantContext[CognateSettings]) -> None:
+    """Take part in training, in a process that is not the first."""
+    plan = pb.PretrainingPlan.FromString(context.plan)
+    team = team_for(plan.compute, context.team)
+    _set_threads(context.settings, team)
+    precision = team.agree(lambda: Precision.FLOAT32)  # what the first one says
+    attempt = TeamAttempt(team, None, job=context.job, workdir=context.job_dir)
+    try:
+        pretrain(_config(plan, Precision(precision)), None, attempt, team=team)
+    except TrainerDivergedError as error:
+        raise TrainingDivergedError(str(error)) from error
+
+
+def _set_threads(settings: CognateSettings, team: Team) -> None:
+    torch.set_num_threads(threads_of(settings.workers.threads, os.cpu_count() or 1, team.size))
 
 
 def _reason(stream: CognateTokenStream, sequence_length: int, model: CognateV1) -> list[ReasoningScore]:
@@ -221,4 +249,4 @@ def _model(
 
 
 if __name__ == "__main__":
-    run(load_settings, work)
+    run(load_settings, work, assist)

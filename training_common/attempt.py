@@ -61,6 +61,14 @@ class AttemptWaits(Exception):  # noqa: N818 - an instruction, not an error
         self.progressed = progressed
 
 
+class TeamBrokenError(RuntimeError):
+    """Another process of the job is gone or silent: this one cannot go on, and the job has no part in it."""
+
+
+class PartDone(Exception):  # noqa: N818 - an instruction, not an error
+    """Training is over, and this process only helped with it: it is to end."""
+
+
 class FencedOutError(RuntimeError):
     """The attempt's fencing token is no longer current: another attempt owns the job, nothing was written."""
 
@@ -102,10 +110,11 @@ class Attempt(Protocol):
 
     def save_checkpoint(
         self, *, step: int, write: Callable[[Path], None], score: float | None = None
-    ) -> Future[CheckpointRef]:
+    ) -> Future[CheckpointRef] | None:
         """Let `write` fill an empty folder, then digest it, make it durable and record it, all or nothing.
 
-        The save before it is waited for. score: the newest validation, where there was one.
+        The save before it is waited for. score: the newest validation, where there was one. Returns None where another
+        process of the job writes it.
         Errors: those of the save before, which any other call may raise as well.
         """
 

@@ -35,11 +35,34 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class KubernetesSettings(Section):
+    """Where and how workers run on a cluster with Kubeflow Trainer."""
+
+    namespace: str = Field(default="default", description="namespace of the TrainJobs")
+    runtime: str = Field(
+        default="torch-distributed",
+        description="ClusterTrainingRuntime, which brings the image, the volumes and the environment of workers",
+    )
+    image: str = Field(default="", description="image of workers; empty: the runtime's")
+    queue: str = Field(default="", description="Kueue's local queue; empty: workers are not queued")
+    resources: dict[str, str] = Field(default={}, description="what each node asks for, such as cpu and memory")
+    processes_per_node: int = Field(default=1, ge=1, le=64, description="most processes of a job on one node")
+    settings_file: Path | None = Field(
+        default=None, description="settings file of workers where they run; none: their environment alone"
+    )
+    kubeconfig: Path | None = Field(default=None, description="none: this server runs in the cluster itself")
+    context: str = Field(default="", description="context of kubeconfig; empty: its current one")
+
+
 class WorkerSettings(Section):
     """How training processes are run."""
 
-    slots: int = Field(default=1, ge=0, le=64, description="jobs that train at the same time; 0 only takes them in")
-    threads: int = Field(default=0, ge=0, le=1024, description="torch threads of a worker; 0 means one for each core")
+    engine: Literal["local", "kubernetes"] = Field(default="local", description="what starts the processes")
+    kubernetes: KubernetesSettings = KubernetesSettings()
+    slots: int = Field(
+        default=1, ge=0, le=64, description="processes that train at the same time; 0 takes jobs in and runs none"
+    )
+    threads: int = Field(default=0, ge=0, le=1024, description="torch threads of a process; 0 shares out all cores")
     heartbeat_interval_s: float = Field(default=1.0, gt=0, le=60, description="seconds between signs of life")
     lost_after_s: float = Field(default=30.0, gt=0, le=3600, description="silence that makes a job unobserved")
     silent_cut_s: float = Field(
@@ -60,6 +83,12 @@ class WorkerSettings(Section):
     )
     deadline_grace_s: float = Field(
         default=60.0, gt=0, le=3600, description="time to save and let go after finish_by, before the worker is killed"
+    )
+    exchange_timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        le=86_400,
+        description="silence in an exchange of a job's processes after which they count as lost to each other",
     )
     checkpoints: Literal["async", "sync"] = Field(
         default="async",

@@ -5,6 +5,9 @@
 
 It writes to the service's store itself, always under its fencing token, so it needs no server to go on. A thread beats
 and learns what the owner wishes. The exit status is 0 whenever the store tells what became of the attempt.
+
+Where a launcher has started several processes, the first of them is the worker, and the others assist it: they compute,
+and write nothing but the failure of a job by an error of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import sqlalchemy as sa
 import structlog
@@ -36,12 +39,14 @@ from training_common.attempt import (
     CheckpointRef,
     FencedOutError,
     Json,
+    PartDone,
     StopKind,
+    TeamBrokenError,
 )
 from training_common.attempt_log import kept_bounded
 from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
-from training_common.engines.local import EX_TEMPFAIL, own_handle
+from training_common.engines.processes import EX_TEMPFAIL, end_with_parent, own_handle, parent_handle
 from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
@@ -50,6 +55,9 @@ from training_common.masking import secrets_of
 from training_common.retention import Retention
 from training_common.settings import ServiceSettings
 from training_common.store.database import Database
+
+if TYPE_CHECKING:
+    from training_common.team import Team
 
 log = structlog.get_logger(__name__)
 # A store that was away for an hour is not coming back by itself: the worker ends then, and its checkpoint stays.
@@ -190,18 +198,41 @@ def _finite(metrics: Mapping[str, Json]) -> dict[str, Json]:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext(Generic[S]):
-    """What a service's own part of the worker gets."""
+    """What a service's own part of the worker gets. team: the processes of the worker, None of one alone."""
 
     settings: S
     database: Database
     attempt: WorkerAttempt
     job_dir: Path
+    team: Team | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistantContext(Generic[S]):
+    """What a service's own part of the worker gets in every process but the first. plan: the job's."""
+
+    settings: S
+    plan: bytes
+    job: str
+    job_dir: Path
+    team: Team
+
+
+Work = Callable[[WorkerContext[S]], None]
+Assist = Callable[[AssistantContext[S]], None]
 
 
 def main(
-    argv: list[str], *, load_settings: Callable[[Path | None], S], work: Callable[[WorkerContext[S]], None]
+    argv: list[str],
+    *,
+    load_settings: Callable[[Path | None], S],
+    work: Work[S],
+    assist: Assist[S] | None = None,
 ) -> int:
-    """Run one attempt. `work` prepares, trains, validates and publishes; it ends with the job SUCCEEDED."""
+    """Run one attempt. `work` prepares, trains, validates and publishes; it ends with the job SUCCEEDED.
+
+    assist: takes part in the training of `work` in every process but the first.
+    """
     parser = argparse.ArgumentParser(description="Runs one attempt at one job. Started by the server.")
     parser.add_argument("--settings", type=Path)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -210,6 +241,7 @@ def main(
     parser.add_argument("--attempt", type=int, required=True, help="of the job, or of the verification")
     parser.add_argument("--token", type=int, default=0)
     parser.add_argument("--threads", type=int, help="instead of the setting, for instance on borrowed capacity")
+    parser.add_argument("--handle", help="by which the engine knows this worker, where it is no process of its host")
     options = parser.parse_args(argv)
     settings = load_settings(options.settings)
     logs.configure(secrets=secrets_of(settings))
@@ -219,21 +251,35 @@ def main(
     if options.threads is not None:
         workers = settings.workers.model_copy(update={"threads": options.threads})
         settings = settings.model_copy(update={"workers": workers})
+    is_launched = _is_launched()
+    if is_launched:
+        end_with_parent(os.getppid())
     database = Database(settings.database_url, patience_s=_STORE_PATIENCE_S)
     try:
         if options.verify:
             _verify(options.verify, options.attempt, settings, database, work)
             return 0
         store = JobStore(database).attempt(options.job, options.attempt, options.token)
-        store.register(own_handle())
         folder = job_dir(settings, options.job)
-        in_background = settings.workers.checkpoints == "async"
-        attempt = _open(store, folder, in_background=in_background)
-        if attempt is None:
+        if is_launched and os.environ["RANK"] != "0":
+            if assist is None:
+                raise ValueError("this worker trains in one process only")
+            _assist(store, settings, folder, assist)
             return 0
-        context = WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=folder)
+        # The launcher lives as long as all of its processes do.
+        store.register(options.handle or (parent_handle() if is_launched else own_handle()))
+        in_background = settings.workers.checkpoints == "async"
         log_path = jobs_dir(settings) / log_name(options.job, options.attempt)
-        with attempt.beating(settings.workers.heartbeat_interval_s), kept_bounded(log_path, settings.logs):
+        with kept_bounded(log_path, settings.logs):
+            attempt = _open(store, folder, in_background=in_background)
+            if attempt is None:
+                return 0
+            with attempt.beating(settings.workers.heartbeat_interval_s), _ending(store, leads=True):
+                team = _join(settings) if is_launched else None
+                context = WorkerContext(
+                    settings=settings, database=database, attempt=attempt, job_dir=folder, team=team
+                )
+                _run(context, work)
             _run(context, work)
     except FencedOutError as error:
         log.warning("fenced out", detail=str(error))
@@ -258,7 +304,25 @@ def _open(store: AttemptStore, folder: Path, *, in_background: bool) -> WorkerAt
         return None
 
 
-def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:
+def _join(settings: ServiceSettings) -> Team:
+    # Only workers of several processes need torch here.
+    from training_common.team import Team
+
+    return Team.join(timeout_s=settings.workers.exchange_timeout_s)
+
+
+def _assist(store: AttemptStore, settings: S, folder: Path, assist: Assist[S]) -> None:
+    """Take part in an attempt's training. What the others would miss ends the attempt, and an error fails the job."""
+    with _ending(store, leads=False):
+        context = AssistantContext(
+            settings=settings, plan=store.job.plan, job=store.job.name, job_dir=folder, team=_join(settings)
+        )
+        # The first process tells what became of the attempt.
+        with contextlib.suppress(AttemptStopped, PartDone):
+            assist(context)
+
+
+def _run(context: WorkerContext[S], work: Work[S]) -> None:
     store = context.attempt.store
     started = time.monotonic()
     try:
@@ -275,26 +339,35 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
             store.move(JobState.RECOVERING, message="gave borrowed capacity back; goes on from its checkpoint")
         else:
             store.move(JobState.PAUSED, message="paused")
+    log.info("attempt ended", seconds=round(time.monotonic() - started, 1))
+
+
+@contextlib.contextmanager
+def _ending(store: AttemptStore, *, leads: bool) -> Iterator[None]:
+    """Turn errors into the job's failure, or into the attempt's end where the job has no part in them."""
+    try:
+        yield
     except FencedOutError:
         raise
     except ForgeError as error:
         log.error("job failed", reason=error.reason_name(), detail=error.message)
-        _fail(store, error.reason_name(), error.message)
+        _fail(store, error.reason_name(), error.message, leads=leads)
     except Exception as error:
         fault = _platform_fault(error)
         if fault:
             # The process ends, and the scheduler gives the job another worker.
             log.exception("attempt ended by the platform")
-            with contextlib.suppress(sa.exc.OperationalError):
-                context.attempt.event("platform", {"message": f"{fault}; another attempt will go on"})
+            # Of a process that is gone the engine tells.
+            if not _misses_another(error):
+                with contextlib.suppress(sa.exc.OperationalError):
+                    store.append("note", note_of("platform", f"{fault}; another attempt will go on", {}))
             raise SystemExit(EX_TEMPFAIL) from error
         # The detail stays in the worker's log: error text of libraries may hold paths and data.
         log.exception("job failed by an unexpected error")
-        _fail(store, "INTERNAL", _place_of(error))
-    log.info("attempt ended", seconds=round(time.monotonic() - started, 1))
+        _fail(store, "INTERNAL", _place_of(error), leads=leads)
 
 
-def _verify(name: str, number: int, settings: S, database: Database, work: Callable[[WorkerContext[S]], None]) -> None:
+def _verify(name: str, number: int, settings: S, database: Database, work: Work[S]) -> None:
     """Replay steps of a job, and store the receipt or why there is none. Errors: FencedOutError."""
     from training_common import replay  # it stands on this module
 
@@ -335,7 +408,7 @@ def _place_of(error: Exception) -> str:
     return f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}; the worker's log has the detail"
 
 
-def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:
+def _work_or_wait(context: WorkerContext[S], work: Work[S]) -> None:
     try:
         context.attempt.require_storage()
         work(context)
@@ -356,15 +429,37 @@ def _platform_fault(error: Exception) -> str:
     """Return what of this machine ended the attempt through no fault of its job, or nothing."""
     if isinstance(error, sa.exc.OperationalError):
         return "the store did not answer in time"
+    if _misses_another(error):
+        return "another process of the worker is gone"
     if isinstance(error, OSError) and faults.of_machine(error):
         return f"the worker's machine failed it: {error.strerror}"
     return ""
 
 
-def _fail(store: AttemptStore, reason: str, message: str) -> None:
-    store.move(JobState.FAILED, message=message, failure_reason=reason, failure_message=message[:2000])
+def _misses_another(error: Exception) -> bool:
+    if not _is_launched():
+        return False
+    # What is exchanged in the middle of a step raises torch's own errors.
+    from training_common.team import is_exchange_error
+
+    return isinstance(error, TeamBrokenError) or is_exchange_error(error)
 
 
-def run(load_settings: Callable[[Path | None], S], work: Callable[[WorkerContext[S]], None]) -> None:
+def _is_launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _fail(store: AttemptStore, reason: str, message: str, *, leads: bool) -> None:
+    failure = {"failure_reason": reason, "failure_message": message[:2000]}
+    if leads:
+        store.move(JobState.FAILED, message=message, **failure)
+        return
+    # The first process may have met the same error, and told of it. Otherwise it is to write nothing after this.
+    with contextlib.suppress(IllegalTransitionError):
+        store.move(JobState.FAILED, message=message, fencing_token=store.attempt.fencing_token + 1, **failure)
+
+
+def run(load_settings: Callable[[Path | None], S], work: Work[S], assist: Assist[S] | None = None) -> None:
     """Run `main` on the process's arguments and exit."""
-    sys.exit(main(sys.argv[1:], load_settings=load_settings, work=work))
+    sys.exit(main(sys.argv[1:], load_settings=load_settings, work=work, assist=assist))

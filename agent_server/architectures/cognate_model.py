@@ -105,6 +105,10 @@ class CognateClassifier(AgentModel):
         """Return Cognate."""
         return self.foundation
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return prelude and coda: the core runs as often as the batch's tokens want."""
+        return (*self.foundation.prelude, *self.foundation.coda)
+
     def save(self, folder: Path, *, extra: Mapping[str, Json]) -> None:
         """Write weights, configuration and tokenizer."""
         tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}

@@ -68,6 +68,10 @@ class AgentModel(nn.Module, abc.ABC):
     def base_model(self) -> nn.Module:
         """Return the part that adaptation applies to."""
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return parts that every forward pass runs exactly once, whatever the batch: they can be gathered in turn."""
+        return ()
+
     @abc.abstractmethod
     def save(self, folder: Path, *, extra: Mapping[str, Json]) -> None:
         """Write model.safetensors, config.json and tokenizer.json; `extra` goes into config.json."""
@@ -85,6 +89,21 @@ class AgentModel(nn.Module, abc.ABC):
         """Return the answers_B: indices into `labels`."""
         logits_BL: Tensor = self(batch)
         return logits_BL.argmax(-1)
+
+
+class LossModule(nn.Module):
+    """An agent's loss as a module, for what wraps modules: its forward returns the loss, and `found` keeps the rest."""
+
+    found: AgentLoss
+
+    def __init__(self, model: AgentModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: AgentBatch) -> Tensor:
+        """Return the mean loss of the batch."""
+        self.found = self.model.loss(batch)
+        return self.found.mean
 
 
 def collate(rows: Sequence[Sequence[int]], labels: Sequence[int] | None = None) -> AgentBatch:

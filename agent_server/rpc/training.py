@@ -14,6 +14,7 @@ from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
 from cognateforge.job.v1 import job_pb2
+from training_common.compute import require_slots
 from training_common.rpc.jobs import Context, Draft, JobRpcs, JobService
 
 
@@ -41,6 +42,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
 
         def draft() -> Draft:
             require_feasible(plan, self._factory, self._settings.data)
+            require_slots(plan.compute, self._settings.workers.slots)
             if refused is not None:
                 raise refused
             return Draft(
@@ -48,6 +50,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
                 total_steps=plan.total_steps,
                 memory=estimates.memory(plan, self._factory.get(plan.architecture), self._settings),
                 configuration=estimates.configuration(plan, self._settings),
+                processes=max(1, plan.compute.processes),
             )
 
         return await self._jobs.start("StartTraining", request, draft, pb.StartTrainingResponse)

@@ -11,6 +11,7 @@ from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError
 from cognateforge.job.v1 import job_pb2
+from training_common.compute import require_slots
 from training_common.rpc.jobs import Context, Draft, JobRpcs, JobService
 
 
@@ -28,11 +29,13 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
         def draft() -> Draft:
             plan = with_defaults(request.plan)
             require_data(plan, self._settings.data)
+            require_slots(plan.compute, self._settings.workers.slots)
             return Draft(
                 plan=plan,
                 total_steps=plan.total_steps,
                 memory=estimates.memory(plan, self._settings),
                 configuration=estimates.configuration(plan, self._settings),
+                processes=max(1, plan.compute.processes),
             )
 
         return await self._jobs.start("StartPretraining", request, draft, pb.StartPretrainingResponse)

@@ -143,6 +143,19 @@ def test_jobs_tell_what_they_wait_for(forge: Forge, fake: Fake) -> None:
     assert "peer, until 1970-01-01T00:00:00Z" in forge("jobs", "cognate").stdout
 
 
+def test_several_processes_are_asked_for(forge: Forge, fake: Fake) -> None:
+    """Both commands have the same options for it; without one the plan says nothing of processes."""
+    agent = ("train", "--agent", "a", "--foundation", "cognate-25m@1", "--data", "generated")
+    for given in (("pretrain",), agent):
+        forge(*given, "--steps", "30")
+        assert not fake.script.calls[-1].request.plan.HasField("compute")
+        forge(*given, "--steps", "30", "--processes", "2")
+        compute = fake.script.calls[-1].request.plan.compute
+        assert (compute.processes, compute.strategy) == (2, job_pb2.COMPUTE_STRATEGY_DDP)
+        forge(*given, "--steps", "30", "--processes", "2", "--sharded")
+        assert fake.script.calls[-1].request.plan.compute.strategy == job_pb2.COMPUTE_STRATEGY_FSDP2
+
+
 def test_pretrain_refuses_an_unknown_set(forge: Forge, fake: Fake) -> None:
     """Usage errors never reach the server."""
     result = forge("pretrain", "--steps", "1", "--dataset", "wikipedia")

@@ -13,7 +13,7 @@ import torch
 from cognate_server import losses as losses_module
 from cognate_server import run as run_module
 from cognate_server.detectors import DETECTORS, Detector, History, Measurement, RecoveryLimits
-from cognate_server.losses import Predictions, mean_cross_entropy
+from cognate_server.losses import Predictions, summed_cross_entropy
 from cognate_server.recovery import BUDGET, LADDER, Action, Change, CognateRecoveryManager, Finding
 from cognate_server.run import PretrainConfig, PretrainingRun
 from cognate_server.stream import TokenStream
@@ -90,13 +90,13 @@ class InfiniteGradient:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._armed = False
-        monkeypatch.setattr(losses_module, "mean_cross_entropy", self._poisoned)
+        monkeypatch.setattr(losses_module, "summed_cross_entropy", self._poisoned)
 
     def arm(self, run: PretrainingRun) -> None:
         self._armed = True
 
     def _poisoned(self, model: CognateV1, found: Predictions) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, losses_X = mean_cross_entropy(model, found)
+        mean, losses_X = summed_cross_entropy(model, found)
         if self._armed:
             mean.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
             self._armed = False

@@ -30,8 +30,19 @@ def outcome(built: CognateV1, tokens_BT: torch.Tensor) -> StepOutcome:
     loss = output.recall.mixed_losses(losses_BT, tokens_BT).mean()
     loss.backward()
     return StepOutcome(
-        loss=float(loss.detach()), divergence=0.0, allotment=0.0, targets=tokens_BT.numel(), output=output
+        loss=float(loss.detach()),
+        divergence=0.0,
+        allotment=0.0,
+        targets=tokens_BT.numel(),
+        rows=len(tokens_BT),
+        taken_N=torch.bincount(output.steps_BT.reshape(-1), minlength=CONFIG.max_steps + 1),
+        use=None,
+        memory=output.memory,
     )
+
+
+def core_steps(found: StepOutcome) -> int:
+    return int(found.taken_N @ torch.arange(len(found.taken_N)))
 
 
 @pytest.mark.parametrize("halting_bias", [-9.0, 9.0])
@@ -43,7 +54,7 @@ def test_step_flops_are_those_that_torch_counts(halting_bias: float) -> None:
     tokens_BT = torch.randint(0, 400, (3, 32), generator=torch.Generator().manual_seed(2))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         found = outcome(built, tokens_BT)
-    steps = int(found.output.steps_BT.sum())
+    steps = core_steps(found)
     assert steps == 96 * (4 if halting_bias < 0 else 1)
     masked = 3 * 2 * 64 * 31 * (3 * 96 + 2 * steps)  # 31 half-keys each in three outer blocks and two of the core
     expected = step_flops(CONFIG, rows=3, tokens=96, targets=96, core_steps=steps) + masked
@@ -62,7 +73,7 @@ def test_rates_are_those_of_the_span_between_two_reports(monkeypatch: pytest.Mon
         tracker.count(found)
     now_s = 104.0
     metrics = tracker.step_metrics(found, None, step=2, learning_rate=1e-3)
-    steps = int(found.output.steps_BT.sum())
+    steps = core_steps(found)
     flops = step_flops(CONFIG, rows=1, tokens=32, targets=32, core_steps=steps)
     expected = {"tokens_per_s": 16, "seconds_left": 16, "model_flops_per_s": flops / 2, "mfu_ratio": flops / 2 / 1e9}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cognate_server import losses
 from cognate_server.construct import CognateModelConstructor
-from cognate_server.losses import Predictions, mean_cross_entropy, ponder_divergence, truncated_geometric
+from cognate_server.losses import Predictions, ponder_divergence, summed_cross_entropy, sums, truncated_geometric
 from cognate_server.metrics import METRICS, checked
 from cognate_server.precision import Precision
 from cognate_server.stream import Batch
@@ -148,10 +148,10 @@ def test_a_loss_that_is_never_finite_stops_the_run(tmp_path: Path, monkeypatch: 
     """Two batches are skipped; the error names the step that none was left for, and no checkpoint is written."""
 
     def nan(model: CognateV1, found: Predictions) -> tuple[Tensor, Tensor]:
-        mean, losses_X = mean_cross_entropy(model, found)
+        mean, losses_X = summed_cross_entropy(model, found)
         return mean * math.nan, losses_X
 
-    monkeypatch.setattr(losses, "mean_cross_entropy", nan)
+    monkeypatch.setattr(losses, "summed_cross_entropy", nan)
     attempt = MemoryAttempt(tmp_path)
     with pytest.raises(
         TrainingDivergedError, match=r"not_finite at step 3 .*loss of step 3 is nan.* 2 recovery actions"
@@ -164,11 +164,11 @@ def test_a_gradient_that_is_never_finite_stops_the_run(tmp_path: Path, monkeypat
     """A finite loss can have an infinite gradient; the optimizer refuses it."""
 
     def explosive(model: CognateV1, found: Predictions) -> tuple[Tensor, Tensor]:
-        mean, losses_X = mean_cross_entropy(model, found)
+        mean, losses_X = summed_cross_entropy(model, found)
         mean.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
         return mean, losses_X
 
-    monkeypatch.setattr(losses, "mean_cross_entropy", explosive)
+    monkeypatch.setattr(losses, "summed_cross_entropy", explosive)
     with pytest.raises(TrainingDivergedError, match="the gradient's norm is"):
         pretrain(CONFIG, CountingStream(), MemoryAttempt(tmp_path))
 
@@ -203,19 +203,19 @@ def test_the_ponder_prior_is_geometric_with_mean_two() -> None:
 def test_ponder_divergence_ignores_padding_and_vanishes_at_the_prior() -> None:
     """KL of the mean over real tokens: zero where that is the prior, by arithmetic elsewhere."""
     prior = truncated_geometric(4, 2.0)
-    real = torch.tensor([[1, 2, 0]])
 
     def divergence(*rows: Tensor) -> float:
-        halting = torch.stack([*rows, torch.zeros(4)]).unsqueeze(0)
         output = CognateOutput(
             hidden_BTD=torch.zeros(1, 3, 1),
             recall=None,
-            halting_BTN=halting,
-            steps_BT=real,
+            halting_BTN=torch.stack([*rows, torch.zeros(4)]).unsqueeze(0),
+            steps_BT=torch.tensor([[1, 2, 0]]),
             memory=CognateV1(TINY).memory.start(1),
             memory_statistics=None,
         )
-        return float(ponder_divergence(output, prior))
+        found = Predictions(output, torch.zeros(1, 1), None, torch.zeros(1), torch.tensor([[True, False, False]]))
+        of = sums(found, torch.zeros(()), torch.zeros(1))
+        return float(ponder_divergence(of.halting_N / of.tokens, prior.double()))
 
     assert divergence(prior, prior) == pytest.approx(0, abs=1e-6)
     one, two = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1.0, 0, 0])

@@ -213,7 +213,7 @@ async def test_workers_that_cannot_be_started_cost_jobs_nothing(
     job = service.submit(steps=3)
     launch, tries = service.engine.launch, list[float]()
 
-    def broken(arguments: Sequence[str], *, log_name: str) -> str:
+    def broken(arguments: Sequence[str], *, log_name: str, processes: int) -> str:
         tries.append(now)
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -241,7 +241,7 @@ def test_a_launch_that_failed_is_forgotten_with_an_empty_queue(
         service.store, service.engine, service.settings.workers, settings_file=service.settings_file, clock=lambda: now
     )
 
-    def broken(arguments: Sequence[str], *, log_name: str) -> str:
+    def broken(arguments: Sequence[str], *, log_name: str, processes: int) -> str:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(service.engine, "launch", broken)

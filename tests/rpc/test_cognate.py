@@ -102,6 +102,9 @@ async def test_racing_repeats_make_one_job(cognate: AsyncCognateClient) -> None:
         (start(datasets=[pb.DatasetShare(dataset=99, weight=1)]), "plan.datasets[0].dataset"),  # type: ignore[arg-type]
         (start(datasets=[pb.DatasetShare(dataset=pb.DATASET_GSM8K, weight=-1)]), "plan.datasets[0].weight"),
         (start(datasets=[pb.DatasetShare(dataset=pb.DATASET_GSM8K, weight=1)] * 2), "plan.datasets"),
+        (start(compute=job_pb2.Compute(processes=65)), "plan.compute.processes"),
+        (start(compute=job_pb2.Compute(processes=5)), "plan"),  # the default batch has 4 rows
+        (start(batch_size=2, compute=job_pb2.Compute(processes=3)), "plan"),
         (pb.StartPretrainingRequest(plan=pb.PretrainingPlan(total_steps=1)), "request_id"),
         (pb.StartPretrainingRequest(request_id="7", plan=pb.PretrainingPlan(total_steps=1)), "request_id"),
         (pb.StartPretrainingRequest(request_id=str(uuid.uuid4())), "plan"),
@@ -115,6 +118,14 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
         await cognate.pretraining.StartPretraining(request_)
     assert field in [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(cognate)
+
+
+async def test_several_processes_are_part_of_the_plan(cognate: AsyncCognateClient) -> None:
+    """Defaults are filled in where the plan speaks of processes, and the answer has them."""
+    plan = (await cognate.pretraining.StartPretraining(start(compute=job_pb2.Compute(processes=4)))).job.plan
+    assert (plan.compute.processes, plan.compute.strategy) == (4, job_pb2.COMPUTE_STRATEGY_DDP)
+    plan = (await cognate.pretraining.StartPretraining(start())).job.plan
+    assert not plan.HasField("compute")
 
 
 @pytest.mark.parametrize("curriculum", [None, pb.Curriculum()])

@@ -49,9 +49,11 @@ class ToyService:
         self.database.close()
         self._start()
 
-    def submit(self, **plan: Any) -> JobRow:
+    def submit(self, *, processes: int = 1, **plan: Any) -> JobRow:
         with self.database.write() as connection:
-            return self.store.submit(connection, plan=self.plan(**plan), total_steps=plan["steps"], caller="test")
+            return self.store.submit(
+                connection, plan=self.plan(**plan), total_steps=plan["steps"], caller="test", processes=processes
+            )
 
     @staticmethod
     def plan(**plan: Any) -> bytes:

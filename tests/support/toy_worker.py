@@ -1,7 +1,8 @@
 """A real worker process with a toy job: it hashes instead of training, so that job tests need no torch.
 
 The plan is JSON: steps, step_s, checkpoint_every, what to wait for, and what to do wrong. The result depends on every
-step, so a resumed run ends with the same result only when nothing was lost or done twice.
+step, so a resumed run ends with the same result only when nothing was lost or done twice. Of several processes the
+first one works, and the others hear of every step, for which they do need torch.
 """
 
 import errno
@@ -15,7 +16,7 @@ from training_common.attempt import AttemptStopped, AttemptWaits, StopKind
 from training_common.jobs.states import JobState
 from training_common.retention import Retention
 from training_common.settings import ServiceSettings, load
-from training_common.worker import WorkerContext, run
+from training_common.worker import AssistantContext, WorkerContext, run
 
 
 class ToySettings(ServiceSettings):
@@ -43,6 +44,10 @@ def work(context: WorkerContext[ToySettings]) -> None:
     if replayed and (context.job_dir / "replay-waits").exists():
         time.sleep(3600)
 
+    def tell(goes_on: bool) -> None:
+        if context.team is not None:
+            context.team.agree(lambda: goes_on)
+
     def save(step: int, value: bytes) -> None:
         def write(folder: Path) -> None:
             if attempt.store.attempt.number == 1 and step == plan.get("disk_full_at"):
@@ -63,7 +68,9 @@ def work(context: WorkerContext[ToySettings]) -> None:
                 time.sleep(3600)
             if stop.saves:
                 save(step, value)
+            tell(False)
             raise AttemptStopped(stop)
+        tell(True)
         if step == plan.get("raise_at"):
             raise RuntimeError("secret detail of a library")
         if step == plan.get("missing_at"):
@@ -77,9 +84,18 @@ def work(context: WorkerContext[ToySettings]) -> None:
         attempt.progress(step=step, total_steps=plan["steps"], metrics={"loss": 1 / step})
         if step % plan.get("checkpoint_every", 10) == 0:
             save(step, value)
+    tell(False)
     attempt.trained()
     attempt.event("result", {"message": value.hex()})
     attempt.move(JobState.SUCCEEDED)
+
+
+def assist(context: AssistantContext[ToySettings]) -> None:
+    plan, heard = json.loads(context.plan), 0
+    while context.team.agree(lambda: False):  # what the first one says
+        heard += 1
+        if heard == plan.get("assistant_raises_at"):
+            raise RuntimeError("secret detail of a library")
 
 
 def expected_result(steps: int) -> str:
@@ -90,4 +106,4 @@ def expected_result(steps: int) -> str:
 
 
 if __name__ == "__main__":
-    run(load_settings, work)
+    run(load_settings, work, assist)

@@ -1,4 +1,4 @@
-"""The local engine: one worker process on this machine for each attempt.
+"""The local engine: a worker on this machine for each attempt, of one process or of several under a torchrun agent.
 
 Workers are started in a session of their own, so that they go on when the server ends or is killed. After a restart
 the server finds them by process id and start time, which together never name another process.
@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 
 from training_common.attempt_log import open_log
+from training_common.engines.processes import EX_TEMPFAIL, find, handle_of, kill_tree
 from training_common.jobs.scheduler import Ending
 
 NAME = "local"
-# From sysexits.h, "try again later": the worker has told of a fault of its machine.
-EX_TEMPFAIL = 75
+_TORCHRUN = "training_common.engines.torchrun"
 # Workers that have ended are kept so long that whoever looks at their jobs can still ask how.
 _REMEMBERED = 100
 # Sent from outside. A process that fails by itself raises others, such as SIGSEGV.
@@ -37,15 +37,6 @@ WORKER_ENVIRONMENT = {
 }
 
 
-def own_handle() -> str:
-    """Return this process's handle: "PID:start time"."""
-    return _handle(psutil.Process())
-
-
-def _handle(process: psutil.Process) -> str:
-    return f"{process.pid}:{process.create_time():.2f}"
-
-
 class LocalEngine:
     """Starts worker processes and tells whether they live."""
 
@@ -56,12 +47,23 @@ class LocalEngine:
         self._log_dir = log_dir
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def launch(self, arguments: Sequence[str], *, log_name: str, environment: Mapping[str, str] | None = None) -> str:
+    def launch(
+        self,
+        arguments: Sequence[str],
+        *,
+        log_name: str,
+        processes: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
         """Start a worker and return its handle. Its output goes to a log file. Errors: OSError."""
+        command = [self._module, *arguments]
+        if processes > 1:
+            run_id = log_name.removesuffix(".log").replace("/", "-")
+            command = [_TORCHRUN, "--processes", str(processes), "--run-id", run_id, *command]
         log = open_log(self._log_dir / log_name)
         try:
             child = subprocess.Popen(  # noqa: S603 - the module and its arguments are ours
-                [sys.executable, "-m", self._module, *arguments],
+                [sys.executable, "-m", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -70,7 +72,7 @@ class LocalEngine:
             )
         finally:
             os.close(log)
-        handle = _handle(psutil.Process(child.pid))
+        handle = handle_of(psutil.Process(child.pid))
         self._children[handle] = child
         return handle
 
@@ -80,12 +82,11 @@ class LocalEngine:
         if child is not None:
             # Threads can outlast a process that looks dead, and until they have ended nobody is told how it did.
             return child.poll() is None
-        pid = int(handle.partition(":")[0])
-        try:
-            process = psutil.Process(pid)
-            return _handle(process) == handle and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return find(handle) is not None
+
+    def waits(self, _handle: str) -> bool:
+        """Return False: nothing is queued here but in the store."""
+        return False
 
     def tidy(self) -> None:
         """Reap workers that have ended: the process table keeps them until somebody does."""
@@ -110,6 +111,7 @@ class LocalEngine:
         return Ending(words=words, from_outside=number in _FROM_OUTSIDE)
 
     def kill(self, handle: str) -> None:
-        """End a worker that was given up, if it still runs."""
-        if self.alive(handle):
-            psutil.Process(int(handle.partition(":")[0])).kill()
+        """End a worker that was given up, with all its processes, if it still runs."""
+        process = find(handle)
+        if process is not None:
+            kill_tree(process)

@@ -21,6 +21,7 @@ from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss
 from training_common.jobs.verifier import Verifier
 from training_common.jobs.waits import Standing
 from training_common.settings import WorkerSettings
+from training_common.store.database import now_us
 
 log = structlog.get_logger(__name__)
 
@@ -46,11 +47,14 @@ class Engine(Protocol):
     def name(self) -> str:
         """Short name, recorded with every attempt."""
 
-    def launch(self, arguments: Sequence[str], *, log_name: str) -> str:
-        """Start a worker and return its handle. Errors: OSError."""
+    def launch(self, arguments: Sequence[str], *, log_name: str, processes: int) -> str:
+        """Start a worker of so many processes and return its handle. Errors: OSError."""
 
     def alive(self, handle: str) -> bool:
         """Whether the worker still runs."""
+
+    def waits(self, handle: str) -> bool:
+        """Whether a worker that was started waits for capacity of the engine's own, which may take long."""
 
     def ending(self, handle: str) -> Ending:
         """Return how a worker that runs no longer has ended. Asked once."""
@@ -138,21 +142,22 @@ class Scheduler:
         self._life.look((attempt.id, attempt.heartbeat_us) for _, attempt in every)
         for job, attempt in every:
             # Attempts of earlier releases name no server: there was only one.
-            if attempt.server in ("", self._server):
+            if attempt.server in ("", self._server) and attempt.engine == self._engine.name:
                 held.append((job, attempt))
                 self._look_at(job, attempt)
             else:
                 self._look_at_anothers(job, attempt)
         self._end_overdue()
         replays = self._verifier.look() if self._verifier else 0
-        self._taken, self._lent = sum(not job.lease for job, _ in held) + replays, ""
+        self._taken, self._lent = sum(job.processes for job, _ in held if not job.lease) + replays, ""
         while self._taken < self._settings.slots and self._launch_works():
             self._lent = self._in_the_way()
             if self._lent:
                 return
-            if self._start() is None and not (self._verifier and self._launch_works() and self._verifier.start()):
+            started = self._start(free=self._settings.slots - self._taken)
+            if started is None and not (self._verifier and self._launch_works() and self._verifier.start()):
                 return
-            self._taken += 1
+            self._taken += 1 if started is None else started.processes
 
     def _launch_works(self) -> bool:
         return self._clock() >= self._launch_again_at
@@ -167,14 +172,19 @@ class Scheduler:
                     self.give_up(job, attempt, f"attempt {attempt.number}: still at work after its deadline's grace")
 
     def _look_at(self, job: JobRow, attempt: AttemptRow) -> None:
-        handle = attempt.handle or self._launched.get(attempt.id, "")
+        handle = self._handle_of(attempt)
         if attempt.handle:
             self._launched.pop(attempt.id, None)
         silent_s = self._life.silent_s(attempt.id)
-        if handle and not self._engine.alive(handle):
+        if handle and silent_s > self._settings.lost_after_s / 2 and self._engine.waits(handle):
+            self._store.beat_for(attempt)
+        elif handle and not self._engine.alive(handle):
             ending = self._engine.ending(handle)
             loss = Loss.KILLED if ending.from_outside else Loss.CRASHED
             self._cut(job, attempt, f"attempt {attempt.number}: {ending.words}", loss)
+        elif not handle and now_us() - attempt.start_us > 1e6 * self._settings.start_timeout_s:
+            # The server that was to start it ended over it. By the wall clock, as that one may end again and again.
+            self._cut(job, attempt, f"attempt {attempt.number}: its server ended before a worker had registered")
         elif not attempt.handle and silent_s > self._settings.start_timeout_s:
             if handle:
                 self._engine.kill(handle)
@@ -185,6 +195,9 @@ class Scheduler:
             self._cut(job, attempt, message, Loss.CRASHED)
         else:
             self._observe(job, silent_s)
+
+    def _handle_of(self, attempt: AttemptRow) -> str:
+        return attempt.handle or attempt.launched or self._launched.get(attempt.id, "")
 
     def _look_at_anothers(self, job: JobRow, attempt: AttemptRow) -> None:
         """Take a job from a worker of another server when both are silent: nobody else would.
@@ -205,19 +218,23 @@ class Scheduler:
             self._store.set_observed(job, observed)
 
     def start_on(self, loan: Loan) -> JobRow | None:
-        """Give the next waiting job a worker on borrowed capacity, or return None. Its slot is none of our own."""
+        """Give the next waiting job of one process a worker on borrowed capacity, or return None.
+
+        Its slot is none of our own.
+        """
         return None if self._clock() < self._launch_again_at else self._start(loan)
 
     def give_up(self, job: JobRow, attempt: AttemptRow, message: str) -> None:
         """End a worker and take its job away: the job goes on elsewhere, and its retry budget is not touched."""
-        handle = attempt.handle or self._launched.get(attempt.id, "")
+        handle = self._handle_of(attempt)
         # A worker of another server is fenced out: its handle could name a process of this machine.
         if handle and attempt.server in ("", self._server):
             self._engine.kill(handle)
         self._cut(job, attempt, message)
 
-    def _start(self, loan: Loan | None = None) -> JobRow | None:
-        job = self._store.begin_attempt(self._engine.name, self._server, loan)
+    def _start(self, loan: Loan | None = None, *, free: int = 1) -> JobRow | None:
+        most = self._settings.slots if loan is None else 1
+        job = self._store.begin_attempt(self._engine.name, self._server, loan, most=most, free=free)
         if job is None:
             self.last_launch_failed = False  # nothing waits that could show whether workers start again
             return None
@@ -228,7 +245,9 @@ class Scheduler:
             arguments += ["--settings", str(self._settings_file)]
         _, attempt = next(pair for pair in self._store.held() if pair[0].id == job.id)
         try:
-            self._launched[attempt.id] = self._engine.launch(arguments, log_name=log_name(job.name, job.attempt))
+            self._launched[attempt.id] = self._engine.launch(
+                arguments, log_name=log_name(job.name, job.attempt), processes=job.processes
+            )
         except OSError as error:
             self.last_launch_failed = True
             self._launch_again_at = self._clock() + self._launch_pause_s
@@ -239,6 +258,7 @@ class Scheduler:
             return None
         self.last_launch_failed = False
         self._launch_pause_s = LAUNCH_PAUSE_S
+        self._store.set_launched(attempt.id, self._launched[attempt.id])
         log.info("worker started", job=job.name, attempt=job.attempt, lease=job.lease)
         return job
 

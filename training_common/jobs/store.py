@@ -59,6 +59,7 @@ class JobRow:
     fencing_token: int
     step: int
     total_steps: int
+    processes: int
     last_sequence: int
     observed: bool
     retries_without_progress: int
@@ -111,6 +112,7 @@ class AttemptRow:
     engine: str
     server: str
     handle: str
+    launched: str
     first_step: int
     start_us: int
     heartbeat_us: int
@@ -304,8 +306,13 @@ class JobStore:
         caller: str,
         scheduling: queue.Scheduling = queue.USUAL,
         configuration: str = "",
+        processes: int = 1,
     ) -> JobRow:
-        """Store a new QUEUED job and its first event. configuration: digest of what decides how fast its steps are."""
+        """Store a new QUEUED job and its first event.
+
+        configuration: digest of what decides how fast its steps are. processes: how many it trains on, each in a slot
+        of its own.
+        """
         now = now_us()
         values: dict[str, Any] = {
             "name": f"jobs/{uuid.uuid4()}",
@@ -313,6 +320,7 @@ class JobStore:
             "plan": plan,
             "caller": caller,
             "total_steps": total_steps,
+            "processes": processes,
             "create_us": now,
             "configuration": configuration,
             "facts": {},
@@ -422,9 +430,27 @@ class JobStore:
         query = sa.select(sa.func.count()).select_from(t.jobs).where(queue.is_due())
         return connection.execute(query).scalar_one()
 
-    def next_due(self, connection: sa.Connection) -> JobRow | None:
-        """Return the job that is the next to get a worker. Those that another server is just taking are passed over."""
+    def held_slots(self, connection: sa.Connection) -> int:
+        """Return how many slots are taken by jobs that a worker holds."""
+        return self._slots(connection, t.jobs.c.state.in_([state.value for state in HELD]))
+
+    def due_slots(self, connection: sa.Connection) -> int:
+        """Return how many slots the jobs want that wait for nothing but a worker."""
+        return self._slots(connection, queue.is_due())
+
+    @staticmethod
+    def _slots(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> int:
+        query = sa.select(sa.func.coalesce(sa.func.sum(t.jobs.c.processes), 0)).where(condition)
+        return int(connection.execute(query).scalar_one())
+
+    def next_due(self, connection: sa.Connection, *, most: int | None = None) -> JobRow | None:
+        """Return the job that is the next to get a worker. Those that another server is just taking are passed over.
+
+        most: jobs of more processes are for other servers.
+        """
         query = sa.select(t.jobs).where(queue.is_due()).order_by(*queue.ORDER).limit(1)
+        if most is not None:
+            query = query.where(t.jobs.c.processes <= most)
         if connection.get_execution_options().get("forge_write"):
             query = query.with_for_update(skip_locked=True)
         row = connection.execute(query).mappings().one_or_none()
@@ -496,14 +522,24 @@ class JobStore:
             for row in rows
         ]
 
-    def begin_attempt(self, engine: str, server: str = "", loan: Loan | None = None) -> JobRow | None:
+    def begin_attempt(
+        self,
+        engine: str,
+        server: str = "",
+        loan: Loan | None = None,
+        *,
+        most: int | None = None,
+        free: int | None = None,
+    ) -> JobRow | None:
         """Take the first job of the queue for a new attempt, or return None.
 
         The worker is launched after the commit. server: who looks after it. loan: borrowed capacity that it runs on.
+        most, free: slots that the server has, and of these, those that nobody takes. A job that would fit into the
+        first but not yet into the second waits, and those behind it do too: small ones would never let it have a turn.
         """
         with self.database.write() as connection:
-            job = self.next_due(connection)
-            if job is None:
+            job = self.next_due(connection, most=most)
+            if job is None or (free is not None and job.processes > free):
                 return None
             number, token, now = job.attempt + 1, job.fencing_token + 1, now_us()
             job = move(
@@ -568,10 +604,20 @@ class JobStore:
                 changes |= {"not_before_us": now_us() + pause_us, "waits_for": ""}
             return move(connection, current, JobState.RECOVERING, message=message, **changes, **counts)
 
+    def set_launched(self, attempt_id: int, handle: str) -> None:
+        """Store by which handle an attempt's worker was started, for a server that is started after this one."""
+        with self.database.write() as connection:
+            connection.execute(sa.update(t.attempts).filter_by(id=attempt_id).values(launched=handle))
+
     def set_observed(self, job: JobRow, observed: bool) -> None:
         """Record whether the job's worker was seen lately. The state stays."""
         with self.database.write() as connection:
             connection.execute(sa.update(t.jobs).filter_by(id=job.id).values(observed=observed))
+
+    def beat_for(self, attempt: AttemptRow) -> None:
+        """Give a sign of life for a worker that waits for capacity and cannot give one itself."""
+        with self.database.write() as connection:
+            connection.execute(sa.update(t.attempts).filter_by(id=attempt.id).values(heartbeat_us=now_us()))
 
     def extend_lease(self, job: JobRow, until_us: int) -> None:
         """Let the worker of a job on borrowed capacity write until then, if the job still has that lease."""

@@ -17,6 +17,7 @@ from cognateforge.exceptions import (
     CheckpointGoneError,
     CheckpointNotFoundError,
     IllegalTransitionError,
+    PreconditionError,
     VerificationOpenError,
 )
 from training_common.attempt import FencedOutError
@@ -91,6 +92,11 @@ class VerificationStore:
             raise IllegalTransitionError(
                 f"{job.name} is {job.state}: pause it or wait for its end, then verify",
                 metadata={"state": job.state, "allowed": ", ".join(sorted({*FINAL, JobState.PAUSED}))},
+            )
+        if job.processes > 1:
+            raise PreconditionError(
+                f"{job.name} trained in {job.processes} processes; a replay runs in one, which rounds otherwise: "
+                "verify a job of one process"
             )
         if connection.execute(sa.select(v.c.id).where(v.c.job_id == job.id, is_open())).first() is not None:
             raise VerificationOpenError(f"a verification of {job.name} is under way: wait for its receipt")

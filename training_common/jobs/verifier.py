@@ -82,7 +82,7 @@ class Verifier:
             arguments += ["--settings", str(self._settings_file)]
         try:
             log_name = f"{folder_name(claim.job.name)}/logs/verify-{row.id}.log"
-            self._launched[_key(row)] = self._engine.launch(arguments, log_name=log_name)
+            self._launched[_key(row)] = self._engine.launch(arguments, log_name=log_name, processes=1)
         except OSError as error:
             self._give_up(row, f"the worker could not be started: {error.strerror}")
             return False

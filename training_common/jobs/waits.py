@@ -56,7 +56,7 @@ def waits(connection: sa.Connection, jobs: Sequence[JobRow], standing: Standing)
     if not waiting:
         return {}
     places, now = positions(connection, [job.id for job in waiting]), now_us()
-    found = {job.id: _in_queue(places[job.id], standing) for job in waiting if job.id in places}
+    found = {job.id: _in_queue(job, places[job.id], standing) for job in waiting if job.id in places}
     for job in waiting:
         # One that became due since is in the queue, and is told so by the next answer.
         if job.id not in places and now < job.not_before_us <= latest_pause_us(now):
@@ -64,8 +64,9 @@ def waits(connection: sa.Connection, jobs: Sequence[JobRow], standing: Standing)
     return found
 
 
-def _in_queue(place: int, standing: Standing) -> Wait:
-    if place > standing.slots - standing.taken:
+def _in_queue(job: JobRow, place: int, standing: Standing) -> Wait:
+    # Those before it want a slot each at least.
+    if place - 1 + job.processes > standing.slots - standing.taken:
         return Wait(reason=WaitReason.SLOT, message=_slots(place, standing), position=place)
     if standing.launch_again_s is not None:
         message = f"workers cannot be started on this server; it tries again in {standing.launch_again_s:.0f} s"

@@ -200,13 +200,14 @@ class MemoryStatistics:
     write_rate: mean write gate of the valid tokens, 0 to 1.
     slot_utilization: share of slots that hold a token after the pass, 0 to 1.
     read_entropy_nats: mean entropy of the slots' shares in what the head recalls, over the tokens whose memory is not
-        empty; at most ln(slots). head_share: mean share of the prediction that the memory makes, 0 to 1. Both are None
-        when the memory was not read.
+        empty; at most ln(slots). reads: how many those are. head_share: mean share of the prediction that the memory
+        makes, 0 to 1. All three are None when the memory was not read.
     """
 
     write_rate: Tensor
     slot_utilization: Tensor
     read_entropy_nats: Tensor | None
+    reads: Tensor | None
     head_share: Tensor | None
 
 
@@ -553,17 +554,18 @@ class LongTermMemory(nn.Module):
         """Measure the writes of a pass, and what the head read."""
         gate_BT = written.gate_BT
         valid_BT = torch.ones_like(gate_BT, dtype=torch.bool) if written.valid_BT is None else written.valid_BT
-        entropy = share = None
+        entropy = reads = share = None
         if recall is not None:
             reads_BT = valid_BT & (recall.log_recalled > NOTHING)
-            reads = reads_BT.sum().clamp(min=1)
+            reads = reads_BT.sum()
             entropy_BT = torch.special.entr(recall.log_shares.exp()).sum(-1)
-            entropy = (entropy_BT * reads_BT).sum() / reads
+            entropy = (entropy_BT * reads_BT).sum() / reads.clamp(min=1)
             share = (recall.log_recalled.exp() * valid_BT).sum() / valid_BT.sum().clamp(min=1)
         return MemoryStatistics(
             write_rate=(gate_BT * valid_BT).sum() / valid_BT.sum().clamp(min=1),
             slot_utilization=(written.after.tokens_BM != EMPTY).to(gate_BT.dtype).mean(),
             read_entropy_nats=entropy,
+            reads=reads,
             head_share=share,
         )
 

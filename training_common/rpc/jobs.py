@@ -46,12 +46,16 @@ A = TypeVar("A", bound=Message)
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A job that may be made. memory: bytes of its worker's parts. configuration: what decides how fast it is."""
+    """A job that may be made.
+
+    memory: bytes of the parts of each of its processes. configuration: what decides how fast it is.
+    """
 
     plan: Message
     total_steps: int
     memory: Mapping[str, int]
     configuration: str
+    processes: int
 
 
 class JobService(Generic[M]):
@@ -126,6 +130,7 @@ class JobService(Generic[M]):
                 caller=caller,
                 scheduling=convert.scheduling(request.scheduling),
                 configuration=new.configuration,
+                processes=new.processes,
             )
             response.job.CopyFrom(self._messages(connection, [job])[0])
             return cast("A", response)

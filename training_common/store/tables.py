@@ -51,6 +51,8 @@ jobs = Table(
     Column("fencing_token", BigInteger, nullable=False, default=0),
     Column("step", BigInteger, nullable=False, default=0),
     Column("total_steps", BigInteger, nullable=False),
+    # On how many it trains; each takes a slot.
+    Column("processes", Integer, nullable=False, default=1, server_default="1"),
     Column("last_sequence", BigInteger, nullable=False, default=0),
     Column("observed", Boolean, nullable=False, default=True),
     # Attempts in a row that brought no new checkpoint: lost by their own fault, and ended from outside.
@@ -114,6 +116,8 @@ attempts = Table(
     Column("server", String(255), nullable=False, default="", server_default=""),
     # Name of the worker in the engine's words; for the local engine "PID:start time". Empty until it has registered.
     Column("handle", String(255), nullable=False, default=""),
+    # The same as the engine told when it started the worker. It outlives the server that did.
+    Column("launched", String(255), nullable=False, default="", server_default=""),
     Column("first_step", BigInteger, nullable=False),
     Column("start_us", BigInteger, nullable=False),
     Column("heartbeat_us", BigInteger, nullable=False),

@@ -14,7 +14,7 @@ from cognateforge.cli.session import Session, command, new_request_id, print_lin
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1 import training_pb2
-    from cognateforge.job.v1.job_pb2 import CheckpointPolicy, Estimate, Scheduling
+    from cognateforge.job.v1.job_pb2 import CheckpointPolicy, Compute, Estimate, Scheduling
 
 Watch = Annotated[bool, typer.Option("--watch", "--wait", help="Follow the job; the exit code tells how it ended.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
@@ -130,6 +130,12 @@ def _pretrain(app: typer.Typer) -> None:
         keep_last: Annotated[int, typer.Option(help="Newest checkpoints that are kept. 0: 2.")] = 0,
         keep_best: Annotated[int, typer.Option(help="Best checkpoints that are kept beside them.")] = 0,
         keep_every: Annotated[int, typer.Option(help="Keep checkpoints whose step is a multiple. 0: none.")] = 0,
+        processes: Annotated[
+            int, typer.Option(help="How many train, each in a slot and on rows of its own. 0: 1.")
+        ] = 0,
+        sharded: Annotated[
+            bool, typer.Option("--sharded", help="Each process holds a part of the model and the optimizer's state.")
+        ] = False,
         progress_interval: Annotated[int, typer.Option(help="Steps between progress events. 0: 1.")] = 0,
         dataset: Annotated[
             list[str] | None, typer.Option(help="SET or SET:WEIGHT. May be repeated. Default: both sets.")
@@ -166,6 +172,7 @@ def _pretrain(app: typer.Typer) -> None:
             warmup_steps=warmup_steps,
             checkpoint_interval_steps=checkpoint_interval,
             checkpoint_policy=_policy(keep_last, keep_best, keep_every),
+            compute=_compute(processes, sharded),
             progress_interval_steps=progress_interval,
         )
         for share in dataset or []:
@@ -233,6 +240,12 @@ def _train(app: typer.Typer) -> None:
         keep_last: Annotated[int, typer.Option(help="Newest checkpoints that are kept. 0: 2.")] = 0,
         keep_best: Annotated[int, typer.Option(help="Best checkpoints that are kept beside them.")] = 0,
         keep_every: Annotated[int, typer.Option(help="Keep checkpoints whose step is a multiple. 0: none.")] = 0,
+        processes: Annotated[
+            int, typer.Option(help="How many train, each in a slot and on rows of its own. 0: 1.")
+        ] = 0,
+        sharded: Annotated[
+            bool, typer.Option("--sharded", help="Each process holds a part of the model and the optimizer's state.")
+        ] = False,
         include_out_of_scope: Annotated[
             bool, typer.Option("--include-out-of-scope", help="Keep rows of no label, as a label.")
         ] = False,
@@ -271,6 +284,7 @@ def _train(app: typer.Typer) -> None:
             seed=seed,
             checkpoint_interval_steps=checkpoint_interval,
             checkpoint_policy=_policy(keep_last, keep_best, keep_every),
+            compute=_compute(processes, sharded),
         )
         if adaptation is AdaptationKind.FULL:
             plan.adaptation.full.SetInParent()
@@ -316,3 +330,12 @@ def _policy(last: int, best: int, every: int) -> CheckpointPolicy | None:
     if not (last or best or every):
         return None
     return job_pb2.CheckpointPolicy(keep_last=last, keep_best=best, keep_every_steps=every)
+
+
+def _compute(processes: int, sharded: bool) -> Compute | None:
+    from cognateforge.job.v1 import job_pb2
+
+    if not (processes or sharded):
+        return None
+    strategy = job_pb2.COMPUTE_STRATEGY_FSDP2 if sharded else job_pb2.COMPUTE_STRATEGY_DDP
+    return job_pb2.Compute(processes=processes, strategy=strategy)

@@ -486,6 +486,7 @@ class TrainingPlan(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_POLICY_FIELD_NUMBER: _builtins.int
+    COMPUTE_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     """Family of the agent that is made, for instance "intent-router". Its versions are numbered."""
     architecture: _builtins.str
@@ -534,6 +535,10 @@ class TrainingPlan(_message.Message):
     def checkpoint_policy(self) -> _job_pb2.CheckpointPolicy:
         """Which checkpoints are kept. Absent: the newest two."""
 
+    @_builtins.property
+    def compute(self) -> _job_pb2.Compute:
+        """On how many processes. Absent: one."""
+
     def __init__(
         self,
         *,
@@ -552,10 +557,11 @@ class TrainingPlan(_message.Message):
         seed: _builtins.int = ...,
         checkpoint_interval_steps: _builtins.int = ...,
         checkpoint_policy: _job_pb2.CheckpointPolicy | None = ...,
+        compute: _job_pb2.Compute | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "base", b"base", "behavioural", b"behavioural", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "base", b"base", "behavioural", b"behavioural", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "compute", b"compute", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "agent", b"agent", "architecture", b"architecture", "base", b"base", "batch_size", b"batch_size", "behavioural", b"behavioural", "checkpoint_interval_steps", b"checkpoint_interval_steps", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "seed", b"seed", "task", b"task", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "agent", b"agent", "architecture", b"architecture", "base", b"base", "batch_size", b"batch_size", "behavioural", b"behavioural", "checkpoint_interval_steps", b"checkpoint_interval_steps", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "compute", b"compute", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "seed", b"seed", "task", b"task", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_base: _TypeAlias = _typing.Literal["foundation"]  # noqa: Y015
     _WhichOneofArgType_base: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015

@@ -155,6 +155,7 @@ class PretrainingPlan(_message.Message):
     CURRICULUM_FIELD_NUMBER: _builtins.int
     ACCELERATION_CONTROL_FIELD_NUMBER: _builtins.int
     CHECKPOINT_POLICY_FIELD_NUMBER: _builtins.int
+    COMPUTE_FIELD_NUMBER: _builtins.int
     total_steps: _builtins.int
     """Optimizer steps. 1 to 10,000,000."""
     seed: _builtins.int
@@ -193,6 +194,10 @@ class PretrainingPlan(_message.Message):
     def checkpoint_policy(self) -> _job_pb2.CheckpointPolicy:
         """Which checkpoints are kept. Absent: the newest two."""
 
+    @_builtins.property
+    def compute(self) -> _job_pb2.Compute:
+        """On how many processes. Absent: one."""
+
     def __init__(
         self,
         *,
@@ -208,10 +213,11 @@ class PretrainingPlan(_message.Message):
         curriculum: Global___Curriculum | None = ...,
         acceleration_control: Global___AccelerationControl | None = ...,
         checkpoint_policy: _job_pb2.CheckpointPolicy | None = ...,
+        compute: _job_pb2.Compute | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "checkpoint_policy", b"checkpoint_policy", "curriculum", b"curriculum"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "checkpoint_policy", b"checkpoint_policy", "compute", b"compute", "curriculum", b"curriculum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "batch_size", b"batch_size", "checkpoint_interval_steps", b"checkpoint_interval_steps", "checkpoint_policy", b"checkpoint_policy", "curriculum", b"curriculum", "datasets", b"datasets", "peak_learning_rate", b"peak_learning_rate", "progress_interval_steps", b"progress_interval_steps", "seed", b"seed", "sequence_length", b"sequence_length", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration_control", b"acceleration_control", "batch_size", b"batch_size", "checkpoint_interval_steps", b"checkpoint_interval_steps", "checkpoint_policy", b"checkpoint_policy", "compute", b"compute", "curriculum", b"curriculum", "datasets", b"datasets", "peak_learning_rate", b"peak_learning_rate", "progress_interval_steps", b"progress_interval_steps", "seed", b"seed", "sequence_length", b"sequence_length", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -117,6 +117,30 @@ WAIT_REASON_LAUNCH: WaitReason.ValueType  # 6
 """A place is free, but workers cannot be started on this server. It tries again by itself."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
 
+class _ComputeStrategy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ComputeStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComputeStrategy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPUTE_STRATEGY_UNSPECIFIED: _ComputeStrategy.ValueType  # 0
+    """DDP."""
+    COMPUTE_STRATEGY_DDP: _ComputeStrategy.ValueType  # 1
+    """All of the model and the optimizer's state: the most memory, and the least to exchange."""
+    COMPUTE_STRATEGY_FSDP2: _ComputeStrategy.ValueType  # 2
+    """A part of the model and the optimizer's state, gathered where it is needed."""
+
+class ComputeStrategy(_ComputeStrategy, metaclass=_ComputeStrategyEnumTypeWrapper):
+    """What each of several processes holds of what is trained."""
+
+COMPUTE_STRATEGY_UNSPECIFIED: ComputeStrategy.ValueType  # 0
+"""DDP."""
+COMPUTE_STRATEGY_DDP: ComputeStrategy.ValueType  # 1
+"""All of the model and the optimizer's state: the most memory, and the least to exchange."""
+COMPUTE_STRATEGY_FSDP2: ComputeStrategy.ValueType  # 2
+"""A part of the model and the optimizer's state, gathered where it is needed."""
+Global___ComputeStrategy: _TypeAlias = ComputeStrategy  # noqa: Y015
+
 class _VerificationState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -714,6 +738,34 @@ class CheckpointPolicy(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckpointPolicy: _TypeAlias = CheckpointPolicy  # noqa: Y015
+
+@_typing.final
+class Compute(_message.Message):
+    """On how many processes a job trains. Each batch is split among them, so that what is trained is the same for any number.
+    Every process takes one of the server's slots.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    processes: _builtins.int
+    """Processes. 0 means 1; at most 64, and at most the plan's batch_size and the server's slots."""
+    strategy: Global___ComputeStrategy.ValueType
+    """What each of them holds. Unspecified means DDP; of no effect on one process."""
+    def __init__(
+        self,
+        *,
+        processes: _builtins.int = ...,
+        strategy: Global___ComputeStrategy.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["processes", b"processes", "strategy", b"strategy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Compute: _TypeAlias = Compute  # noqa: Y015
 
 @_typing.final
 class ArtifactPublished(_message.Message):

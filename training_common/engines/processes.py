@@ -1,0 +1,76 @@
+"""Processes and how they end: names that outlive a server, and children that do not outlive their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+import psutil
+
+# From sysexits.h, "try again later": the worker has told of a fault of its machine.
+EX_TEMPFAIL = 75
+_PR_SET_PDEATHSIG = 1
+_LOOK_S = 0.5
+
+
+def handle_of(process: psutil.Process) -> str:
+    """Return what names a process for ever: "PID:start time"."""
+    return f"{process.pid}:{process.create_time():.2f}"
+
+
+def pid_of(handle: str) -> int:
+    """Return the process id of a handle."""
+    return int(handle.partition(":")[0])
+
+
+def own_handle() -> str:
+    """Return this process's handle."""
+    return handle_of(psutil.Process())
+
+
+def parent_handle() -> str:
+    """Return the handle of the process that started this one."""
+    return handle_of(psutil.Process(os.getppid()))
+
+
+def find(handle: str) -> psutil.Process | None:
+    """Return the running process of a handle, or None."""
+    try:
+        process = psutil.Process(pid_of(handle))
+        return process if handle_of(process) == handle and process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.NoSuchProcess, ValueError):  # the latter: another engine's
+        return None
+
+
+def kill_tree(process: psutil.Process) -> None:
+    """End a process and all that it has started, the parent first so that it starts nothing more."""
+    try:
+        children = process.children(recursive=True)
+        process.kill()
+    except psutil.NoSuchProcess:
+        return
+    for child in children:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def end_with_parent(parent: int) -> None:
+    """Let this process end as soon as the one of that id, its parent, has ended, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
+    if os.getppid() != parent:  # it ended before
+        os._exit(EX_TEMPFAIL)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os._exit(EX_TEMPFAIL)
