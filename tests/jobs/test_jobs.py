@@ -202,6 +202,32 @@ def test_a_writer_that_fails_on_a_full_disk_is_told_apart(service: ToyService, m
     assert [] == list((service.folder / "checkpoints").iterdir())
 
 
+async def test_a_worker_that_is_killed_with_its_server_before_it_registers_is_missed_at_once(
+    service: ToyService,
+) -> None:
+    """Its handle outlives both, so that nobody waits for the longest start."""
+    job = service.submit(steps=3)
+    service.scheduler.tick()
+    [child] = service.engine._children.values()
+    child.kill()
+    child.wait()
+    service.restart()
+    done = await service.until(job, ended, timeout_s=30)
+    assert (JobState.SUCCEEDED, 2) == (done.state, done.attempt)
+
+
+async def test_an_attempt_without_a_worker_ends_however_often_servers_do(service: ToyService) -> None:
+    """A server that ended before it could tell of its worker: the wall clock counts, as no server lives that long."""
+    job = service.submit(steps=3)
+    service.store.begin_attempt("local")
+    long_ago = now_us() - 121_000_000
+    with service.database.write() as connection:
+        connection.execute(sa.update(t.attempts).values(start_us=long_ago, heartbeat_us=long_ago))
+    service.scheduler.tick()
+    now = service.store.get(job.name)
+    assert (JobState.RECOVERING, 0) == (now.state, now.retries_without_progress)
+
+
 async def test_workers_that_cannot_be_started_cost_jobs_nothing(
     service: ToyService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
