@@ -63,8 +63,8 @@ jobs = Table(
     # Which service `not_before_us` waits for; empty where workers were ended from outside too often.
     Column("waits_for", String(64), nullable=False, default="", server_default=""),
     Column("priority", Integer, nullable=False, default=0, server_default="0"),
-    # Place in the queue: the submission, moved forward by the priority.
-    Column("queue_us", BigInteger, nullable=False, default=0, server_default="0"),
+    # Place in the queue: the submission, moved forward by the priority. None while the job is not in it.
+    Column("queue_us", BigInteger),
     Column("start_by_us", BigInteger),
     Column("finish_by_us", BigInteger),
     # When somebody must look at it because of a deadline. None where there is no deadline left.
@@ -83,6 +83,7 @@ jobs = Table(
     Column("artifact", String(128), nullable=False, default=""),
     Column("facts", JSON, nullable=False, default=dict, comment="what a service adds, e.g. the foundation's digest"),
     Index("ix_jobs_configuration_id", "configuration", "id"),
+    Index("ix_jobs_queue", "queue_us", "id", "not_before_us"),
 )
 
 events = Table(
