@@ -71,6 +71,10 @@ def place(folder: Path, url: str, ended: int) -> Place:
         count = min(CHUNK, ended - start)
         insert_jobs(database, start, [JobState.SUCCEEDED if n % 10 else JobState.FAILED for n in range(count)])
     insert_jobs(database, ended, [JobState.QUEUED] * WAITING)
+    if not url:
+        return Place(folder, url, database, JobStore(database))
+    with database.write() as connection:
+        connection.execute(sa.text("ANALYZE"))  # as autovacuum does of its own within a minute
     return Place(folder, url, database, JobStore(database))
 
 
