@@ -69,7 +69,7 @@ class JobRow:
     waiting_since_us: int | None
     waits_for: str
     priority: int
-    queue_us: int
+    queue_us: int | None
     start_by_us: int | None
     finish_by_us: int | None
     deadline_us: int | None
@@ -247,9 +247,9 @@ def move(
         if job.waits:  # what it waited for is there, for the others too
             connection.execute(_others_that_wait(None).values(not_before_us=0))
     payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
-    return append_event(
-        connection, job.id, "state_change", payload, only_token=only_token, changes={"state": to.value, **changes}
-    )
+    place = queue.place_us(job.create_us, job.priority) if to in WAITING else None
+    changes = {"state": to.value, "queue_us": place, **changes}
+    return append_event(connection, job.id, "state_change", payload, only_token=only_token, changes=changes)
 
 
 def once(
@@ -785,6 +785,7 @@ class AttemptStore:
             payload = {"from": job.state.value, "to": JobState.QUEUED.value, "message": f"waits for {wait.what}"}
             changes = {
                 "state": JobState.QUEUED.value,
+                "queue_us": queue.place_us(job.create_us, job.priority),
                 "not_before_us": until,
                 "waits": waits + 1,
                 "waiting_since_us": since,

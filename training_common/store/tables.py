@@ -65,8 +65,8 @@ jobs = Table(
     # Which service `not_before_us` waits for; empty where workers were ended from outside too often.
     Column("waits_for", String(64), nullable=False, default="", server_default=""),
     Column("priority", Integer, nullable=False, default=0, server_default="0"),
-    # Place in the queue: the submission, moved forward by the priority.
-    Column("queue_us", BigInteger, nullable=False, default=0, server_default="0"),
+    # Place in the queue: the submission, moved forward by the priority. None while the job is not in it.
+    Column("queue_us", BigInteger),
     Column("start_by_us", BigInteger),
     Column("finish_by_us", BigInteger),
     # When somebody must look at it because of a deadline. None where there is no deadline left.
@@ -89,6 +89,7 @@ jobs = Table(
     Column("first_sequence", BigInteger, nullable=False, default=1, server_default="1"),
     Column("files_removed_us", BigInteger),
     Index("ix_jobs_end_us", "end_us"),
+    Index("ix_jobs_queue", "queue_us", "id", "not_before_us"),
 )
 
 events = Table(
