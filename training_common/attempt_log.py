@@ -45,11 +45,12 @@ class LogLine:
 
 @dataclass(frozen=True, kw_only=True)
 class LogPart:
-    """What follows a position: lines, or a hole, or nothing. next_position: where to go on."""
+    """What follows a position: lines, or a hole, or nothing. next_position: where to go on. size_bytes: of the log."""
 
     lines: tuple[LogLine, ...] = ()
     hole: bool = False
     next_position: int
+    size_bytes: int = 0
 
 
 def open_log(path: Path) -> int:
@@ -112,7 +113,7 @@ class AttemptLog:
             data = os.pread(descriptor, position - start + _READ_BYTES + LONGEST_BYTES, start)
             cut = self._cut()
             if cut is not None and cut[0] <= position < cut[1]:
-                return LogPart(hole=True, next_position=_next_line(descriptor, cut[1]))
+                return LogPart(hole=True, next_position=_next_line(descriptor, cut[1]), size_bytes=size)
         text = mask.data(data)[position - start :][:_READ_BYTES]
         at_end, broken_off = position + len(text) >= size, False
         if cut is not None and position < cut[0] <= position + len(text):
@@ -124,7 +125,7 @@ class AttemptLog:
             if stop > read_bytes:
                 lines.append(_line(text[read_bytes:stop], position + read_bytes, continued=not (at_end and ended)))
                 read_bytes = stop
-        return LogPart(lines=tuple(lines), next_position=position + read_bytes)
+        return LogPart(lines=tuple(lines), next_position=position + read_bytes, size_bytes=size)
 
     @contextmanager
     def _opened(self, flags: int) -> Iterator[int]:

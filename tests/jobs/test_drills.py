@@ -21,6 +21,7 @@ from training_common.jobs.folders import job_dir, jobs_dir, log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobRow
 
+pytestmark = pytest.mark.slow
 MIB = 1 << 20
 
 

@@ -96,6 +96,7 @@ async def test_a_step_that_is_not_the_same_is_found(local: ToyService) -> None:
     assert row.receipt["recorded_digest"] != row.receipt["replayed_digest"]
 
 
+@pytest.mark.slow
 async def test_a_paused_jobs_last_checkpoint_is_replayed_too(local: ToyService) -> None:
     """It is of a step that the plan does not save at; afterwards the job goes on as if nothing had been."""
     job = local.submit(steps=60, step_s=0.02, checkpoint_every=10)
@@ -138,6 +139,7 @@ async def test_a_damaged_checkpoint_gives_no_receipt(local: ToyService) -> None:
     assert "CHECKPOINT_GONE: the checkpoint of step 10: state.json does not have the digest" in row.failure
 
 
+@pytest.mark.slow
 async def test_a_killed_replay_is_begun_again_and_its_old_worker_is_fenced_out(local: ToyService) -> None:
     """Once; after the third worker it has failed. What was given up can store no receipt."""
     job = await local.until(local.submit(steps=20, checkpoint_every=10), ended)
@@ -157,6 +159,7 @@ async def test_a_killed_replay_is_begun_again_and_its_old_worker_is_fenced_out(l
     assert not scratch.exists()
 
 
+@pytest.mark.slow
 async def test_a_replay_takes_a_slot_and_jobs_come_first(local: ToyService) -> None:
     """With one slot it waits for the jobs that wait, and they wait for it once it runs."""
     job = await local.until(local.submit(steps=20, checkpoint_every=10), ended)
@@ -192,6 +195,7 @@ async def test_retention_waits_for_an_open_verification(service: ToyService) -> 
     assert 1 == sweeper.removed.job_folders
 
 
+@pytest.mark.slow
 async def test_a_policy_leaves_checkpoints_of_an_open_verification(local: ToyService) -> None:
     """A paused job that goes on keeps them until the receipt is there."""
     job = local.submit(steps=60, step_s=0.02, checkpoint_every=10)

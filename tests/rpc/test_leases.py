@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from google.protobuf import duration_pb2
 
 import cognate_server.migrations
@@ -22,9 +23,11 @@ from cognateforge.exceptions import (
 from cognateforge.exchange.v1 import resource_pb2 as pb
 from cognateforge.job.v1 import job_pb2
 from tests.support.certificates import authority, files, server_tls, spiffe
+from tests.support.outbox import job_with_events
 from tests.support.servers import running_cognate
 from tests.support.waiting import until
 from training_common.jobs.store import JobStore
+from training_common.store import tables as t
 from training_common.store.database import Database
 
 GPU = pb.RESOURCE_KIND_GPU
@@ -91,6 +94,28 @@ async def test_what_is_lent_is_gone_until_it_is_given_back(tmp_path: Path) -> No
         assert (pb.LEASE_STATE_ENDED, 0) == (ended.state, left_s(ended))
         second = await acquire(client)
         assert second.fencing_token > first.fencing_token
+
+
+async def test_a_verification_holds_what_a_job_holds(tmp_path: Path) -> None:
+    """While it replays, its slot's cores are not lent."""
+    async with (
+        running_cognate(tmp_path, workers={"slots": 1, "threads": 1}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        before = await capacity(client, pb.RESOURCE_KIND_CPU)
+        database = Database(f"sqlite:///{tmp_path / 'store.db'}")
+        name = job_with_events(database, 1)
+        with database.write() as connection:
+            job_id = JobStore(database).get(name, connection).id
+            saved = {"attempt": 1, "step": 1, "digest": "", "size_bytes": 1, "folder": "", "create_us": 1}
+            key = connection.execute(sa.insert(t.checkpoints).values(job_id=job_id, **saved)).inserted_primary_key
+            assert key is not None
+            named = {"from_checkpoint_id": key[0], "to_checkpoint_id": key[0], "server": "another", "create_us": 1}
+            values = {"name": "verifications/x", "job_id": job_id, "caller": "c", "state": "RUNNING", **named}
+            connection.execute(sa.insert(t.verifications).values(**values))
+        database.close()
+        after = await capacity(client, pb.RESOURCE_KIND_CPU)
+        assert (before.held + 1, before.available - 1) == (after.held, after.available)
 
 
 async def test_a_lease_ends_at_its_time_and_nothing_of_it_works_after(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -16,7 +17,13 @@ import sqlalchemy as sa
 
 from cognateforge.client import AsyncAgentClient, AsyncCognateClient, CognateClient
 from cognateforge.cognate.v1 import pretraining_pb2
-from cognateforge.exceptions import AttemptNotFoundError, JobNotFoundError, LogGoneError, OffsetOutOfRangeError
+from cognateforge.exceptions import (
+    AttemptNotFoundError,
+    JobNotFoundError,
+    LogGoneError,
+    OffsetOutOfRangeError,
+    UnavailableError,
+)
 from cognateforge.job.v1 import job_pb2
 from tests.support.cuts import NEVER
 from tests.support.logs import PlayedWorker
@@ -128,6 +135,30 @@ async def test_what_cannot_be_watched_is_refused_with_a_reason(
         connection.execute(sa.update(t.attempts).values(start_us=t.attempts.c.start_us - 90_000_000))
     with pytest.raises(LogGoneError, match=r"ran on node-7: .* the same shared_dir"):
         await read()
+
+
+async def test_a_log_that_grows_faster_than_it_is_read_comes_to_its_end(
+    cognate: AsyncCognateClient, worker: PlayedWorker
+) -> None:
+    """Who asks for the log as it is gets what was there at first, and not much more."""
+    worker.begin()
+    worker.write("x" * 999 + "\n")
+    frames = []
+    async for frame in cognate.watch_logs(worker.job):
+        frames.append(frame)
+        worker.write("x" * 999 + "\n")
+        await asyncio.sleep(0.01)
+    assert ["lines", "end"] == [frame.WhichOneof("frame") for frame in frames]
+
+
+async def test_what_is_no_file_is_not_read(cognate: AsyncCognateClient, worker: PlayedWorker) -> None:
+    """A pipe in the log's place keeps nobody waiting."""
+    worker.begin()
+    worker.path.unlink()
+    os.mkfifo(worker.path)
+    request = pretraining_pb2.WatchLogsRequest(name=worker.job)
+    with pytest.raises(UnavailableError, match="cannot be read now"):
+        [frame async for frame in cognate.pretraining.WatchLogs(request, timeout=10)]
 
 
 async def test_a_silent_log_sends_heartbeats(folder: Path) -> None:

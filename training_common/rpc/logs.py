@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from cognateforge.exceptions import AttemptNotFoundError, LogGoneError
+from cognateforge.exceptions import AttemptNotFoundError, LogGoneError, UnavailableError
 from cognateforge.job.v1 import job_pb2
 from training_common.attempt_log import AttemptLog, LogPart
 from training_common.jobs.folders import jobs_dir, log_name
@@ -43,17 +43,19 @@ class LogWatcher:
         """Yield what follows a position of an attempt's log, heartbeats, and the end frame.
 
         attempt: 0 means the newest. follow: go on, with later attempts too, until the job has ended.
-        Errors: JobNotFoundError, AttemptNotFoundError, LogGoneError, OffsetOutOfRangeError.
+        Errors: JobNotFoundError, AttemptNotFoundError, LogGoneError, OffsetOutOfRangeError, UnavailableError.
         """
         job = await self._store.database.run_brief(self._store.get, name)
         if attempt > job.attempt:
             raise AttemptNotFoundError(f"{name} has had {job.attempt} attempts, and no attempt {attempt}")
         attempt = attempt or job.attempt
         loop = asyncio.get_running_loop()
-        quiet_since, wait_s = loop.time(), _POLL_S
+        quiet_since, wait_s, until = loop.time(), _POLL_S, None
         while True:
             job, part, ended = await self._run(self._look, name, attempt, position, follow)
-            if part.next_position > position:
+            # What is there at first: a worker may write faster than a caller reads.
+            until = part.size_bytes if until is None else until
+            if part.next_position > position and (follow or position < until):
                 yield _frame(attempt, position, part)
                 position = part.next_position
                 quiet_since, wait_s = loop.time(), _POLL_S
@@ -88,6 +90,10 @@ class LogWatcher:
         except FileNotFoundError:
             self._require_silence(job, row)
             return job, LogPart(next_position=position), ended
+        except OSError as error:
+            raise UnavailableError(
+                f"the log of attempt {attempt} of {name} cannot be read now: {error.strerror}"
+            ) from error
 
     @staticmethod
     def _require_silence(job: JobRow, row: AttemptRow) -> None:
