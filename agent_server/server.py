@@ -11,6 +11,7 @@ from agent_server import metrics, migrations
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.borrowing import Borrower
 from agent_server.foundation import CognateLink
+from agent_server.resources import AgentResourceManager
 from agent_server.rpc import convert
 from agent_server.rpc.agents import AgentServicer
 from agent_server.rpc.training import TrainingServicer
@@ -47,7 +48,8 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
-    store = JobStore(database)
+    resources = AgentResourceManager(database, settings)
+    store = JobStore(database, resources)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
     engine = LocalEngine(module="agent_server.worker", log_dir=settings.data_dir / "logs")
     scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=settings.server_name)
@@ -61,11 +63,12 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         estimator=Estimator(server=settings.server_name, price=settings.price),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
+        bounds=resources,
     )
     link = CognateLink(settings.cognate)
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "task.classification"])
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
-        TrainingServicer(jobs, factory=factory, settings=settings, cognate=link, info=info), server
+        TrainingServicer(jobs, factory=factory, settings=settings, cognate=link, resources=resources, info=info), server
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
     borrower = Borrower(store, scheduler, link, slots=settings.workers.slots, settings=settings.borrow)

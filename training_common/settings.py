@@ -21,7 +21,7 @@ _SEPARATOR = "__"
 _WILDCARDS = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - told apart here, never bound
 _PORT = re.compile(r"(?:^[^:]+|\]):\d+$")
 # Keys that hold lists: comma-separated in the environment.
-_LISTS = ("roles", "tags")
+_LISTS = ("roles", "tags", "callers", "devices")
 S = TypeVar("S", bound="ServiceSettings")
 
 

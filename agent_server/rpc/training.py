@@ -8,12 +8,14 @@ from typing import Any
 from agent_server import estimates, foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.plan import require_feasible, with_defaults
+from agent_server.resources import AgentResourceManager
 from agent_server.rpc import convert
 from agent_server.settings import AgentSettings
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
 from cognateforge.job.v1 import job_pb2
+from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, Draft, JobRpcs, JobService
 
 
@@ -27,27 +29,31 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         factory: AgentArchitectureFactory,
         settings: AgentSettings,
         cognate: foundation.CognateLink,
+        resources: AgentResourceManager,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
         self._factory = factory
         self._settings = settings
         self._cognate = cognate
+        self._resources = resources
         self._info = info
 
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
-        plan = with_defaults(request.plan)
+        plan, caller = with_defaults(request.plan), current_caller().name
         refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
 
         def draft() -> Draft:
             require_feasible(plan, self._factory, self._settings.data)
             if refused is not None:
                 raise refused
+            memory = estimates.memory(plan, self._factory.get(plan.architecture), self._settings)
             return Draft(
                 plan=plan,
                 total_steps=plan.total_steps,
-                memory=estimates.memory(plan, self._factory.get(plan.architecture), self._settings),
+                memory=memory,
                 configuration=estimates.configuration(plan, self._settings),
+                demand=self._resources.demand(caller, sum(memory.values())),
             )
 
         return await self._jobs.start("StartTraining", request, draft, pb.StartTrainingResponse)

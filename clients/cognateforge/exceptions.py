@@ -6,13 +6,14 @@
     ├── ForbiddenError                 RoleMissingError, NoPolicyError, IdentityMissingError
     ├── ConflictError                  RequestIdReusedError
     ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError, LeaseNotFoundError,
-    │                                  CheckpointNotFoundError
+    │                                  CheckpointNotFoundError, ReservationNotFoundError
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
     │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
-    │                                  CapacityTakenError, CheckpointGoneError, JobDeadlineExceededError
+    │                                  CapacityTakenError, CheckpointGoneError, JobDeadlineExceededError,
+    │                                  QuotaTooSmallError, ReservationConflictError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -303,6 +304,24 @@ class JobDeadlineExceededError(PreconditionError):
     """The job passed a deadline of its own."""
 
     reason = Reason.REASON_JOB_DEADLINE_EXCEEDED
+
+
+class QuotaTooSmallError(PreconditionError):
+    """The job alone is larger than its tenant's quota."""
+
+    reason = Reason.REASON_QUOTA_TOO_SMALL
+
+
+class ReservationNotFoundError(NotFoundError):
+    """There is no such reservation, or it is over."""
+
+    reason = Reason.REASON_RESERVATION_NOT_FOUND
+
+
+class ReservationConflictError(PreconditionError):
+    """The slots are reserved already for a part of that time."""
+
+    reason = Reason.REASON_RESERVATION_CONFLICT
 
 
 class NotImplementedByServerError(ForgeError):

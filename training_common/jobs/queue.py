@@ -22,7 +22,7 @@ from training_common.store.database import now_us
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
 # What a point of priority is worth: an hour of waiting.
 POINT_US = 3_600_000_000
-ORDER = (t.jobs.c.queue_us, t.jobs.c.id)
+ORDER = (t.jobs.c.claim.desc(), t.jobs.c.queue_us, t.jobs.c.id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,17 @@ class Scheduling:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a job takes while it runs, and whose share that counts for."""
+
+    tenant: str = ""
+    cores: int = 0
+    memory_bytes: int = 0
+
+
 USUAL = Scheduling()
+NOBODYS = Demand()
 
 
 def latest_pause_us(now: int) -> int:
@@ -62,8 +72,8 @@ def is_due() -> sa.ColumnElement[bool]:
 
 
 def positions(connection: sa.Connection, ids: Collection[int]) -> dict[int, int]:
-    """Return the places in the queue, from 1, of those of the jobs that are in it."""
-    place = sa.func.row_number().over(order_by=ORDER).label("place")
+    """Return the places in the queue of their tenant, from 1, of those of the jobs that are in it."""
+    place = sa.func.row_number().over(partition_by=t.jobs.c.tenant, order_by=ORDER).label("place")
     queue = sa.select(t.jobs.c.id, place).where(is_due()).subquery()
     rows = connection.execute(sa.select(queue.c.id, queue.c.place).where(queue.c.id.in_(ids)))
     return {row.id: row.place for row in rows}

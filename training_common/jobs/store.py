@@ -14,9 +14,9 @@ import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -73,6 +73,11 @@ class JobRow:
     finish_by_us: int | None
     deadline_us: int | None
     configuration: str
+    tenant: str
+    cores: int
+    memory_bytes: int
+    claim: bool
+    reservation: str
     lease: str
     lease_token: int
     lease_until_us: int | None
@@ -229,6 +234,8 @@ def move(
             violations=[FieldViolation(field="name", description=description)],
             metadata={"state": job.state, "allowed": allowed},
         )
+    if job.claim:
+        changes = {"claim": False, **changes}
     if to in FINAL:
         changes = {"end_us": now_us(), "wish": "", "observed": True, "deadline_us": None, **changes}
     if to is JobState.RUNNING:
@@ -278,11 +285,34 @@ def _insert_if_absent(connection: sa.Connection, table: sa.Table, values: Mappin
     return connection.execute(statement).first() is not None
 
 
-class JobStore:
-    """What servicer and scheduler do with jobs. Every method is one transaction unless it takes a connection."""
+class Picking(Protocol):
+    """Decides which of the waiting jobs is the next, where that is not the first of the queue."""
 
-    def __init__(self, database: Database) -> None:
+    def next_due(self, connection: sa.Connection) -> JobRow | None:
+        """Return the job that is the next to get a worker, by `first_due`."""
+
+
+def first_due(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> JobRow | None:
+    """Return the first job of the queue that fulfils the conditions.
+
+    In a transaction that writes it is locked, and those that another server is just taking are passed over.
+    """
+    query = sa.select(t.jobs).where(queue.is_due(), *conditions).order_by(*queue.ORDER).limit(1)
+    if connection.get_execution_options().get("forge_write"):
+        query = query.with_for_update(skip_locked=True)
+    row = connection.execute(query).mappings().one_or_none()
+    return None if row is None else _job(row)
+
+
+class JobStore:
+    """What servicer and scheduler do with jobs. Every method is one transaction unless it takes a connection.
+
+    picking: decides which job is the next; by default the first of the queue is.
+    """
+
+    def __init__(self, database: Database, picking: Picking | None = None) -> None:
         self.database = database
+        self._picking = picking
 
     # --- servicer
 
@@ -295,6 +325,8 @@ class JobStore:
         caller: str,
         scheduling: queue.Scheduling = queue.USUAL,
         configuration: str = "",
+        demand: queue.Demand = queue.NOBODYS,
+        reservation: str = "",
     ) -> JobRow:
         """Store a new QUEUED job and its first event. configuration: digest of what decides how fast its steps are."""
         now = now_us()
@@ -307,6 +339,8 @@ class JobStore:
             "create_us": now,
             "configuration": configuration,
             "facts": {},
+            "reservation": reservation,
+            **asdict(demand),
             **scheduling.columns(now),
         }
         job_id = connection.execute(sa.insert(t.jobs).values(**values).returning(t.jobs.c.id)).scalar_one()
@@ -409,11 +443,7 @@ class JobStore:
 
     def next_due(self, connection: sa.Connection) -> JobRow | None:
         """Return the job that is the next to get a worker. Those that another server is just taking are passed over."""
-        query = sa.select(t.jobs).where(queue.is_due()).order_by(*queue.ORDER).limit(1)
-        if connection.get_execution_options().get("forge_write"):
-            query = query.with_for_update(skip_locked=True)
-        row = connection.execute(query).mappings().one_or_none()
-        return None if row is None else _job(row)
+        return first_due(connection) if self._picking is None else self._picking.next_due(connection)
 
     def held_handles(self, connection: sa.Connection) -> list[str]:
         """Return the handles of the workers that hold a job."""

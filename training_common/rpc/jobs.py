@@ -20,11 +20,12 @@ from cognateforge.exceptions import SequenceOutOfRangeError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.pins import set_pinned
+from training_common.jobs.queue import NOBODYS, Demand
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
 from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow, JobStore
-from training_common.jobs.waits import waits
+from training_common.jobs.waits import Bounds, waits
 from training_common.rpc import convert, mutations, paging
 from training_common.rpc.estimates import Estimator
 from training_common.rpc.identity import current_caller
@@ -41,12 +42,17 @@ A = TypeVar("A", bound=Message)
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A job that may be made. memory: bytes of its worker's parts. configuration: what decides how fast it is."""
+    """A job that may be made. memory: bytes of its worker's parts. configuration: what decides how fast it is.
+
+    demand: what it takes, and of whose share. reservation: the one that it is to run in, or nothing.
+    """
 
     plan: Message
     total_steps: int
     memory: Mapping[str, int]
     configuration: str
+    demand: Demand = NOBODYS
+    reservation: str = ""
 
 
 class JobService(Generic[M]):
@@ -62,8 +68,11 @@ class JobService(Generic[M]):
         estimator: Estimator,
         units: Mapping[str, str],
         heartbeat_s: float,
+        bounds: Bounds | None = None,
     ) -> None:
+        """bounds: tells what keeps waiting jobs from free places."""
         self.store = store
+        self._bounds = bounds
         self._scheduler = scheduler
         self._hub = hub
         self._to_message = to_message
@@ -116,6 +125,8 @@ class JobService(Generic[M]):
                 caller=caller,
                 scheduling=convert.scheduling(request.scheduling),
                 configuration=new.configuration,
+                demand=new.demand,
+                reservation=new.reservation,
             )
             response.job.CopyFrom(self._messages(connection, [job])[0])
             return cast("A", response)
@@ -141,7 +152,7 @@ class JobService(Generic[M]):
 
     def _messages(self, connection: sa.Connection, rows: Sequence[JobRow]) -> list[M]:
         """Return the messages of jobs, with what they wait for now."""
-        found = waits(connection, rows, self._scheduler.standing)
+        found = waits(connection, rows, self._scheduler.standing, self._bounds)
         messages = []
         for row in rows:
             message: Any = self._to_message(row)

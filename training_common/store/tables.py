@@ -71,6 +71,14 @@ jobs = Table(
     Column("deadline_us", BigInteger, index=True),
     # Digest of what of its plan and its server's settings decides how long a step takes.
     Column("configuration", String(64), nullable=False, default="", server_default=""),
+    # Whose share of the capacity it counts for, and what it takes of it while a worker holds it.
+    Column("tenant", String(48), nullable=False, default="", server_default=""),
+    Column("cores", Integer, nullable=False, default=0, server_default="0"),
+    Column("memory_bytes", BigInteger, nullable=False, default=0, server_default="0"),
+    # A running job was asked to make room for this one, which goes first until it has a worker.
+    Column("claim", Boolean, nullable=False, default=False, server_default=false()),
+    # The reservation that it runs in; empty: in none.
+    Column("reservation", String(64), nullable=False, default="", server_default="", index=True),
     # An attempt on borrowed capacity: its lease, and until when its worker may write. Only renewals move that on.
     Column("lease", String(64), nullable=False, default="", server_default=""),
     Column("lease_token", BigInteger, nullable=False, default=0, server_default="0"),

@@ -102,6 +102,12 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The checkpoint's files were removed by retention or found damaged."""
     REASON_JOB_DEADLINE_EXCEEDED: _Reason.ValueType  # 50
     """The job passed a deadline of its own: start_by before its first worker, or finish_by before its end."""
+    REASON_QUOTA_TOO_SMALL: _Reason.ValueType  # 51
+    """The job alone is larger than the quota of its caller's tenant."""
+    REASON_RESERVATION_NOT_FOUND: _Reason.ValueType  # 52
+    """There is no reservation of that name, or it was cancelled, or it has ended."""
+    REASON_RESERVATION_CONFLICT: _Reason.ValueType  # 53
+    """The slots are reserved already for a part of the time."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -181,6 +187,12 @@ REASON_CHECKPOINT_GONE: Reason.ValueType  # 42
 """The checkpoint's files were removed by retention or found damaged."""
 REASON_JOB_DEADLINE_EXCEEDED: Reason.ValueType  # 50
 """The job passed a deadline of its own: start_by before its first worker, or finish_by before its end."""
+REASON_QUOTA_TOO_SMALL: Reason.ValueType  # 51
+"""The job alone is larger than the quota of its caller's tenant."""
+REASON_RESERVATION_NOT_FOUND: Reason.ValueType  # 52
+"""There is no reservation of that name, or it was cancelled, or it has ended."""
+REASON_RESERVATION_CONFLICT: Reason.ValueType  # 53
+"""The slots are reserved already for a part of the time."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

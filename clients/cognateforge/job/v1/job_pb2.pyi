@@ -98,6 +98,10 @@ class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason
     """A place is free, but its capacity is lent. It was asked back."""
     WAIT_REASON_LAUNCH: _WaitReason.ValueType  # 6
     """A place is free, but workers cannot be started on this server. It tries again by itself."""
+    WAIT_REASON_QUOTA: _WaitReason.ValueType  # 7
+    """Its tenant is at a quota. It starts when jobs of the tenant have ended."""
+    WAIT_REASON_RESERVED: _WaitReason.ValueType  # 8
+    """The places that are left are reserved, or the job's own reservation has not begun."""
 
 class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
     """Why a job that waits has no worker. A later release may know more reasons."""
@@ -115,6 +119,10 @@ WAIT_REASON_LENT: WaitReason.ValueType  # 5
 """A place is free, but its capacity is lent. It was asked back."""
 WAIT_REASON_LAUNCH: WaitReason.ValueType  # 6
 """A place is free, but workers cannot be started on this server. It tries again by itself."""
+WAIT_REASON_QUOTA: WaitReason.ValueType  # 7
+"""Its tenant is at a quota. It starts when jobs of the tenant have ended."""
+WAIT_REASON_RESERVED: WaitReason.ValueType  # 8
+"""The places that are left are reserved, or the job's own reservation has not begun."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
 
 class _Circuit:
@@ -186,7 +194,9 @@ class Wait(_message.Message):
     message: _builtins.str
     """The same for people, with amounts and names. At most 2,000 characters."""
     queue_position: _builtins.int
-    """Place in the queue, from 1, which is the next. 0 before not_before: other jobs pass it meanwhile."""
+    """Place in the queue, from 1, which is the next; where a service has tenants, among the jobs of its own. 0 before
+    not_before: other jobs pass it meanwhile.
+    """
     @_builtins.property
     def not_before(self) -> _timestamp_pb2.Timestamp:
         """No worker is started before. Absent where nothing but a place is missing."""
