@@ -54,9 +54,7 @@ class AgentResourceManager:
     def demand(self, caller: str, memory_bytes: int) -> Demand:
         """Return what a caller's job takes, and of whose share. Errors: QuotaTooSmallError, when it can never start."""
         tenant = self._by_caller.get(caller, self._default)
-        need = Demand(
-            tenant=tenant, cores=self._threads or max(1, self._capacity.cores), memory_bytes=memory_bytes
-        )
+        need = Demand(tenant=tenant, cores=self._threads or max(1, self._capacity.cores), memory_bytes=memory_bytes)
         beyond = self._beyond(tenant, Amounts(), need)
         if beyond:
             description = f"the job can never start: {beyond}; make it smaller, or have the quota raised"
@@ -76,7 +74,9 @@ class AgentResourceManager:
         if connection.get_execution_options().get("forge_write"):
             self._database.in_turn(connection, Turn.CAPACITY)
         held, heads = self.held(connection), self._heads(connection)
-        for tenant in sorted(heads, key=lambda name: (not heads[name].claim, self.share(name, held), heads[name].place)):
+        for tenant in sorted(
+            heads, key=lambda name: (not heads[name].claim, self.share(name, held), heads[name].place)
+        ):
             # Within a tenant nothing passes a job that its quota keeps back: small ones would do so for ever.
             job = first_due(connection, self._is_of(tenant))
             if job is not None and not self._beyond(tenant, held.get(tenant, Amounts()), _need(job)):

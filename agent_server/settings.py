@@ -60,7 +60,7 @@ class TenantSettings(Section):
     """Who shares a part of this service's capacity, how large that part is, and bounds that it never passes."""
 
     callers: tuple[str, ...] = Field(
-        default=(), description="names of its callers, which are SPIFFE ids with TLS and \"local\" without"
+        default=(), description='names of its callers, which are SPIFFE ids with TLS and "local" without'
     )
     weight: float = Field(default=1.0, gt=0, le=1000, description="its share, relative to the other tenants' weights")
     slots: int | None = Field(default=None, ge=0, description="most workers at the same time; none: no bound")
