@@ -72,11 +72,13 @@ class AgentResourceManager:
         if not self._tenants:
             return first_due(connection)
         if connection.get_execution_options().get("forge_write"):
-            self._database.in_turn(connection, Turn.CAPACITY)
+            self.in_turn(connection)
         held, heads = self.held(connection), self._heads(connection)
-        for tenant in sorted(
-            heads, key=lambda name: (not heads[name].claim, self.share(name, held), heads[name].place)
-        ):
+
+        def turn(tenant: str) -> tuple[bool, float, tuple[int, int]]:
+            return not heads[tenant].claim, self.share(tenant, held), heads[tenant].place
+
+        for tenant in sorted(heads, key=turn):
             # Within a tenant nothing passes a job that its quota keeps back: small ones would do so for ever.
             job = first_due(connection, self._is_of(tenant))
             if job is not None and not self._beyond(tenant, held.get(tenant, Amounts()), _need(job)):
@@ -120,10 +122,21 @@ class AgentResourceManager:
         """Return whose share a job counts for."""
         return self._known(job.tenant)
 
-    def may_have(self, job: JobRow, held: Mapping[str, Amounts]) -> bool:
-        """Whether the quota of a job's tenant has room for it."""
-        tenant = self.tenant(job)
-        return not self._beyond(tenant, held.get(tenant, Amounts()), _need(job))
+    def in_turn(self, connection: sa.Connection) -> None:
+        """Wait until no other server decides who gets capacity, until the caller's transaction ends."""
+        self._database.in_turn(connection, Turn.CAPACITY)
+
+    def may_replace(self, waiting: JobRow, running: JobRow, held: Mapping[str, Amounts]) -> bool:
+        """Whether a waiting job could start in a running one's place without passing a quota or a fairer share.
+
+        Of another tenant's jobs only those of one that has more than the waiting job's tenant would have.
+        """
+        mine, others = self.tenant(waiting), self.tenant(running)
+        before = held.get(mine, Amounts())
+        if mine == others:
+            return not self._beyond(mine, minus(before, _taken(_need(running))), _need(waiting))
+        with_it = {**held, mine: plus(before, _taken(_need(waiting)))}
+        return not self._beyond(mine, before, _need(waiting)) and self.share(mine, with_it) < self.share(others, held)
 
     def _known(self, tenant: str) -> str:
         return tenant if tenant in self._tenants else self._default
@@ -173,6 +186,15 @@ def plus(one: Amounts, other: Amounts) -> Amounts:
         slots=one.slots + other.slots,
         cores=one.cores + other.cores,
         memory_bytes=one.memory_bytes + other.memory_bytes,
+    )
+
+
+def minus(one: Amounts, other: Amounts) -> Amounts:
+    """Return what is left of one without the other."""
+    return Amounts(
+        slots=one.slots - other.slots,
+        cores=one.cores - other.cores,
+        memory_bytes=one.memory_bytes - other.memory_bytes,
     )
 
 

@@ -11,6 +11,7 @@ from agent_server import metrics, migrations
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.borrowing import Borrower
 from agent_server.foundation import CognateLink
+from agent_server.preemption import Preemption
 from agent_server.resources import AgentResourceManager
 from agent_server.rpc import convert
 from agent_server.rpc.agents import AgentServicer
@@ -52,7 +53,14 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     store = JobStore(database, resources)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
     engine = LocalEngine(module="agent_server.worker", log_dir=settings.data_dir / "logs")
-    scheduler = Scheduler(store, engine, settings.workers, settings_file=settings_file, server=settings.server_name)
+    scheduler = Scheduler(
+        store,
+        engine,
+        settings.workers,
+        settings_file=settings_file,
+        server=settings.server_name,
+        preempting=Preemption(store, resources, settings.preemption) if settings.preemption.least_difference else None,
+    )
     events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
     jobs = JobService(

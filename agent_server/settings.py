@@ -56,6 +56,17 @@ class BorrowSettings(Section):
     ttl_s: float = Field(default=30.0, ge=3, le=86_400, description="length of a lease; it is renewed at a third of it")
 
 
+class PreemptionSettings(Section):
+    """Whether a running job is stopped for a waiting one that matters more, and goes on later from its checkpoint."""
+
+    least_difference: int = Field(
+        default=0, ge=0, le=200, description="points of priority by which the waiting one must be higher; 0: never"
+    )
+    grace_s: float = Field(
+        default=120.0, gt=0, le=3600, description="time to save and let go, before the worker is killed"
+    )
+
+
 class TenantSettings(Section):
     """Who shares a part of this service's capacity, how large that part is, and bounds that it never passes."""
 
@@ -77,6 +88,7 @@ class AgentSettings(ServiceSettings):
     data_dir: Path = Path("var/agent")
     cognate: CognateEndpoint = CognateEndpoint()
     borrow: BorrowSettings = BorrowSettings()
+    preemption: PreemptionSettings = PreemptionSettings()
     tenants: dict[str, TenantSettings] = Field(default={}, description="tenants by name")
     default_tenant: str = Field(
         default="default", pattern=TENANT, description="tenant of callers that no tenant names; may be in tenants"

@@ -128,7 +128,7 @@ def test_shares_converge_whatever_the_demands(open_shop: Callable[..., Shop], se
         held = shop.held()
         return {n: max(held[n].cores / 100, held[n].memory_bytes / 1000) / weights[n] for n in names if n in held}
 
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311 - no secret
     names = ["a", "b", "c"]
     weights = {name: draw.choice([1.0, 2.0, 4.0]) for name in names}
     shop = open_shop(
@@ -203,9 +203,7 @@ def test_a_job_that_no_quota_ever_allows_is_refused(open_shop: Callable[..., Sho
     )
     assert Demand(tenant="a", cores=3, memory_bytes=10) == shop.manager.demand("me", 10)
     assert Demand(tenant="rest", cores=3, memory_bytes=11) == shop.manager.demand("you", 11)
-    with pytest.raises(
-        QuotaTooSmallError, match="it takes 11 bytes of memory, and tenant a holds 0 of its quota of 10"
-    ):
+    with pytest.raises(QuotaTooSmallError, match="it takes 11 bytes of memory, and tenant a holds 0 of"):
         shop.manager.demand("me", 11)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import cognate_server.migrations
 from tests.support.toy_worker import ToySettings
 from training_common.engines.local import LocalEngine
-from training_common.jobs.scheduler import Scheduler
+from training_common.jobs.queue import NOBODYS, USUAL, Demand, Scheduling
+from training_common.jobs.scheduler import Preempting, Scheduler
 from training_common.jobs.store import EventRow, JobRow, JobStore
 from training_common.store.database import Database
 
@@ -17,7 +18,16 @@ from training_common.store.database import Database
 class ToyService:
     """Stands for a server: `restart` is what a kill -9 and a new start do to it."""
 
-    def __init__(self, folder: Path, *, store_url: str = "", server: str = "", **workers: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        store_url: str = "",
+        server: str = "",
+        preempting: Callable[["ToyService"], Preempting] | None = None,
+        **workers: Any,
+    ) -> None:
+        self.preempting = preempting
         self.folder = folder
         self.settings_file = folder / "settings.toml"
         options = {"heartbeat_interval_s": 0.1, **workers}
@@ -36,7 +46,12 @@ class ToyService:
         self.store = JobStore(self.database)
         self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=self.folder / "logs")
         self.scheduler = Scheduler(
-            self.store, self.engine, self.settings.workers, settings_file=self.settings_file, server=self.server
+            self.store,
+            self.engine,
+            self.settings.workers,
+            settings_file=self.settings_file,
+            server=self.server,
+            preempting=self.preempting(self) if self.preempting else None,
         )
 
     def restart(self) -> None:
@@ -44,9 +59,16 @@ class ToyService:
         self.database.close()
         self._start()
 
-    def submit(self, **plan: Any) -> JobRow:
+    def submit(self, scheduling: Scheduling = USUAL, demand: Demand = NOBODYS, **plan: Any) -> JobRow:
         with self.database.write() as connection:
-            return self.store.submit(connection, plan=self.plan(**plan), total_steps=plan["steps"], caller="test")
+            return self.store.submit(
+                connection,
+                plan=self.plan(**plan),
+                total_steps=plan["steps"],
+                caller="test",
+                scheduling=scheduling,
+                demand=demand,
+            )
 
     @staticmethod
     def plan(**plan: Any) -> bytes:
