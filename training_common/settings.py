@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 _SEPARATOR = "__"
 _WILDCARDS = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - told apart here, never bound
+_DEVICE = re.compile(r"\d{1,3}|(GPU|MIG)-[A-Za-z0-9-]{1,80}")
 _PORT = re.compile(r"(?:^[^:]+|\]):\d+$")
 # Keys that hold lists: comma-separated in the environment.
 _LISTS = ("roles", "tags", "callers", "devices")
@@ -61,10 +62,34 @@ class WorkerSettings(Section):
     deadline_grace_s: float = Field(
         default=60.0, gt=0, le=3600, description="time to save and let go after finish_by, before the worker is killed"
     )
+    devices: tuple[str, ...] = Field(
+        default=(),
+        description="indices (as nvidia-smi counts) or UUIDs of devices for workers; none: what the environment shows",
+    )
+    devices_per_worker: int = Field(default=1, ge=1, le=64, description="how many of the devices a worker takes")
+    device_folder: Path | None = Field(
+        default=None,
+        description="folder of the devices' locks, the same for all services of a host; none: one in the temporary folder",
+    )
     checkpoints: Literal["async", "sync"] = Field(
         default="async",
         description="async writes beside training and holds one more copy of its state in memory; sync stops training",
     )
+
+
+    @model_validator(mode="after")
+    def _devices_suffice(self) -> Self:
+        if len(set(self.devices)) != len(self.devices):
+            raise ValueError("devices: a device is named twice: name each once")
+        for device in self.devices:
+            if not _DEVICE.fullmatch(device):
+                raise ValueError(f"devices: {device!r} is neither an index nor a UUID")
+        if self.devices and self.devices_per_worker > len(self.devices):
+            raise ValueError(
+                f"devices_per_worker: a worker takes {self.devices_per_worker} of {len(self.devices)} devices: no worker "
+                "could start; name more devices or take fewer"
+            )
+        return self
 
 
 class DataSettings(Section):

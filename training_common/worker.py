@@ -38,6 +38,7 @@ from training_common.attempt import (
 )
 from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
+from training_common.devices import take_devices
 from training_common.engines.local import EX_TEMPFAIL, own_handle
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
@@ -265,6 +266,7 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
 
 def _work_or_wait(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) -> None:
     try:
+        take_devices(context.settings.workers, job=context.attempt.job)
         work(context)
     except AttemptWaits as wait:
         with context.attempt.moving():

@@ -241,7 +241,7 @@ def move(
     if to is JobState.RUNNING:
         changes = {**_NO_WAIT, **changes}
         if job.waits:  # what it waited for is there, for the others too
-            connection.execute(_others_that_wait(None).values(not_before_us=0))
+            connection.execute(_others_that_wait(job.waits_for, None).values(not_before_us=0))
     payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
     return append_event(
         connection, job.id, "state_change", payload, only_token=only_token, changes={"state": to.value, **changes}
@@ -641,9 +641,9 @@ def _moment(time_us: int) -> str:
     return datetime.fromtimestamp(time_us / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _others_that_wait(until_us: int | None) -> sa.Update:
+def _others_that_wait(what: str, until_us: int | None) -> sa.Update:
     """Return an update of the jobs that wait for what is away, and would not wait as long as that."""
-    waiting = (t.jobs.c.state == JobState.QUEUED.value) & (t.jobs.c.waits > 0)
+    waiting = (t.jobs.c.state == JobState.QUEUED.value) & (t.jobs.c.waits > 0) & (t.jobs.c.waits_for == what)
     return sa.update(t.jobs).where(waiting if until_us is None else waiting & (t.jobs.c.not_before_us < until_us))
 
 
@@ -750,7 +750,7 @@ class AttemptStore:
             append_event(connection, job.id, "note", note, only_token=token)
             JobStore._end_attempt(connection, self.attempt.id)
             # This attempt has looked for all that wait: however many they are, slots are spent on one look at a time.
-            connection.execute(_others_that_wait(until).values(not_before_us=until))
+            connection.execute(_others_that_wait(wait.what, until).values(not_before_us=until))
             payload = {"from": job.state.value, "to": JobState.QUEUED.value, "message": f"waits for {wait.what}"}
             changes = {
                 "state": JobState.QUEUED.value,

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import sqlalchemy as sa
 
+from training_common.devices import DEVICE
 from training_common.jobs.queue import latest_pause_us, positions
 from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow
@@ -26,6 +27,7 @@ class WaitReason(enum.StrEnum):
     LAUNCH = "LAUNCH"
     QUOTA = "QUOTA"
     RESERVED = "RESERVED"
+    DEVICE = "DEVICE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,9 @@ def _slots(place: int, standing: Standing) -> str:
 
 
 def _paused(job: JobRow) -> Wait:
+    if job.waits_for == DEVICE:
+        message = f"the devices of its worker's host are in use: tried {job.waits} times"
+        return Wait(reason=WaitReason.DEVICE, message=message, not_before_us=job.not_before_us)
     if job.waits_for:
         message = f"{job.waits_for} is away: tried {job.waits} times"
         return Wait(reason=WaitReason.PEER, message=message, not_before_us=job.not_before_us)

@@ -102,6 +102,8 @@ class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason
     """Its tenant is at a quota. It starts when jobs of the tenant have ended."""
     WAIT_REASON_RESERVED: _WaitReason.ValueType  # 8
     """The places that are left are reserved, or the job's own reservation has not begun."""
+    WAIT_REASON_DEVICE: _WaitReason.ValueType  # 9
+    """The devices of the host are in use, maybe by another service. It is tried again at not_before."""
 
 class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
     """Why a job that waits has no worker. A later release may know more reasons."""
@@ -123,6 +125,8 @@ WAIT_REASON_QUOTA: WaitReason.ValueType  # 7
 """Its tenant is at a quota. It starts when jobs of the tenant have ended."""
 WAIT_REASON_RESERVED: WaitReason.ValueType  # 8
 """The places that are left are reserved, or the job's own reservation has not begun."""
+WAIT_REASON_DEVICE: WaitReason.ValueType  # 9
+"""The devices of the host are in use, maybe by another service. It is tried again at not_before."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
 
 class _Circuit:
