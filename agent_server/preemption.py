@@ -1,8 +1,8 @@
 """Running jobs that make room for waiting ones of a clearly higher priority.
 
 ADR 0025. The running job with the lowest priority is asked to save a checkpoint and let go, and goes back to its place
-in the queue. What it makes room for is marked and goes first until it has a worker: otherwise the stopped job, which may
-be the older one, would take its slot again. One waiting job stops one running job, once.
+in the queue. What it makes room for is marked and goes first until it has a worker: otherwise the stopped job, which
+may be the older one, would take its slot again. One waiting job stops one running job, once.
 """
 
 from __future__ import annotations

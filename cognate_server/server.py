@@ -63,7 +63,11 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         scheduler=scheduler,
         hub=events,
         to_message=convert.job,
-        estimator=Estimator(server=settings.server_name, price=settings.price),
+        estimator=Estimator(
+            server=settings.server_name,
+            price=settings.price,
+            gpus=settings.workers.devices_per_worker if settings.workers.devices else 0,
+        ),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
     )

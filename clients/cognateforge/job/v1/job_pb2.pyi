@@ -298,19 +298,23 @@ class Cost(_message.Message):
 
     AMOUNT_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
     amount: _builtins.float
     """In units of the currency."""
     currency: _builtins.str
     """ISO 4217, for instance "EUR"."""
+    offer: _builtins.str
+    """Name of the offer in the server's settings that costs this. Empty: this server's own workers."""
     def __init__(
         self,
         *,
         amount: _builtins.float = ...,
         currency: _builtins.str = ...,
+        offer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "currency", b"currency"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "currency", b"currency", "offer", b"offer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -330,6 +334,7 @@ class Estimate(_message.Message):
     MEASURED_ATTEMPTS_FIELD_NUMBER: _builtins.int
     RUN_TIME_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    SPOT_COST_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     """Memory of a worker process at its peak, in bytes: the sum of its parts. The formula follows from the plan alone."""
     steps_per_s: _builtins.float
@@ -348,7 +353,16 @@ class Estimate(_message.Message):
 
     @_builtins.property
     def cost(self) -> Global___Cost:
-        """run_time at the price of the server's settings. Absent where either is."""
+        """What run_time costs where it costs least: on this server, or on an offer of its settings that has the memory, a core
+        for each process, and the graphics processors. An offer's own speed is counted in. Absent where there is no price, or
+        no run_time.
+        """
+
+    @_builtins.property
+    def spot_cost(self) -> Global___Cost:
+        """The same at prices for capacity that may be taken away: a job goes on from its checkpoint then. Absent where nothing
+        that fits has such a price.
+        """
 
     def __init__(
         self,
@@ -359,10 +373,11 @@ class Estimate(_message.Message):
         measured_attempts: _builtins.int = ...,
         run_time: _duration_pb2.Duration | None = ...,
         cost: Global___Cost | None = ...,
+        spot_cost: Global___Cost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "run_time", b"run_time", "steps_per_s", b"steps_per_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "run_time", b"run_time", "spot_cost", b"spot_cost", "steps_per_s", b"steps_per_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "measured_attempts", b"measured_attempts", "memory", b"memory", "memory_bytes", b"memory_bytes", "run_time", b"run_time", "steps_per_s", b"steps_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "measured_attempts", b"measured_attempts", "memory", b"memory", "memory_bytes", b"memory_bytes", "run_time", b"run_time", "spot_cost", b"spot_cost", "steps_per_s", b"steps_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps_per_s: _TypeAlias = _typing.Literal["steps_per_s"]  # noqa: Y015
     _WhichOneofArgType__steps_per_s: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s"]  # noqa: Y015
