@@ -7,6 +7,7 @@ may be the older one, would take its slot again. One waiting job stops one runni
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,18 +16,20 @@ import structlog
 
 from agent_server.resources import AgentResourceManager, Amounts
 from agent_server.settings import PreemptionSettings
-from training_common.attempt import StopKind
+from training_common.jobs import yielding
 from training_common.jobs.queue import is_due
-from training_common.jobs.states import WAITING, JobState
+from training_common.jobs.states import WAITING
 from training_common.jobs.store import AttemptRow, JobRow, JobStore
 from training_common.store import tables as t
 
 log = structlog.get_logger(__name__)
 
-# One that validates is about to end, and others are on their way out already.
-_CAN_LET_GO = frozenset({JobState.PREPARING, JobState.RUNNING})
 # Waiting jobs that are looked at: behind them none has a better claim.
 _FIRST = 32
+
+
+class _GoneError(Exception):
+    """The job that room is made for waits no more: nothing is to be written."""
 
 
 class Preemption:
@@ -41,25 +44,23 @@ class Preemption:
     ) -> None:
         self._store = store
         self._resources = resources
-        self._settings = settings
-        self._clock = clock
-        # Since when workers are known to have been asked, by attempt id. After a restart they get the time anew.
-        self._asked_s: dict[int, float] = {}
+        self._least = settings.least_difference
+        self._patience = yielding.Patience(settings.grace_s, clock)
 
     def look(
         self, held: Sequence[tuple[JobRow, AttemptRow]], *, full: bool
     ) -> Sequence[tuple[JobRow, AttemptRow, str]]:
         """Ask one worker to let go where that makes room for a job that matters more; return those that would not."""
-        candidates = [job for job, _ in held if not job.lease and not job.wish and job.state in _CAN_LET_GO]
+        candidates = yielding.candidates(held)
         if full and candidates:
             self._ask_one(candidates)
-        return self._that_would_not(held)
+        return self._patience.spent(held)
 
     def _ask_one(self, running: Sequence[JobRow]) -> None:
         with self._store.database.read() as connection:
             if self._pair(connection, running) is None:
                 return
-        with self._store.database.write() as connection:
+        with contextlib.suppress(_GoneError), self._store.database.write() as connection:
             self._resources.in_turn(connection)
             pair = self._pair(connection, running)
             if pair is not None:
@@ -67,14 +68,11 @@ class Preemption:
 
     def _pair(self, connection: sa.Connection, running: Sequence[JobRow]) -> tuple[JobRow, JobRow] | None:
         """Return a waiting job and the running one that it stops, or None."""
-        # Of those alike the one that was started last: it has least to lose.
-        lowest_first = sorted(running, key=lambda job: (job.priority, -(job.start_us or 0), -job.id))
-        least = lowest_first[0].priority + self._settings.least_difference
-        waiting = self._waiting(connection, least)
+        waiting = self._waiting(connection, running[0].priority + self._least)
         held: Mapping[str, Amounts] = self._resources.held(connection) if waiting else {}
         for job in waiting:
-            for other in lowest_first:
-                if job.priority - other.priority < self._settings.least_difference:
+            for other in running:
+                if job.priority - other.priority < self._least:
                     break
                 if self._resources.may_replace(job, other, held):
                     return job, other
@@ -91,13 +89,10 @@ class Preemption:
 
     def _ask(self, connection: sa.Connection, waiting: JobRow, running: JobRow) -> None:
         # In the order in which a worker that goes on locks them: its own job, then those that wait.
-        asked = connection.execute(
-            sa.update(t.jobs)
-            .where(t.jobs.c.id == running.id, t.jobs.c.attempt == running.attempt, t.jobs.c.wish == "")
-            .where(t.jobs.c.state.in_([state.value for state in _CAN_LET_GO]))
-            .values(wish=StopKind.YIELD.value)
-        ).rowcount
-        if not asked:
+        message = f"makes room for {waiting.name} of priority {waiting.priority}, its own being {running.priority}"
+        if not yielding.ask(
+            self._store, connection, running, kind="preempted", message=message, facts={"by": waiting.name}
+        ):
             return
         marked = connection.execute(
             sa.update(t.jobs)
@@ -105,23 +100,8 @@ class Preemption:
             .where(t.jobs.c.state.in_([state.value for state in WAITING]))
             .values(claim=True)
         ).rowcount
-        if not marked:
-            connection.rollback()
-            return
-        message = f"makes room for {waiting.name} of priority {waiting.priority}, its own being {running.priority}: a "
-        message += "checkpoint, then the queue"
-        self._store.note(connection, running.id, "preempted", message, {"by": waiting.name})
+        if not marked:  # cancelled or taken at this moment
+            raise _GoneError()
         message = f"{running.name} of priority {running.priority} was asked to make room"
         self._store.note(connection, waiting.id, "preempts", message, {"job": running.name})
         log.info("job asked to make room", job=running.name, waiting=waiting.name)
-
-    def _that_would_not(self, held: Sequence[tuple[JobRow, AttemptRow]]) -> Sequence[tuple[JobRow, AttemptRow, str]]:
-        now = self._clock()
-        asked = [(job, attempt) for job, attempt in held if not job.lease and job.wish == StopKind.YIELD]
-        self._asked_s = {attempt.id: self._asked_s.get(attempt.id, now) for _, attempt in asked}
-        message = "attempt {}: had not made room {:g} s after it was asked to"
-        return [
-            (job, attempt, message.format(attempt.number, self._settings.grace_s))
-            for job, attempt in asked
-            if now - self._asked_s[attempt.id] > self._settings.grace_s
-        ]

@@ -239,7 +239,7 @@ def _run(context: WorkerContext[S], work: Callable[[WorkerContext[S]], None]) ->
             failure = past_finish_by(store.job)
             store.move(JobState.FAILED, message=failure["failure_message"], **failure)
         elif wish == StopKind.YIELD:
-            why = "gave borrowed capacity back" if store.job.lease else "made room for a job of a higher priority"
+            why = "gave borrowed capacity back" if store.job.lease else "made room for another job"
             store.move(JobState.RECOVERING, message=f"{why}; goes on from its checkpoint")
         else:
             store.move(JobState.PAUSED, message="paused")

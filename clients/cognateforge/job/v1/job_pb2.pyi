@@ -193,6 +193,7 @@ class Wait(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    EXPECTED_START_FIELD_NUMBER: _builtins.int
     reason: Global___WaitReason.ValueType
     """Why there is no worker now."""
     message: _builtins.str
@@ -205,6 +206,12 @@ class Wait(_message.Message):
     def not_before(self) -> _timestamp_pb2.Timestamp:
         """No worker is started before. Absent where nothing but a place is missing."""
 
+    @_builtins.property
+    def expected_start(self) -> _timestamp_pb2.Timestamp:
+        """When it is likely to get a worker, of Cognate's jobs: by the measured speeds of the running jobs and of those before
+        it, and by the known reservations. No promise: jobs come, end and are steered. Absent where a speed was not measured.
+        """
+
     def __init__(
         self,
         *,
@@ -212,10 +219,11 @@ class Wait(_message.Message):
         message: _builtins.str = ...,
         queue_position: _builtins.int = ...,
         not_before: _timestamp_pb2.Timestamp | None = ...,
+        expected_start: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["not_before", b"not_before"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_start", b"expected_start", "not_before", b"not_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "not_before", b"not_before", "queue_position", b"queue_position", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_start", b"expected_start", "message", b"message", "not_before", b"not_before", "queue_position", b"queue_position", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
