@@ -6,7 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cognate_server import metrics, migrations
+from cognate_server.forecast import Forecast
 from cognate_server.leases import LeaseStore, end_leases
+from cognate_server.reservations import Calendar, RoomForReservations
 from cognate_server.resources import CognateResourceManager
 from cognate_server.rpc import convert
 from cognate_server.rpc.models import ModelServicer
@@ -42,7 +44,9 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
-    store = JobStore(database)
+    reservable = settings.reservations.slots
+    calendar = Calendar(database, slots=settings.workers.slots if reservable is None else reservable)
+    store = JobStore(database, calendar)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
     engine = LocalEngine(module="cognate_server.worker", log_dir=settings.data_dir / "logs")
     leases = LeaseStore(database)
@@ -54,6 +58,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         settings_file=settings_file,
         server=settings.server_name,
         in_the_way=resources.make_room,
+        preempting=RoomForReservations(store, calendar, grace_s=settings.reservations.grace_s),
     )
     events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
     changed_leases = ChangeHub(database, leases.progress)
@@ -70,10 +75,12 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         ),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
+        bounds=calendar,
+        forecast=Forecast(calendar, server=settings.server_name).expected,
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=["engine.local", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
-        PretrainingServicer(jobs, settings=settings, info=info), server
+        PretrainingServicer(jobs, calendar=calendar, settings=settings, info=info), server
     )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server

@@ -69,7 +69,7 @@ class WorkerSettings(Section):
     devices_per_worker: int = Field(default=1, ge=1, le=64, description="how many of the devices a worker takes")
     device_folder: Path | None = Field(
         default=None,
-        description="folder of the devices' locks, the same for all services of a host; none: one in the temporary folder",
+        description="folder of the devices' locks, the same for all services of a host; none: in the temporary folder",
     )
     checkpoints: Literal["async", "sync"] = Field(
         default="async",
@@ -85,8 +85,8 @@ class WorkerSettings(Section):
                 raise ValueError(f"devices: {device!r} is neither an index nor a UUID")
         if self.devices and self.devices_per_worker > len(self.devices):
             raise ValueError(
-                f"devices_per_worker: a worker takes {self.devices_per_worker} of {len(self.devices)} devices: no worker "
-                "could start; name more devices or take fewer"
+                f"devices_per_worker: a worker takes {self.devices_per_worker} of {len(self.devices)} devices: name more "
+                "devices, or take fewer"
             )
         return self
 

@@ -32,9 +32,7 @@ time.sleep(600)
 @contextlib.contextmanager
 def another_process(folder: Path, count: int) -> Iterator[subprocess.Popen[str]]:
     """Hold devices in another process."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), str(count)], stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(count)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     with child:
         assert child.stdout.readline().strip()

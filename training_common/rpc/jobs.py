@@ -69,10 +69,13 @@ class JobService(Generic[M]):
         units: Mapping[str, str],
         heartbeat_s: float,
         bounds: Bounds | None = None,
+        forecast: Callable[[sa.Connection, Sequence[JobRow]], Mapping[int, int]] | None = None,
     ) -> None:
-        """bounds: tells what keeps waiting jobs from free places."""
+        """bounds: tells what keeps waiting jobs from free places.
+        forecast: tells when waiting jobs are likely to start, by id, in microseconds since 1970."""
         self.store = store
         self._bounds = bounds
+        self._forecast = forecast
         self._scheduler = scheduler
         self._hub = hub
         self._to_message = to_message
@@ -153,11 +156,12 @@ class JobService(Generic[M]):
     def _messages(self, connection: sa.Connection, rows: Sequence[JobRow]) -> list[M]:
         """Return the messages of jobs, with what they wait for now."""
         found = waits(connection, rows, self._scheduler.standing, self._bounds)
+        starts = self._forecast(connection, rows) if self._forecast is not None and found else {}
         messages = []
         for row in rows:
             message: Any = self._to_message(row)
             if row.id in found:
-                message.job.wait.CopyFrom(convert.wait(found[row.id]))
+                message.job.wait.CopyFrom(convert.wait(found[row.id], starts.get(row.id)))
             messages.append(message)
         return messages
 

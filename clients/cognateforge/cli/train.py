@@ -106,7 +106,7 @@ def _submitted(session: Session, service: Service, answer: Any, watch: bool, pro
     return follow(session, jobs.watch(item.job.name, 0), item.job, progress=progress, verdict=jobs.verdict)
 
 
-def _cost(cost: job_pb2.Cost) -> str:
+def _cost(cost: Cost) -> str:
     return f"{cost.amount:.2f} {cost.currency}" + (f" on {cost.offer}" if cost.offer else "")
 
 
