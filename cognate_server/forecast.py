@@ -52,7 +52,7 @@ class Forecast:
             if measured is None:
                 play.unknown(row.reservation)
             else:
-                play.runs(row.reservation, now + _left_us(row, measured))
+                play.runs(row.reservation, now + _left_us(row.step, row.total_steps, measured))
         rates: dict[str, float | None] = {}
         found = {}
         for row in connection.execute(sa.select(*_COLUMNS).where(is_due()).order_by(*ORDER).limit(_MOST)):
@@ -66,7 +66,7 @@ class Forecast:
             if rate is None or start is None:
                 play.unknown(row.reservation)
             else:
-                play.runs(row.reservation, start + _left_us(row, rate))
+                play.runs(row.reservation, start + _left_us(row.step, row.total_steps, rate))
         return found
 
 
@@ -119,5 +119,5 @@ class _Play:
         return reservation if reservation in self._open else ""
 
 
-def _left_us(row: sa.Row[tuple[int, int, int, int, str, str]], steps_per_s: float) -> int:
-    return round(max(0, row.total_steps - row.step) / steps_per_s * 1e6)
+def _left_us(step: int, total_steps: int, steps_per_s: float) -> int:
+    return round(max(0, total_steps - step) / steps_per_s * 1e6)

@@ -173,7 +173,7 @@ class Calendar:
     def held(self, connection: sa.Connection) -> dict[str, int]:
         """Return how many slots the jobs of every reservation take, by its name; "" for those of none."""
         query = sa.select(t.jobs.c.reservation, sa.func.count()).where(_HELD).group_by(t.jobs.c.reservation)
-        return {name: count for name, count in connection.execute(query)}
+        return {str(name): int(count) for name, count in connection.execute(query)}
 
     def left(self, open_: Sequence[ReservationRow], held: Mapping[str, int], now: int) -> int:
         """Return how many slots are free for jobs of no reservation."""

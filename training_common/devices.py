@@ -52,7 +52,7 @@ class DeviceLocks:
             raise SettingsError(f"workers.device_folder: {self._folder} is no folder; remove it or name another one")
         if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
             raise SettingsError(
-                f"workers.device_folder: anybody may remove files of {self._folder}; set its sticky bit, as in chmod 1777"
+                f"workers.device_folder: anybody may remove files of {self._folder}; give it a sticky bit (chmod 1777)"
             )
 
     def take(self, devices: Sequence[str], count: int, *, holder: str) -> list[str]:

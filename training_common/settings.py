@@ -85,8 +85,8 @@ class WorkerSettings(Section):
                 raise ValueError(f"devices: {device!r} is neither an index nor a UUID")
         if self.devices and self.devices_per_worker > len(self.devices):
             raise ValueError(
-                f"devices_per_worker: a worker takes {self.devices_per_worker} of {len(self.devices)} devices: name more "
-                "devices, or take fewer"
+                f"devices_per_worker: a worker takes {self.devices_per_worker} of {len(self.devices)} devices: "
+                "name more devices, or take fewer"
             )
         return self
 

@@ -16,7 +16,7 @@ from training_common.jobs.queue import Demand, Scheduling
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import AttemptRow, AttemptStore, JobRow, JobStore
 
-LONG = {"steps": 100_000, "step_s": 0.01, "checkpoint_every": 100_000}
+LONG: dict[str, Any] = {"steps": 100_000, "step_s": 0.01, "checkpoint_every": 100_000}
 Open = Callable[..., "Shop"]
 
 

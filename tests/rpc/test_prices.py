@@ -56,7 +56,9 @@ def test_an_offer_without_a_price_costs_its_parts() -> None:
     kinds = {"core": {"on_demand": 0.02, "spot": 0.01}, "memory_gib": {"on_demand": 0.005}}
     table = prices(kinds=kinds, offers={"plain": {"cores": 4, "memory_bytes": 8 * GIB}})
     need = Need(memory_bytes=GIB, processes=1)
-    assert Choice(offer="plain", hour=pytest.approx(4 * 0.02 + 8 * 0.005)) == cheapest(table, need, spot=False)
+    choice = cheapest(table, need, spot=False)
+    assert choice is not None
+    assert ("plain", pytest.approx(4 * 0.02 + 8 * 0.005)) == (choice.offer, choice.hour)
     assert cheapest(table, need, spot=True) is None
     table = prices(kinds=kinds, offers={"plain": {"cores": 4, "memory_bytes": 8 * GIB, "gpus": 1}})
     assert cheapest(table, need, spot=False) is None

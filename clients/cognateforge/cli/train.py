@@ -14,7 +14,7 @@ from cognateforge.cli.session import Session, command, new_request_id, print_lin
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1 import training_pb2
-    from cognateforge.job.v1.job_pb2 import CheckpointPolicy, Estimate, Scheduling
+    from cognateforge.job.v1.job_pb2 import CheckpointPolicy, Cost, Estimate, Scheduling
 
 Watch = Annotated[bool, typer.Option("--watch", "--wait", help="Follow the job; the exit code tells how it ended.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
