@@ -72,8 +72,13 @@ def is_due() -> sa.ColumnElement[bool]:
 
 
 def positions(connection: sa.Connection, ids: Collection[int]) -> dict[int, int]:
-    """Return the places in the queue of their tenant, from 1, of those of the jobs that are in it."""
-    place = sa.func.row_number().over(partition_by=t.jobs.c.tenant, order_by=ORDER).label("place")
+    """Return the places in the queue, from 1, of those of the jobs that are in it.
+
+    Jobs of one tenant are counted among themselves, and so are those of one reservation: others do not stand before
+    them.
+    """
+    queues = (t.jobs.c.tenant, t.jobs.c.reservation)
+    place = sa.func.row_number().over(partition_by=queues, order_by=ORDER).label("place")
     queue = sa.select(t.jobs.c.id, place).where(is_due()).subquery()
     rows = connection.execute(sa.select(queue.c.id, queue.c.place).where(queue.c.id.in_(ids)))
     return {row.id: row.place for row in rows}
