@@ -17,8 +17,7 @@ import structlog
 from agent_server.resources import AgentResourceManager, Amounts
 from agent_server.settings import PreemptionSettings
 from training_common.jobs import yielding
-from training_common.jobs.queue import is_due
-from training_common.jobs.states import WAITING
+from training_common.jobs.queue import CLAIM_US, is_due
 from training_common.jobs.store import AttemptRow, JobRow, JobStore
 from training_common.store import tables as t
 
@@ -81,7 +80,7 @@ class Preemption:
     def _waiting(self, connection: sa.Connection, least: int) -> list[JobRow]:
         query = (
             sa.select(t.jobs.c.name)
-            .where(is_due(), t.jobs.c.priority >= least, t.jobs.c.claim.is_(False))
+            .where(is_due(), t.jobs.c.priority >= least, t.jobs.c.queue_us >= 0)
             .order_by(t.jobs.c.priority.desc(), t.jobs.c.queue_us, t.jobs.c.id)
             .limit(_FIRST)
         )
@@ -96,9 +95,8 @@ class Preemption:
             return
         marked = connection.execute(
             sa.update(t.jobs)
-            .where(t.jobs.c.id == waiting.id, t.jobs.c.claim.is_(False))
-            .where(t.jobs.c.state.in_([state.value for state in WAITING]))
-            .values(claim=True)
+            .where(t.jobs.c.id == waiting.id, t.jobs.c.queue_us >= 0)
+            .values(queue_us=t.jobs.c.queue_us - CLAIM_US)
         ).rowcount
         if not marked:  # cancelled or taken at this moment
             raise _GoneError()

@@ -76,7 +76,8 @@ class AgentResourceManager:
         held, heads = self.held(connection), self._heads(connection)
 
         def turn(tenant: str) -> tuple[bool, float, tuple[int, int]]:
-            return not heads[tenant].claim, self.share(tenant, held), heads[tenant].place
+            claims = heads[tenant][0] < 0
+            return not claims, self.share(tenant, held), heads[tenant]
 
         for tenant in sorted(heads, key=turn):
             # Within a tenant nothing passes a job that its quota keeps back: small ones would do so for ever.
@@ -149,15 +150,13 @@ class AgentResourceManager:
             return t.jobs.c.tenant.not_in([name for name in self._tenants if name != self._default])
         return t.jobs.c.tenant == tenant
 
-    def _heads(self, connection: sa.Connection) -> dict[str, _Head]:
+    def _heads(self, connection: sa.Connection) -> dict[str, tuple[int, int]]:
         """Return, of every tenant that waits, the place of its first job."""
-        claims = sa.func.max(sa.case((t.jobs.c.claim, 1), else_=0))
-        query = sa.select(t.jobs.c.tenant, claims, sa.func.min(t.jobs.c.queue_us), sa.func.min(t.jobs.c.id))
-        found: dict[str, _Head] = {}
-        for name, claim, queue_us, job_id in connection.execute(query.where(is_due()).group_by(t.jobs.c.tenant)):
-            tenant, head = self._known(name), _Head(claim=bool(claim), place=(queue_us, job_id))
-            other = found.get(tenant, head)
-            found[tenant] = _Head(claim=head.claim or other.claim, place=min(head.place, other.place))
+        query = sa.select(t.jobs.c.tenant, sa.func.min(t.jobs.c.queue_us), sa.func.min(t.jobs.c.id))
+        found: dict[str, tuple[int, int]] = {}
+        for name, queue_us, job_id in connection.execute(query.where(is_due()).group_by(t.jobs.c.tenant)):
+            tenant = self._known(name)
+            found[tenant] = min(found.get(tenant, (queue_us, job_id)), (queue_us, job_id))
         return found
 
     def _beyond(self, tenant: str, held: Amounts, need: Demand) -> str:
@@ -172,12 +171,6 @@ class AgentResourceManager:
                     f"of {most}{unit}"
                 )
         return ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Head:
-    claim: bool
-    place: tuple[int, int]
 
 
 def plus(one: Amounts, other: Amounts) -> Amounts:

@@ -71,6 +71,10 @@ def place(folder: Path, url: str, ended: int) -> Place:
         count = min(CHUNK, ended - start)
         insert_jobs(database, start, [JobState.SUCCEEDED if n % 10 else JobState.FAILED for n in range(count)])
     insert_jobs(database, ended, [JobState.QUEUED] * WAITING)
+    if not url:
+        return Place(folder, url, database, JobStore(database))
+    with database.write() as connection:
+        connection.execute(sa.text("ANALYZE"))  # as autovacuum does of its own within a minute
     return Place(folder, url, database, JobStore(database))
 
 
@@ -93,7 +97,7 @@ def insert_jobs(database: Database, first: int, states: list[JobState]) -> None:
                 "step": 9 if ended else 0,
                 "last_sequence": EVENTS_PER_JOB,
                 "create_us": now + number,
-                "queue_us": now + number,
+                "queue_us": None if ended else now + number,
                 "start_us": now if ended else None,
                 "end_us": now if ended else None,
                 "facts": {},
@@ -150,7 +154,8 @@ def claim(one: Place) -> None:
 def release_all(one: Place) -> None:
     """Put claimed jobs back, outside of what is measured."""
     with one.database.write() as connection:
-        connection.execute(sa.update(t.jobs).filter_by(state="PREPARING").values(state="QUEUED"))
+        waiting = {"state": "QUEUED", "queue_us": t.jobs.c.create_us}
+        connection.execute(sa.update(t.jobs).filter_by(state="PREPARING").values(waiting))
 
 
 @contextlib.contextmanager
@@ -243,7 +248,7 @@ def watch_latencies(places: list[Place]) -> list[float]:
 def first_step(one: Place) -> float:
     """Return the seconds from StartPretraining to the first step of a small job in a real worker."""
     with one.database.write() as connection:
-        connection.execute(sa.update(t.jobs).filter_by(state="QUEUED").values(state="PAUSED"))
+        connection.execute(sa.update(t.jobs).filter_by(state="QUEUED").values(state="PAUSED", queue_us=None))
     slots = {"COGNATE_SERVER_WORKERS__SLOTS": "1", "COGNATE_SERVER_WORKERS__THREADS": "1"}
     plan = pb.PretrainingPlan(total_steps=1000, batch_size=1, sequence_length=64)
     plan.datasets.add(dataset=pb.DATASET_FORGE_ARITHMETIC, weight=1)

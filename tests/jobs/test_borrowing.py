@@ -285,6 +285,7 @@ async def test_when_cognate_is_gone_the_lease_ends_here_in_time(tmp_path: Path) 
         assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
         assert now_us() <= (both.now(job).lease_until_us or 0)
         assert 0 == both.now(job).retries_without_progress
+        await both.until(lambda: both.toy.scheduler.standing.beyond.startswith("nothing can be borrowed: "))
 
 
 async def test_a_restarted_service_keeps_its_leases(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ async def test_a_job_makes_room_for_one_that_matters_more(tmp_path: Path) -> Non
     urgent = service.submit(Scheduling(priority=5), steps=5)
     urgent = await service.until(urgent, ended)
     before = service.store.get(older.name)
-    assert (JobState.SUCCEEDED, 1, False) == (urgent.state, urgent.attempt, urgent.claim)
+    assert (JobState.SUCCEEDED, 1, False) == (urgent.state, urgent.attempt, urgent.claims)
     assert before.state in {JobState.RECOVERING, JobState.PREPARING}
     older = await service.until(older, ended)
     assert (JobState.SUCCEEDED, 2) == (older.state, older.attempt)
@@ -186,9 +186,9 @@ def test_a_claim_ends_with_its_job(open_shop: Open) -> None:
     attempt = shop.begin()
     urgent = shop.submit(Scheduling(priority=9), steps=1)
     shop.look()
-    assert shop.store.get(urgent.name).claim
+    assert shop.store.get(urgent.name).claims
     shop.steer("cancel", urgent)
-    assert not shop.store.get(urgent.name).claim
+    assert not shop.store.get(urgent.name).claims
     attempt.move(JobState.RECOVERING)
     assert job.name == shop.begin().job.name
 
@@ -214,5 +214,5 @@ def test_preemption_takes_no_fair_share_away(
         pass
     urgent = service.submit(Scheduling(priority=9), Demand(tenant=tenant, cores=2), **LONG)
     service.look()
-    assert stops == service.store.get(urgent.name).claim
+    assert stops == service.store.get(urgent.name).claims
     assert int(stops) == len(service.asked() & {job.name for job in held})

@@ -20,6 +20,7 @@ from cognateforge.exceptions import (
     RequestIdReusedError,
 )
 from cognateforge.exchange.v1 import resource_pb2 as pb
+from cognateforge.job.v1 import job_pb2
 from tests.support.certificates import authority, files, server_tls, spiffe
 from tests.support.servers import running_cognate
 from tests.support.waiting import until
@@ -221,6 +222,11 @@ def submit(folder: Path) -> str:
     return job.name
 
 
+async def wait_of(client: AsyncCognateClient, name: str) -> job_pb2.Wait:
+    """Return why a job has no worker."""
+    return (await client.pretraining.GetJob(pretraining_pb2.GetJobRequest(name=name))).job.job.wait
+
+
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Start no worker, and return where each start is recorded."""
     started: list[Any] = []
@@ -259,6 +265,13 @@ async def test_a_job_of_ours_takes_back_what_is_lent(tmp_path: Path, monkeypatch
         with pytest.raises(CapacityTakenError):
             await acquire(client, kind=cpu)
         assert [] == started
+        async with asyncio.timeout(20):
+            while (wait := await wait_of(client, job)).reason != job_pb2.WAIT_REASON_LENT:  # noqa: ASYNC110 - told to nobody
+                await asyncio.sleep(0.02)
+        assert ("2 cores are missing, which are lent to local, and were asked back", 1) == (
+            wait.message,
+            wait.queue_position,
+        )
         await release(client, large)
         await until(lambda: bool(started), timeout_s=20)
         watching = client.watch_job(job)

@@ -81,7 +81,9 @@ def job_with_events(database: Database, count: int, *, message: str = "", end: b
     append_job_events(database, job.name, count, message=message)
     if end:
         with database.write() as connection:
-            connection.execute(sa.update(t.jobs).where(t.jobs.c.id == job.id).values(state=JobState.CANCELLED.value))
+            connection.execute(
+                sa.update(t.jobs).where(t.jobs.c.id == job.id).values(state=JobState.CANCELLED.value, queue_us=None)
+            )
     return job.name
 
 

@@ -1,8 +1,7 @@
 """The order in which waiting jobs get workers.
 
 A job's place is the moment of its submission, moved forward by an hour for each point of priority. So the place never
-changes, one index holds the queue, and nothing waits for ever: jobs that come later than the difference of the
-priorities cannot pass.
+changes, and nothing waits for ever: jobs that come later than the difference of the priorities cannot pass.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from training_common.jobs.states import WAITING
 from training_common.store import tables as t
 from training_common.store.database import now_us
 
@@ -22,7 +20,15 @@ from training_common.store.database import now_us
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
 # What a point of priority is worth: an hour of waiting.
 POINT_US = 3_600_000_000
-ORDER = (t.jobs.c.claim.desc(), t.jobs.c.queue_us, t.jobs.c.id)
+ORDER = (t.jobs.c.queue_us, t.jobs.c.id)
+# A job that another one makes room for goes first until it has a worker: its place is before every usual one, all of
+# which are above 0, and among such jobs as before.
+CLAIM_US = 1 << 60
+
+
+def place_us(create_us: int, priority: int) -> int:
+    """Return the place of a job that waits. The lowest goes first."""
+    return create_us - priority * POINT_US
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,7 @@ class Scheduling:
         deadlines = [time for time in (self.start_by_us, self.finish_by_us) if time is not None]
         return {
             "priority": self.priority,
-            "queue_us": create_us - self.priority * POINT_US,
+            "queue_us": place_us(create_us, self.priority),
             "start_by_us": self.start_by_us,
             "finish_by_us": self.finish_by_us,
             "deadline_us": min(deadlines, default=None),
@@ -68,7 +74,7 @@ def is_due() -> sa.ColumnElement[bool]:
     now = now_us()
     not_before = t.jobs.c.not_before_us
     in_time = (not_before <= now) | (not_before > latest_pause_us(now))
-    return t.jobs.c.state.in_([state.value for state in WAITING]) & in_time
+    return t.jobs.c.queue_us.is_not(None) & in_time
 
 
 def positions(connection: sa.Connection, ids: Collection[int]) -> dict[int, int]:

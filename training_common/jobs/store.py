@@ -68,7 +68,7 @@ class JobRow:
     waiting_since_us: int | None
     waits_for: str
     priority: int
-    queue_us: int
+    queue_us: int | None
     start_by_us: int | None
     finish_by_us: int | None
     deadline_us: int | None
@@ -76,7 +76,6 @@ class JobRow:
     tenant: str
     cores: int
     memory_bytes: int
-    claim: bool
     reservation: str
     lease: str
     lease_token: int
@@ -88,6 +87,11 @@ class JobRow:
     failure_message: str
     artifact: str
     facts: Mapping[str, str]
+
+    @property
+    def claims(self) -> bool:
+        """Whether another job was asked to make room for this one, which waits."""
+        return self.queue_us is not None and self.queue_us < 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +238,6 @@ def move(
             violations=[FieldViolation(field="name", description=description)],
             metadata={"state": job.state, "allowed": allowed},
         )
-    if job.claim:
-        changes = {"claim": False, **changes}
     if to in FINAL:
         changes = {"end_us": now_us(), "wish": "", "observed": True, "deadline_us": None, **changes}
     if to is JobState.RUNNING:
@@ -243,9 +245,9 @@ def move(
         if job.waits:  # what it waited for is there, for the others too
             connection.execute(_others_that_wait(job.waits_for, None).values(not_before_us=0))
     payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
-    return append_event(
-        connection, job.id, "state_change", payload, only_token=only_token, changes={"state": to.value, **changes}
-    )
+    place = queue.place_us(job.create_us, job.priority) if to in WAITING else None
+    changes = {"state": to.value, "queue_us": place, **changes}
+    return append_event(connection, job.id, "state_change", payload, only_token=only_token, changes=changes)
 
 
 def once(
@@ -754,6 +756,7 @@ class AttemptStore:
             payload = {"from": job.state.value, "to": JobState.QUEUED.value, "message": f"waits for {wait.what}"}
             changes = {
                 "state": JobState.QUEUED.value,
+                "queue_us": queue.place_us(job.create_us, job.priority),
                 "not_before_us": until,
                 "waits": waits + 1,
                 "waiting_since_us": since,

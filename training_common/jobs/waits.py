@@ -111,8 +111,8 @@ def _paused(job: JobRow) -> Wait:
     if job.waits_for == DEVICE:
         message = f"the devices of its worker's host are in use: tried {job.waits} times"
         return Wait(reason=WaitReason.DEVICE, message=message, not_before_us=job.not_before_us)
-    if job.waits_for:
-        message = f"{job.waits_for} is away: tried {job.waits} times"
+    if job.waits_for or not job.kills_without_progress:  # an earlier release has not kept whom it waits for
+        message = f"{job.waits_for or 'what it needs'} is away: tried {job.waits} times"
         return Wait(reason=WaitReason.PEER, message=message, not_before_us=job.not_before_us)
     message = f"its workers were ended from outside {job.kills_without_progress} times without a new checkpoint"
     return Wait(reason=WaitReason.PAUSE, message=message, not_before_us=job.not_before_us)

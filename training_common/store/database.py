@@ -33,6 +33,10 @@ _BUSY_TIMEOUT_S = 60
 _READERS, _WRITERS = 8, 4
 # Waits between tries of a patient writer: 0.5, 1, 2 s and so on.
 _WAIT_S, _WAIT_MAX_S = 0.5, 30.0
+# A transaction that does nothing for so long belongs to a process that was stopped or cut off. PostgreSQL ends it: it
+# holds rows that others wait for. On SQLite such a writer holds everything, and only its own end helps.
+_IDLE_TRANSACTION_S = 30
+_ENDED_WHILE_IDLE = "25P03"  # PostgreSQL's code of that
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
@@ -88,6 +92,9 @@ class Database:
         if self._sqlite:
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
             sa.event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            sa.event.listen(self.engine, "connect", _prepare_postgresql)
+            sa.event.listen(self.engine, "handle_error", _tell_as_away)
 
     def _options(self) -> dict[str, Any]:
         if self._sqlite:
@@ -237,6 +244,21 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     # FULL: an answered request is on the disk, also when the power goes.
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
+
+
+def _prepare_postgresql(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'")
+    cursor.close()
+    connection.commit()  # a rollback would take it back
+
+
+def _tell_as_away(context: sa.engine.ExceptionContext) -> None:
+    """Raise OperationalError for a transaction that was ended while idle: the caller can begin anew, as after a cut."""
+    original = context.original_exception
+    if getattr(original, "sqlstate", None) == _ENDED_WHILE_IDLE:
+        context.is_disconnect = True
+        raise sa.exc.OperationalError(context.statement, context.parameters, original) from original
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

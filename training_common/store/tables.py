@@ -63,8 +63,9 @@ jobs = Table(
     # Which service `not_before_us` waits for; empty where workers were ended from outside too often.
     Column("waits_for", String(64), nullable=False, default="", server_default=""),
     Column("priority", Integer, nullable=False, default=0, server_default="0"),
-    # Place in the queue: the submission, moved forward by the priority.
-    Column("queue_us", BigInteger, nullable=False, default=0, server_default="0"),
+    # Place in the queue: the submission, moved forward by the priority. None while the job is not in it,
+    # below 0 while another one makes room for it.
+    Column("queue_us", BigInteger),
     Column("start_by_us", BigInteger),
     Column("finish_by_us", BigInteger),
     # When somebody must look at it because of a deadline. None where there is no deadline left.
@@ -75,8 +76,6 @@ jobs = Table(
     Column("tenant", String(48), nullable=False, default="", server_default=""),
     Column("cores", Integer, nullable=False, default=0, server_default="0"),
     Column("memory_bytes", BigInteger, nullable=False, default=0, server_default="0"),
-    # A running job was asked to make room for this one, which goes first until it has a worker.
-    Column("claim", Boolean, nullable=False, default=False, server_default=false()),
     # The reservation that it runs in; empty: in none.
     Column("reservation", String(64), nullable=False, default="", server_default="", index=True),
     # An attempt on borrowed capacity: its lease, and until when its worker may write. Only renewals move that on.
@@ -91,6 +90,7 @@ jobs = Table(
     Column("artifact", String(128), nullable=False, default=""),
     Column("facts", JSON, nullable=False, default=dict, comment="what a service adds, e.g. the foundation's digest"),
     Index("ix_jobs_configuration_id", "configuration", "id"),
+    Index("ix_jobs_queue", "queue_us", "id", "not_before_us"),
 )
 
 events = Table(

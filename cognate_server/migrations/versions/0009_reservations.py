@@ -18,7 +18,6 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("tenant", sa.String(length=48), server_default="", nullable=False))
         batch_op.add_column(sa.Column("cores", sa.Integer(), server_default="0", nullable=False))
         batch_op.add_column(sa.Column("memory_bytes", sa.BigInteger(), server_default="0", nullable=False))
-        batch_op.add_column(sa.Column("claim", sa.Boolean(), server_default=sa.false(), nullable=False))
         batch_op.add_column(sa.Column("reservation", sa.String(length=64), server_default="", nullable=False))
         batch_op.create_index(batch_op.f("ix_jobs_reservation"), ["reservation"], unique=False)
     op.create_table(
@@ -46,7 +45,6 @@ def downgrade() -> None:
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_jobs_reservation"))
         batch_op.drop_column("reservation")
-        batch_op.drop_column("claim")
         batch_op.drop_column("memory_bytes")
         batch_op.drop_column("cores")
         batch_op.drop_column("tenant")

@@ -199,8 +199,8 @@ class Wait(_message.Message):
     message: _builtins.str
     """The same for people, with amounts and names. At most 2,000 characters."""
     queue_position: _builtins.int
-    """Place in the queue, from 1, which is the next; where a service has tenants, among the jobs of its own. 0 before
-    not_before: other jobs pass it meanwhile.
+    """Place in the queue, from 1, which is the next; of a tenant's jobs among these, and of a reservation's too. 0
+    before not_before: other jobs pass it meanwhile.
     """
     @_builtins.property
     def not_before(self) -> _timestamp_pb2.Timestamp:
@@ -239,20 +239,21 @@ class Scheduling(_message.Message):
     START_BY_FIELD_NUMBER: _builtins.int
     FINISH_BY_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
-    """From -100 to 100; 0 is the usual one. A waiting job goes before those of a lower priority, and a point is worth an hour
-    of waiting: a job of priority 0 is passed by jobs of priority 3 that come within 3 hours after it, and by none that
-    come later. Of jobs alike the older one goes first. No running job is stopped for another one's priority.
+    """From -100 to 100; 0 is the usual one. A waiting job goes before those of a lower priority, and a point is worth an
+    hour of waiting: a job of priority 0 is passed by jobs of priority 3 that come within 3 hours after it, and by none
+    that come later. Of jobs alike the older one goes first. No running job is stopped for another one's priority.
     """
     @_builtins.property
     def start_by(self) -> _timestamp_pb2.Timestamp:
-        """The job's first worker must have been started by then; otherwise it becomes FAILED with JOB_DEADLINE_EXCEEDED. In the
-        future, before finish_by and before the year 2100. Absent: it waits for as long as it takes.
+        """The job's first worker must have been started by then; otherwise it becomes FAILED with JOB_DEADLINE_EXCEEDED. In
+        the future, before finish_by and before the year 2100. Absent: it waits for as long as it takes.
         """
 
     @_builtins.property
     def finish_by(self) -> _timestamp_pb2.Timestamp:
-        """The job must have ended by then, also when it is paused; otherwise its worker saves a checkpoint and lets go, and it
-        becomes FAILED with JOB_DEADLINE_EXCEEDED. In the future and before the year 2100. Absent: it takes what it takes.
+        """The job must have ended by then, also when it is paused; otherwise its worker saves a checkpoint and lets go, and
+        it becomes FAILED with JOB_DEADLINE_EXCEEDED. In the future and before the year 2100. Absent: it takes what it
+        takes.
         """
 
     def __init__(
@@ -279,8 +280,8 @@ class MemoryPart(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """What it holds: "runtime", "weights", "gradients", "optimizer", "filter", "checkpoint_copy", "activations", "control",
-    "kernels".
+    """What it holds: "runtime", "weights", "gradients", "optimizer", "filter", "checkpoint_copy", "activations",
+    "control", "kernels".
     """
     size_bytes: _builtins.int
     """Bytes."""
@@ -346,8 +347,8 @@ class Estimate(_message.Message):
     memory_bytes: _builtins.int
     """Memory of a worker process at its peak, in bytes: the sum of its parts. The formula follows from the plan alone."""
     steps_per_s: _builtins.float
-    """Optimizer steps a second: the median of earlier attempts of the same configuration on this server. Absent where there
-    was none.
+    """Optimizer steps a second: the median of earlier attempts of the same configuration on this server. Absent where
+    there was none.
     """
     measured_attempts: _builtins.int
     """Of how many attempts steps_per_s is the median. At most 20, the newest."""
