@@ -80,7 +80,7 @@ async def test_a_job_makes_room_for_one_that_matters_more(tmp_path: Path) -> Non
     older = service.submit(Scheduling(priority=0), steps=60, step_s=0.01, checkpoint_every=1000)
     await service.until(older, running)
     with service.database.write() as connection:
-        connection.exec_driver_sql("UPDATE jobs SET queue_us = 0")
+        connection.exec_driver_sql("UPDATE jobs SET create_us = create_us - 36000000000")
     urgent = service.submit(Scheduling(priority=5), steps=5)
     urgent = await service.until(urgent, ended)
     before = service.store.get(older.name)
@@ -142,7 +142,7 @@ def test_what_makes_room_does_not_take_it_back(open_shop: Open) -> None:
     shop = open_shop()
     older = shop.submit(steps=1)
     with shop.database.write() as connection:
-        connection.exec_driver_sql("UPDATE jobs SET queue_us = 0")
+        connection.exec_driver_sql("UPDATE jobs SET create_us = create_us - 36000000000")
     attempt = shop.begin()
     between, urgent = shop.submit(Scheduling(priority=4), steps=1), shop.submit(Scheduling(priority=5), steps=1)
     shop.look()
