@@ -208,8 +208,9 @@ class Wait(_message.Message):
 
     @_builtins.property
     def expected_start(self) -> _timestamp_pb2.Timestamp:
-        """When it is likely to get a worker, of Cognate's jobs: by the measured speeds of the running jobs and of those before
-        it, and by the known reservations. No promise: jobs come, end and are steered. Absent where a speed was not measured.
+        """When it is likely to get a worker, of Cognate's jobs: by the measured speeds of the running jobs and of those
+        before it, and by the known reservations. No promise: jobs come, end and are steered. Absent where a speed was not
+        measured.
         """
 
     def __init__(
@@ -241,7 +242,8 @@ class Scheduling(_message.Message):
     priority: _builtins.int
     """From -100 to 100; 0 is the usual one. A waiting job goes before those of a lower priority, and a point is worth an
     hour of waiting: a job of priority 0 is passed by jobs of priority 3 that come within 3 hours after it, and by none
-    that come later. Of jobs alike the older one goes first. No running job is stopped for another one's priority.
+    that come later. Of jobs alike the older one goes first. The agent service may
+    stop a running job for one of a clearly higher priority, where its settings say so.
     """
     @_builtins.property
     def start_by(self) -> _timestamp_pb2.Timestamp:
@@ -362,15 +364,15 @@ class Estimate(_message.Message):
 
     @_builtins.property
     def cost(self) -> Global___Cost:
-        """What run_time costs where it costs least: on this server, or on an offer of its settings that has the memory, a core
-        for each process, and the graphics processors. An offer's own speed is counted in. Absent where there is no price, or
-        no run_time.
+        """What run_time costs where it costs least: on this server, or on an offer of its settings that has the memory, a
+        core for each process, and the graphics processors. An offer's own speed is counted in. Absent where there is no
+        price, or no run_time.
         """
 
     @_builtins.property
     def spot_cost(self) -> Global___Cost:
-        """The same at prices for capacity that may be taken away: a job goes on from its checkpoint then. Absent where nothing
-        that fits has such a price.
+        """The same at prices for capacity that may be taken away: a job goes on from its checkpoint then. Absent where
+        nothing that fits has such a price.
         """
 
     def __init__(
