@@ -11,6 +11,8 @@ from agent_server import metrics, migrations
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.borrowing import Borrower
 from agent_server.foundation import CognateLink
+from agent_server.preemption import Preemption
+from agent_server.resources import AgentResourceManager
 from agent_server.rpc import convert
 from agent_server.rpc.agents import AgentServicer
 from agent_server.rpc.training import TrainingServicer
@@ -52,13 +54,20 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
-    store = JobStore(database)
+    resources = AgentResourceManager(database, settings)
+    store = JobStore(database, resources)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
     engine = build_engine(settings, module="agent_server.worker")
     worker_settings, name = worker_settings_file(settings, settings_file), settings.server_name
     verifier = Verifier(VerificationStore(store), engine, settings.workers, settings_file=worker_settings, server=name)
     scheduler = Scheduler(
-        store, engine, settings.workers, settings_file=worker_settings, server=name, verifier=verifier
+        store,
+        engine,
+        settings.workers,
+        settings_file=worker_settings,
+        server=name,
+        verifier=verifier,
+        preempting=Preemption(store, resources, settings.preemption) if settings.preemption.least_difference else None,
     )
     events = ChangeHub(database, store.progress)
     health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
@@ -68,18 +77,23 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         scheduler=scheduler,
         hub=events,
         to_message=convert.job,
-        estimator=Estimator(server=settings.server_name, price=settings.price),
+        estimator=Estimator(
+            server=settings.server_name,
+            price=settings.price,
+            gpus=settings.workers.devices_per_worker if settings.workers.devices else 0,
+        ),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
         logs=log_watcher(settings, store),
         sweeper=sweeper,
+        bounds=resources,
     )
     link = CognateLink(settings.cognate)
     info = job_pb2.ServerInfo(
         version=version("cognateforge"), capabilities=[f"engine.{engine.name}", "task.classification"]
     )
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
-        TrainingServicer(jobs, factory=factory, settings=settings, cognate=link, info=info), server
+        TrainingServicer(jobs, factory=factory, settings=settings, cognate=link, resources=resources, info=info), server
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
     borrower = Borrower(store, scheduler, link, slots=settings.workers.slots, settings=settings.borrow)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from training_common.settings import Section, ServiceSettings, load
 
 ENVIRONMENT_PREFIX = "AGENT_SERVER_"
+TENANT = "^[a-z][a-z0-9-]{0,47}$"
 
 
 class CognateTls(Section):
@@ -53,6 +56,31 @@ class BorrowSettings(Section):
     ttl_s: float = Field(default=30.0, ge=3, le=86_400, description="length of a lease; it is renewed at a third of it")
 
 
+class PreemptionSettings(Section):
+    """Whether a running job is stopped for a waiting one that matters more, and goes on later from its checkpoint."""
+
+    least_difference: int = Field(
+        default=0, ge=0, le=200, description="points of priority by which the waiting one must be higher; 0: never"
+    )
+    grace_s: float = Field(
+        default=120.0, gt=0, le=3600, description="time to save and let go, before the worker is killed"
+    )
+
+
+class TenantSettings(Section):
+    """Who shares a part of this service's capacity, how large that part is, and bounds that it never passes."""
+
+    callers: tuple[str, ...] = Field(
+        default=(), description='names of its callers, which are SPIFFE ids with TLS and "local" without'
+    )
+    weight: float = Field(default=1.0, gt=0, le=1000, description="its share, relative to the other tenants' weights")
+    slots: int | None = Field(default=None, ge=0, description="most workers at the same time; none: no bound")
+    cores: int | None = Field(default=None, ge=0, description="most cores at the same time; none: no bound")
+    memory_bytes: int | None = Field(
+        default=None, ge=0, description="most memory at the same time, as estimated; none: no bound"
+    )
+
+
 class AgentSettings(ServiceSettings):
     """What the agent service is told."""
 
@@ -60,6 +88,23 @@ class AgentSettings(ServiceSettings):
     data_dir: Path = Path("var/agent")
     cognate: CognateEndpoint = CognateEndpoint()
     borrow: BorrowSettings = BorrowSettings()
+    preemption: PreemptionSettings = PreemptionSettings()
+    tenants: dict[str, TenantSettings] = Field(default={}, description="tenants by name")
+    default_tenant: str = Field(
+        default="default", pattern=TENANT, description="tenant of callers that no tenant names; may be in tenants"
+    )
+
+    @model_validator(mode="after")
+    def _callers_have_one_tenant(self) -> Self:
+        seen: dict[str, str] = {}
+        for name, tenant in self.tenants.items():
+            if not re.fullmatch(TENANT, name):
+                raise ValueError(f"tenants.{name}: a tenant's name is lower-case letters, digits and -, at most 48")
+            for caller in tenant.callers:
+                other = seen.setdefault(caller, name)
+                if other != name:
+                    raise ValueError(f"tenants: {caller} is a caller of {other} and of {name}: name it in one of them")
+        return self
 
 
 def load_settings(file: Path | None) -> AgentSettings:

@@ -6,7 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cognate_server import metrics, migrations
+from cognate_server.forecast import Forecast
 from cognate_server.leases import LeaseStore, end_leases
+from cognate_server.reservations import Calendar, RoomForReservations
 from cognate_server.resources import CognateResourceManager
 from cognate_server.rpc import convert
 from cognate_server.rpc.models import ModelServicer
@@ -47,7 +49,9 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     lock = FolderLock(settings.data_dir)
     database = Database(settings.database_url)
     database.upgrade(Path(migrations.__file__).parent)
-    store = JobStore(database)
+    reservable = settings.reservations.slots
+    calendar = Calendar(database, slots=settings.workers.slots if reservable is None else reservable)
+    store = JobStore(database, calendar)
     registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
     engine = build_engine(settings, module="cognate_server.worker")
     worker_settings = worker_settings_file(settings, settings_file)
@@ -64,6 +68,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         server=settings.server_name,
         in_the_way=resources.make_room,
         verifier=verifier,
+        preempting=RoomForReservations(store, calendar, grace_s=settings.reservations.grace_s),
     )
     events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
     changed_leases = ChangeHub(database, leases.progress)
@@ -74,15 +79,21 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         scheduler=scheduler,
         hub=events,
         to_message=convert.job,
-        estimator=Estimator(server=settings.server_name, price=settings.price),
+        estimator=Estimator(
+            server=settings.server_name,
+            price=settings.price,
+            gpus=settings.workers.devices_per_worker if settings.workers.devices else 0,
+        ),
         units={name: metric.unit for name, metric in metrics.METRICS.items()},
         heartbeat_s=settings.heartbeat_frame_s,
         logs=log_watcher(settings, store),
         sweeper=sweeper,
+        bounds=calendar,
+        forecast=Forecast(calendar, server=settings.server_name).expected,
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=[f"engine.{engine.name}", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
-        PretrainingServicer(jobs, settings=settings, info=info), server
+        PretrainingServicer(jobs, calendar=calendar, settings=settings, info=info), server
     )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server

@@ -31,6 +31,20 @@ class LendingSettings(Section):
     longest_ttl_s: float = Field(default=3600.0, ge=1, description="a lease that asks for more gets this")
 
 
+class ReservationSettings(Section):
+    """What of the slots can be kept for a time."""
+
+    slots: int | None = Field(
+        default=None,
+        ge=0,
+        le=4096,
+        description="slots of all servers that share the store; none: this server's, which is the only one",
+    )
+    grace_s: float = Field(
+        default=120.0, gt=0, le=3600, description="time for other jobs to make room, before their workers are killed"
+    )
+
+
 class OutboxSettings(Section):
     """How much of what happened to models can be watched from an earlier position."""
 
@@ -44,6 +58,7 @@ class CognateSettings(ServiceSettings):
     data_dir: Path = Path("var/cognate")
     pretraining: PretrainingSettings = PretrainingSettings()
     lending: LendingSettings = LendingSettings()
+    reservations: ReservationSettings = ReservationSettings()
     outbox: OutboxSettings = OutboxSettings()
 
 

@@ -29,6 +29,21 @@ leases = Table(
     Index("ix_leases_state_kind", "state", "kind"),
 )
 
+# Slots that are kept for a time. One that was cancelled stays as it was, with the moment.
+reservations = Table(
+    "reservations",
+    metadata,
+    Column("id", KEY, primary_key=True, autoincrement=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("caller", String(255), nullable=False),
+    Column("purpose", String(200), nullable=False),
+    Column("slots", Integer, nullable=False),
+    Column("start_us", BigInteger, nullable=False),
+    Column("end_us", BigInteger, nullable=False, index=True),
+    Column("create_us", BigInteger, nullable=False),
+    Column("cancel_us", BigInteger),
+)
+
 # One row. Every change of a lease takes its number here first, so changes happen one after the other.
 lease_clock = Table(
     "lease_clock",

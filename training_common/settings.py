@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 _SEPARATOR = "__"
 _WILDCARDS = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - told apart here, never bound
+_DEVICE = re.compile(r"\d{1,3}|(GPU|MIG)-[A-Za-z0-9-]{1,80}")
 _PORT = re.compile(r"(?:^[^:]+|\]):\d+$")
 # Keys that hold lists: comma-separated in the environment.
-_LISTS = ("roles", "tags")
+_LISTS = ("roles", "tags", "callers", "devices")
 S = TypeVar("S", bound="ServiceSettings")
 
 
@@ -90,10 +91,35 @@ class WorkerSettings(Section):
         le=86_400,
         description="silence in an exchange of a job's processes after which they count as lost to each other",
     )
+    devices: tuple[str, ...] = Field(
+        default=(),
+        description="indices (as nvidia-smi counts) or UUIDs of devices for workers; none: what the environment shows",
+    )
+    devices_per_worker: int = Field(
+        default=1, ge=1, le=64, description="how many of the devices each process of a worker takes"
+    )
+    device_folder: Path | None = Field(
+        default=None,
+        description="folder of the devices' locks, the same for all services of a host; none: in the temporary folder",
+    )
     checkpoints: Literal["async", "sync"] = Field(
         default="async",
         description="async writes beside training and holds one more copy of its state in memory; sync stops training",
     )
+
+    @model_validator(mode="after")
+    def _devices_suffice(self) -> Self:
+        if len(set(self.devices)) != len(self.devices):
+            raise ValueError("devices: a device is named twice: name each once")
+        for device in self.devices:
+            if not _DEVICE.fullmatch(device):
+                raise ValueError(f"devices: {device!r} is neither an index nor a UUID")
+        if self.devices and self.devices_per_worker > len(self.devices):
+            raise ValueError(
+                f"devices_per_worker: a worker takes {self.devices_per_worker} of {len(self.devices)} devices: "
+                "name more devices, or take fewer"
+            )
+        return self
 
 
 class DataSettings(Section):
@@ -129,16 +155,50 @@ class SecuritySettings(Section):
     )
 
 
-class PriceSettings(Section):
-    """What a worker of this server costs, for estimates. Without a price no cost is told."""
+class HourSettings(Section):
+    """Prices of something for an hour."""
 
-    worker_hour: float | None = Field(default=None, ge=0, description="price of a worker for an hour; none: no cost")
-    currency: str = Field(default="", pattern="^([A-Z]{3})?$", description="ISO 4217 code of the price, as EUR")
+    on_demand: float | None = Field(default=None, ge=0, description="price for an hour that is kept; none: not offered")
+    spot: float | None = Field(
+        default=None, ge=0, description="price for an hour that may be cut short; none: not offered"
+    )
+
+
+class KindPrices(Section):
+    """Prices by kind of resource, for offers that have none of their own."""
+
+    core: HourSettings = HourSettings()
+    memory_gib: HourSettings = HourSettings()
+    gpu: HourSettings = HourSettings()
+
+
+class OfferSettings(Section):
+    """A machine that can be had, and its price."""
+
+    cores: int = Field(ge=1, description="processor cores")
+    memory_bytes: int = Field(ge=1, description="main memory")
+    gpus: int = Field(default=0, ge=0, description="graphics processors")
+    speed: float = Field(default=1.0, gt=0, description="steps a second there over those of this server, as measured")
+    hour: HourSettings | None = Field(default=None, description="price for an hour; none: that of its parts, by kind")
+
+
+class PriceSettings(Section):
+    """What workers cost, for estimates. Without a price no cost is told."""
+
+    worker_hour: float | None = Field(
+        default=None, ge=0, description="price of a worker of this server for an hour; none: not counted"
+    )
+    currency: str = Field(default="", pattern="^([A-Z]{3})?$", description="ISO 4217 code of all prices, as EUR")
+    kinds: KindPrices = KindPrices()
+    offers: dict[str, OfferSettings] = Field(default={}, description="machines that can be had elsewhere, by name")
 
     @model_validator(mode="after")
     def _has_a_currency(self) -> Self:
-        if self.worker_hour is not None and not self.currency:
-            raise ValueError("worker_hour has no currency: set currency beside it")
+        if (self.worker_hour is not None or self.offers) and not self.currency:
+            raise ValueError("prices have no currency: set currency beside them")
+        for name in self.offers:
+            if not 1 <= len(name) <= 64:
+                raise ValueError(f"offers.{name}: a name has 1 to 64 characters")
         return self
 
 

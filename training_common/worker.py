@@ -46,6 +46,7 @@ from training_common.attempt import (
 from training_common.attempt_log import kept_bounded
 from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
+from training_common.devices import take_devices
 from training_common.engines.processes import EX_TEMPFAIL, end_with_parent, own_handle, parent_handle
 from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir
 from training_common.jobs.states import JobState
@@ -314,6 +315,12 @@ def _join(settings: ServiceSettings) -> Team:
 def _assist(store: AttemptStore, settings: S, folder: Path, assist: Assist[S]) -> None:
     """Take part in an attempt's training. What the others would miss ends the attempt, and an error fails the job."""
     with _ending(store, leads=False):
+        try:
+            take_devices(settings.workers, job=store.job.name)
+        except AttemptWaits as wait:
+            # The first process waits for all of them, where none is left for itself. Otherwise the attempt ends.
+            log.warning("no device for this process", detail=wait.message)
+            raise SystemExit(EX_TEMPFAIL) from wait
         context = AssistantContext(
             settings=settings, plan=store.job.plan, job=store.job.name, job_dir=folder, team=_join(settings)
         )
@@ -336,7 +343,8 @@ def _run(context: WorkerContext[S], work: Work[S]) -> None:
             failure = past_finish_by(store.job)
             store.move(JobState.FAILED, message=failure["failure_message"], **failure)
         elif wish == StopKind.YIELD:
-            store.move(JobState.RECOVERING, message="gave borrowed capacity back; goes on from its checkpoint")
+            why = "gave borrowed capacity back" if store.job.lease else "made room for another job"
+            store.move(JobState.RECOVERING, message=f"{why}; goes on from its checkpoint")
         else:
             store.move(JobState.PAUSED, message="paused")
     log.info("attempt ended", seconds=round(time.monotonic() - started, 1))
@@ -377,6 +385,7 @@ def _verify(name: str, number: int, settings: S, database: Database, work: Work[
     scratch = scratch_dir(settings, name)
 
     def run(attempt: replay.ReplayAttempt) -> None:
+        take_devices(settings.workers, job=claim.job.name)
         work(WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=scratch))
 
     with replay.beating(store, claim, own_handle(), settings.workers.heartbeat_interval_s) as given_up:
@@ -411,6 +420,7 @@ def _place_of(error: Exception) -> str:
 def _work_or_wait(context: WorkerContext[S], work: Work[S]) -> None:
     try:
         context.attempt.require_storage()
+        take_devices(context.settings.workers, job=context.attempt.job)
         work(context)
     except AttemptWaits as wait:
         with context.attempt.moving():

@@ -8,6 +8,7 @@ from typing import Any
 from agent_server import estimates, foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.plan import require_feasible, with_defaults
+from agent_server.resources import AgentResourceManager
 from agent_server.rpc import convert
 from agent_server.settings import AgentSettings
 from cognateforge.agent.v1 import training_pb2 as pb
@@ -15,6 +16,7 @@ from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
 from cognateforge.job.v1 import job_pb2
 from training_common.compute import require_slots
+from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, Draft, JobRpcs, JobService
 
 
@@ -28,16 +30,18 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         factory: AgentArchitectureFactory,
         settings: AgentSettings,
         cognate: foundation.CognateLink,
+        resources: AgentResourceManager,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
         self._factory = factory
         self._settings = settings
         self._cognate = cognate
+        self._resources = resources
         self._info = info
 
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
-        plan = with_defaults(request.plan)
+        plan, caller = with_defaults(request.plan), current_caller().name
         refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
 
         def draft() -> Draft:
@@ -45,12 +49,13 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
             require_slots(plan.compute, self._settings.workers.slots)
             if refused is not None:
                 raise refused
+            memory = estimates.memory(plan, self._factory.get(plan.architecture), self._settings)
             return Draft(
                 plan=plan,
                 total_steps=plan.total_steps,
-                memory=estimates.memory(plan, self._factory.get(plan.architecture), self._settings),
+                memory=memory,
                 configuration=estimates.configuration(plan, self._settings),
-                processes=max(1, plan.compute.processes),
+                demand=self._resources.demand(caller, sum(memory.values()), processes=max(1, plan.compute.processes)),
             )
 
         return await self._jobs.start("StartTraining", request, draft, pb.StartTrainingResponse)

@@ -6,14 +6,15 @@
     ├── ForbiddenError                 RoleMissingError, NoPolicyError, IdentityMissingError
     ├── ConflictError                  RequestIdReusedError
     ├── NotFoundError                  JobNotFoundError, ModelNotFoundError, AgentNotFoundError, LeaseNotFoundError,
-    │                                  CheckpointNotFoundError, AttemptNotFoundError
+    │                                  CheckpointNotFoundError, AttemptNotFoundError, ReservationNotFoundError
     ├── OutOfRangeError                SequenceOutOfRangeError, OffsetOutOfRangeError
     ├── PreconditionError              IllegalTransitionError, ModelExperimentalError, IncompatibleError,
     │                                  ArchitectureNotFoundError, DataUnavailableError, JobFailedError,
     │                                  RetryBudgetSpentError, TrainingDivergedError, IntegrityCheckFailedError,
     │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
     │                                  CapacityTakenError, CheckpointGoneError, JobDeadlineExceededError,
-    │                                  LogGoneError, VerificationOpenError
+    │                                  LogGoneError, VerificationOpenError, QuotaTooSmallError,
+    │                                  ReservationConflictError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -322,6 +323,24 @@ class VerificationOpenError(PreconditionError):
     """A verification of the job is under way."""
 
     reason = Reason.REASON_VERIFICATION_OPEN
+
+
+class QuotaTooSmallError(PreconditionError):
+    """The job alone is larger than its tenant's quota."""
+
+    reason = Reason.REASON_QUOTA_TOO_SMALL
+
+
+class ReservationNotFoundError(NotFoundError):
+    """There is no such reservation, or it is over."""
+
+    reason = Reason.REASON_RESERVATION_NOT_FOUND
+
+
+class ReservationConflictError(PreconditionError):
+    """The slots are reserved already for a part of that time."""
+
+    reason = Reason.REASON_RESERVATION_CONFLICT
 
 
 class NotImplementedByServerError(ForgeError):

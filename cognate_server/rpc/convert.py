@@ -6,6 +6,7 @@ from google.protobuf import duration_pb2
 
 from cognate_server.leases import LeaseRow, Resource
 from cognate_server.models import Comparison
+from cognate_server.reservations import ReservationRow
 from cognate_server.resources import Amounts
 from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.cognate.v1 import pretraining_pb2
@@ -25,6 +26,20 @@ def job(row: JobRow) -> pretraining_pb2.PretrainingJob:
     """Return a pretraining job."""
     plan = pretraining_pb2.PretrainingPlan.FromString(row.plan)
     return pretraining_pb2.PretrainingJob(job=convert.job(row), plan=plan)
+
+
+def reservation(row: ReservationRow) -> pretraining_pb2.Reservation:
+    """Return a reservation."""
+    return pretraining_pb2.Reservation(
+        name=row.name,
+        slots=row.slots,
+        start_time=convert.timestamp(row.start_us),
+        end_time=convert.timestamp(row.end_us),
+        purpose=row.purpose,
+        caller=row.caller,
+        create_time=convert.timestamp(row.create_us),
+        cancel_time=convert.timestamp(row.cancel_us),
+    )
 
 
 def model_states(values: list[model_pb2.ModelState.ValueType]) -> list[str]:

@@ -412,6 +412,15 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
         series = job_pb2.MetricSeries(name="loss", unit="nats/token", steps=[1, 2], values=[4.0, 3.5])
         return pretraining_pb2.GetMetricsResponse(series=[series])
 
+    def CreateReservation(self, request: Any, context: Any) -> Any:
+        fail(context, exceptions.NotImplementedByServerError())
+
+    def ListReservations(self, request: Any, context: Any) -> Any:
+        fail(context, exceptions.NotImplementedByServerError())
+
+    def CancelReservation(self, request: Any, context: Any) -> Any:
+        fail(context, exceptions.NotImplementedByServerError())
+
     def ValidateModel(self, request: Any, context: Any) -> Any:
         fail(context, exceptions.NotImplementedByServerError())
 

@@ -129,10 +129,13 @@ async def refused(call: Any) -> ForgeError:
 
 async def test_a_client_of_every_version_is_served_by_cognate(version: Contract, tmp_path: Path) -> None:
     """Every RPC that the client's version has takes its requests and gives answers that its classes can read."""
-    async with running_cognate(tmp_path) as server, grpc.aio.insecure_channel(server.address) as channel:
+    settings = {"reservations": {"slots": 1}}
+    async with running_cognate(tmp_path, **settings) as server, grpc.aio.insecure_channel(server.address) as channel:
         row = publish_model(tmp_path)
         call = Caller(channel, version)
         await pretrain(call)
+        if "CognatePretrainingService/CreateReservation" in version:
+            await reserve(call, "CognatePretrainingService")
         await use_models(call, row, watches="ModelService/WatchModels" in version)
         if "ResourceService/AcquireLease" in version:
             await borrow(call)
@@ -156,6 +159,16 @@ async def pretrain(call: Caller) -> None:
     assert (await call(f"{service}/GetServerInfo")).info.version
     error = await refused(call(f"{service}/ValidateModel", request_id=new_id(), name="cognate-25m@1"))
     assert type(error) is NotImplementedByServerError
+
+
+async def reserve(call: Caller, service: str) -> None:
+    """Keep a slot, see it in the calendar, and let it go."""
+    times = {"start_time": "2090-01-01T00:00:00Z", "end_time": "2090-01-02T00:00:00Z"}
+    made = (await call(f"{service}/CreateReservation", request_id=new_id(), slots=1, **times)).reservation
+    assert [made] == list((await call(f"{service}/ListReservations")).reservations)
+    gone = (await call(f"{service}/CancelReservation", request_id=new_id(), name=made.name)).reservation
+    assert (made.name, True) == (gone.name, gone.HasField("cancel_time"))
+    assert [] == list((await call(f"{service}/ListReservations")).reservations)
 
 
 async def steer(call: Caller, service: str, name: str) -> None:

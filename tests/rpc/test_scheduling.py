@@ -308,5 +308,5 @@ async def test_a_cost_is_told_where_a_price_is_set(name: str, tmp_path: Path) ->
 
 def test_a_price_without_a_currency_is_refused() -> None:
     """Nobody could tell what it means."""
-    with pytest.raises(ValidationError, match="worker_hour has no currency"):
+    with pytest.raises(ValidationError, match="prices have no currency"):
         CognateSettings.model_validate({"price": {"worker_hour": 1.0}})

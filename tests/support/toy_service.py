@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import cognate_server.migrations
 from tests.support.toy_worker import ToySettings
 from training_common.engines.local import LocalEngine
 from training_common.jobs.folders import jobs_dir, log_name
-from training_common.jobs.scheduler import Scheduler
+from training_common.jobs.queue import NOBODYS, USUAL, Demand, Scheduling
+from training_common.jobs.scheduler import Preempting, Scheduler
 from training_common.jobs.store import EventRow, JobRow, JobStore
 from training_common.jobs.verifications import VerificationRow, VerificationStore
 from training_common.jobs.verifier import Verifier
@@ -21,8 +23,16 @@ class ToyService:
     """Stands for a server: `restart` is what a kill -9 and a new start do to it."""
 
     def __init__(
-        self, folder: Path, *, store_url: str = "", server: str = "", shared_dir: Path | None = None, **workers: Any
+        self,
+        folder: Path,
+        *,
+        store_url: str = "",
+        server: str = "",
+        shared_dir: Path | None = None,
+        preempting: Callable[["ToyService"], Preempting] | None = None,
+        **workers: Any,
     ) -> None:
+        self.preempting = preempting
         self.folder = folder
         self.settings_file = folder / "settings.toml"
         options = {"heartbeat_interval_s": 0.1, **workers}
@@ -42,17 +52,27 @@ class ToyService:
         self.verifications = VerificationStore(self.store)
         options: dict[str, Any] = {"settings_file": self.settings_file, "server": self.server}
         verifier = Verifier(self.verifications, self.engine, self.settings.workers, **options)
-        self.scheduler = Scheduler(self.store, self.engine, self.settings.workers, verifier=verifier, **options)
+        preempting = self.preempting(self) if self.preempting else None
+        self.scheduler = Scheduler(
+            self.store, self.engine, self.settings.workers, verifier=verifier, preempting=preempting, **options
+        )
 
     def restart(self) -> None:
         """Forget everything that is only in memory."""
         self.database.close()
         self._start()
 
-    def submit(self, *, processes: int = 1, **plan: Any) -> JobRow:
+    def submit(
+        self, scheduling: Scheduling = USUAL, demand: Demand = NOBODYS, *, processes: int = 1, **plan: Any
+    ) -> JobRow:
         with self.database.write() as connection:
             return self.store.submit(
-                connection, plan=self.plan(**plan), total_steps=plan["steps"], caller="test", processes=processes
+                connection,
+                plan=self.plan(**plan),
+                total_steps=plan["steps"],
+                caller="test",
+                scheduling=scheduling,
+                demand=replace(demand, processes=processes),
             )
 
     @staticmethod

@@ -21,6 +21,9 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
 # What a point of priority is worth: an hour of waiting.
 POINT_US = 3_600_000_000
 ORDER = (t.jobs.c.queue_us, t.jobs.c.id)
+# A job that another one makes room for goes first until it has a worker: its place is before every usual one, all of
+# which are above 0, and among such jobs as before.
+CLAIM_US = 1 << 60
 
 
 def place_us(create_us: int, priority: int) -> int:
@@ -48,7 +51,18 @@ class Scheduling:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a job takes while it runs, and whose share that counts for. processes: each takes a slot of its own."""
+
+    tenant: str = ""
+    processes: int = 1
+    cores: int = 0
+    memory_bytes: int = 0
+
+
 USUAL = Scheduling()
+NOBODYS = Demand()
 
 
 def latest_pause_us(now: int) -> int:
@@ -65,8 +79,13 @@ def is_due() -> sa.ColumnElement[bool]:
 
 
 def positions(connection: sa.Connection, ids: Collection[int]) -> dict[int, int]:
-    """Return the places in the queue, from 1, of those of the jobs that are in it."""
-    place = sa.func.row_number().over(order_by=ORDER).label("place")
+    """Return the places in the queue, from 1, of those of the jobs that are in it.
+
+    Jobs of one tenant are counted among themselves, and so are those of one reservation: others do not stand before
+    them.
+    """
+    queues = (t.jobs.c.tenant, t.jobs.c.reservation)
+    place = sa.func.row_number().over(partition_by=queues, order_by=ORDER).label("place")
     queue = sa.select(t.jobs.c.id, place).where(is_due()).subquery()
     rows = connection.execute(sa.select(queue.c.id, queue.c.place).where(queue.c.id.in_(ids)))
     return {row.id: row.place for row in rows}

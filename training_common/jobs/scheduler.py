@@ -66,6 +66,18 @@ class Engine(Protocol):
         """End a worker that was given up."""
 
 
+class Preempting(Protocol):
+    """Stops running jobs for those that matter more."""
+
+    def look(
+        self, held: Sequence[tuple[JobRow, AttemptRow]], *, full: bool
+    ) -> Sequence[tuple[JobRow, AttemptRow, str]]:
+        """Ask workers to let go where a slot is needed; return those that must be given up, and why, in words.
+
+        held: jobs of this server's workers. full: whether all its slots are taken.
+        """
+
+
 class Scheduler:
     """Matches jobs and workers of one service."""
 
@@ -79,17 +91,20 @@ class Scheduler:
         server: str = "",
         in_the_way: Callable[[], str] = lambda: "",
         verifier: Verifier | None = None,
+        preempting: Preempting | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """server: this server's name among those that share the store; it looks after the workers it has started.
         in_the_way: asked before a job is given a free slot: what keeps it from it, in words, or nothing.
-        verifier: gets the slots that no job waits for."""
+        verifier: gets the slots that no job waits for.
+        preempting: stops running jobs for those that matter more; by default none is stopped."""
         self._store = store
         self._engine = engine
         self._settings = settings
         self._settings_file = settings_file
         self._in_the_way = in_the_way
         self._verifier = verifier
+        self._preempting = preempting
         self._server = server
         self._wake = asyncio.Event()
         # Handles of workers that were launched here and have not registered yet, by attempt id.
@@ -150,6 +165,12 @@ class Scheduler:
         self._end_overdue()
         replays = self._verifier.look() if self._verifier else 0
         self._taken, self._lent = sum(job.processes for job, _ in held if not job.lease) + replays, ""
+        self._fill()
+        if self._preempting is not None:
+            for job, attempt, message in self._preempting.look(held, full=self._taken >= self._settings.slots):
+                self.give_up(job, attempt, message)
+
+    def _fill(self) -> None:
         while self._taken < self._settings.slots and self._launch_works():
             self._lent = self._in_the_way()
             if self._lent:

@@ -14,9 +14,9 @@ import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -74,6 +74,10 @@ class JobRow:
     finish_by_us: int | None
     deadline_us: int | None
     configuration: str
+    tenant: str
+    cores: int
+    memory_bytes: int
+    reservation: str
     lease: str
     lease_token: int
     lease_until_us: int | None
@@ -86,6 +90,11 @@ class JobRow:
     facts: Mapping[str, str]
     first_sequence: int
     files_removed_us: int | None
+
+    @property
+    def claims(self) -> bool:
+        """Whether another job was asked to make room for this one, which waits."""
+        return self.queue_us is not None and self.queue_us < 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +254,7 @@ def move(
     if to is JobState.RUNNING:
         changes = {**_NO_WAIT, **changes}
         if job.waits:  # what it waited for is there, for the others too
-            connection.execute(_others_that_wait(None).values(not_before_us=0))
+            connection.execute(_others_that_wait(job.waits_for, None).values(not_before_us=0))
     payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
     place = queue.place_us(job.create_us, job.priority) if to in WAITING else None
     changes = {"state": to.value, "queue_us": place, **changes}
@@ -289,11 +298,36 @@ def _insert_if_absent(connection: sa.Connection, table: sa.Table, values: Mappin
     return connection.execute(statement).first() is not None
 
 
-class JobStore:
-    """What servicer and scheduler do with jobs. Every method is one transaction unless it takes a connection."""
+class Picking(Protocol):
+    """Decides which of the waiting jobs is the next, where that is not the first of the queue."""
 
-    def __init__(self, database: Database) -> None:
+    def next_due(self, connection: sa.Connection, *, most: int | None = None) -> JobRow | None:
+        """Return the job that is the next to get a worker, by `first_due`."""
+
+
+def first_due(connection: sa.Connection, *conditions: sa.ColumnElement[bool], most: int | None = None) -> JobRow | None:
+    """Return the first job of the queue that fulfils the conditions and has no more processes than `most`.
+
+    In a transaction that writes it is locked, and those that another server is just taking are passed over.
+    """
+    query = sa.select(t.jobs).where(queue.is_due(), *conditions).order_by(*queue.ORDER).limit(1)
+    if most is not None:
+        query = query.where(t.jobs.c.processes <= most)
+    if connection.get_execution_options().get("forge_write"):
+        query = query.with_for_update(skip_locked=True)
+    row = connection.execute(query).mappings().one_or_none()
+    return None if row is None else _job(row)
+
+
+class JobStore:
+    """What servicer and scheduler do with jobs. Every method is one transaction unless it takes a connection.
+
+    picking: decides which job is the next; by default the first of the queue is.
+    """
+
+    def __init__(self, database: Database, picking: Picking | None = None) -> None:
         self.database = database
+        self._picking = picking
 
     # --- servicer
 
@@ -306,12 +340,12 @@ class JobStore:
         caller: str,
         scheduling: queue.Scheduling = queue.USUAL,
         configuration: str = "",
-        processes: int = 1,
+        demand: queue.Demand = queue.NOBODYS,
+        reservation: str = "",
     ) -> JobRow:
         """Store a new QUEUED job and its first event.
 
-        configuration: digest of what decides how fast its steps are. processes: how many it trains on, each in a slot
-        of its own.
+        configuration: digest of what decides how fast its steps are.
         """
         now = now_us()
         values: dict[str, Any] = {
@@ -320,10 +354,11 @@ class JobStore:
             "plan": plan,
             "caller": caller,
             "total_steps": total_steps,
-            "processes": processes,
             "create_us": now,
             "configuration": configuration,
             "facts": {},
+            "reservation": reservation,
+            **asdict(demand),
             **scheduling.columns(now),
         }
         job_id = connection.execute(sa.insert(t.jobs).values(**values).returning(t.jobs.c.id)).scalar_one()
@@ -448,13 +483,9 @@ class JobStore:
 
         most: jobs of more processes are for other servers.
         """
-        query = sa.select(t.jobs).where(queue.is_due()).order_by(*queue.ORDER).limit(1)
-        if most is not None:
-            query = query.where(t.jobs.c.processes <= most)
-        if connection.get_execution_options().get("forge_write"):
-            query = query.with_for_update(skip_locked=True)
-        row = connection.execute(query).mappings().one_or_none()
-        return None if row is None else _job(row)
+        if self._picking is None:
+            return first_due(connection, most=most)
+        return self._picking.next_due(connection, most=most)
 
     def held_handles(self, connection: sa.Connection) -> list[str]:
         """Return the handles of the workers that hold a job."""
@@ -672,9 +703,9 @@ def _moment(time_us: int) -> str:
     return datetime.fromtimestamp(time_us / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _others_that_wait(until_us: int | None) -> sa.Update:
+def _others_that_wait(what: str, until_us: int | None) -> sa.Update:
     """Return an update of the jobs that wait for what is away, and would not wait as long as that."""
-    waiting = (t.jobs.c.state == JobState.QUEUED.value) & (t.jobs.c.waits > 0)
+    waiting = (t.jobs.c.state == JobState.QUEUED.value) & (t.jobs.c.waits > 0) & (t.jobs.c.waits_for == what)
     return sa.update(t.jobs).where(waiting if until_us is None else waiting & (t.jobs.c.not_before_us < until_us))
 
 
@@ -781,7 +812,7 @@ class AttemptStore:
             append_event(connection, job.id, "note", note, only_token=token)
             JobStore._end_attempt(connection, self.attempt.id)
             # This attempt has looked for all that wait: however many they are, slots are spent on one look at a time.
-            connection.execute(_others_that_wait(until).values(not_before_us=until))
+            connection.execute(_others_that_wait(wait.what, until).values(not_before_us=until))
             payload = {"from": job.state.value, "to": JobState.QUEUED.value, "message": f"waits for {wait.what}"}
             changes = {
                 "state": JobState.QUEUED.value,

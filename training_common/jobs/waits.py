@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import sqlalchemy as sa
 
+from training_common.devices import DEVICE
 from training_common.jobs.queue import latest_pause_us, positions
 from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow
@@ -23,6 +25,9 @@ class WaitReason(enum.StrEnum):
     PAUSE = "PAUSE"
     LENT = "LENT"
     LAUNCH = "LAUNCH"
+    QUOTA = "QUOTA"
+    RESERVED = "RESERVED"
+    DEVICE = "DEVICE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +55,31 @@ class Wait:
     not_before_us: int | None = None
 
 
-def waits(connection: sa.Connection, jobs: Sequence[JobRow], standing: Standing) -> dict[int, Wait]:
+@dataclass(frozen=True, kw_only=True)
+class HeldBack:
+    """What keeps a job from any place that is free, in words."""
+
+    reason: WaitReason
+    message: str
+
+
+class Bounds(Protocol):
+    """Tells what keeps jobs from free places."""
+
+    def held_back(self, connection: sa.Connection, jobs: Sequence[JobRow]) -> Mapping[int, HeldBack]:
+        """Return it for those of the waiting jobs that are kept from free places, by their ids."""
+
+
+def waits(
+    connection: sa.Connection, jobs: Sequence[JobRow], standing: Standing, bounds: Bounds | None = None
+) -> dict[int, Wait]:
     """Return why those of the jobs that wait do so, by their ids."""
     waiting = [job for job in jobs if job.state in WAITING]
     if not waiting:
         return {}
     places, now = positions(connection, [job.id for job in waiting]), now_us()
-    found = {job.id: _in_queue(job, places[job.id], standing) for job in waiting if job.id in places}
+    kept = bounds.held_back(connection, waiting) if bounds is not None else {}
+    found = {job.id: _in_queue(job, places[job.id], standing, kept.get(job.id)) for job in waiting if job.id in places}
     for job in waiting:
         # One that became due since is in the queue, and is told so by the next answer.
         if job.id not in places and now < job.not_before_us <= latest_pause_us(now):
@@ -64,7 +87,9 @@ def waits(connection: sa.Connection, jobs: Sequence[JobRow], standing: Standing)
     return found
 
 
-def _in_queue(job: JobRow, place: int, standing: Standing) -> Wait:
+def _in_queue(job: JobRow, place: int, standing: Standing, kept: HeldBack | None) -> Wait:
+    if kept is not None:
+        return Wait(reason=kept.reason, message=kept.message, position=place)
     # Those before it want a slot each at least.
     if place - 1 + job.processes > standing.slots - standing.taken:
         return Wait(reason=WaitReason.SLOT, message=_slots(place, standing), position=place)
@@ -84,6 +109,9 @@ def _slots(place: int, standing: Standing) -> str:
 
 
 def _paused(job: JobRow) -> Wait:
+    if job.waits_for == DEVICE:
+        message = f"the devices of its worker's host are in use: tried {job.waits} times"
+        return Wait(reason=WaitReason.DEVICE, message=message, not_before_us=job.not_before_us)
     if job.waits_for or not job.kills_without_progress:  # an earlier release has not kept whom it waits for
         message = f"{job.waits_for or 'what it needs'} is away: tried {job.waits} times"
         return Wait(reason=WaitReason.PEER, message=message, not_before_us=job.not_before_us)

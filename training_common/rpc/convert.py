@@ -80,13 +80,14 @@ def job(row: JobRow) -> job_pb2.Job:
     )
 
 
-def wait(found: Wait) -> job_pb2.Wait:
-    """Return why a job has no worker."""
+def wait(found: Wait, expected_start_us: int | None = None) -> job_pb2.Wait:
+    """Return why a job has no worker, and when it is likely to get one."""
     return job_pb2.Wait(
         reason=job_pb2.WaitReason.Value(f"WAIT_REASON_{found.reason}"),
         message=found.message[:2000],
         queue_position=found.position,
         not_before=timestamp(found.not_before_us),
+        expected_start=timestamp(expected_start_us),
     )
 
 
@@ -97,6 +98,18 @@ def scheduling(message: job_pb2.Scheduling) -> Scheduling:
     if start_by is not None and finish_by is not None and start_by >= finish_by:
         raise _refused("start_by", "must be before finish_by: a job that starts then has no time to end")
     return Scheduling(priority=message.priority, start_by_us=start_by, finish_by_us=finish_by)
+
+
+def moment_us(request: Any, field: str) -> int:
+    """Return a time of a request in microseconds since 1970. Errors: InvalidFieldError, beyond 1970 to 2100."""
+    try:
+        time_us: int = getattr(request, field).ToMicroseconds()
+    except ValueError:
+        time_us = -1
+    if not 0 <= time_us < _LATEST_US:
+        rule = "must lie after the year 1970 and before 2100"
+        raise InvalidFieldError(f"{field} {rule}", violations=[FieldViolation(field=field, description=rule)])
+    return time_us
 
 
 def _deadline(field: str, time: Timestamp) -> int:

@@ -20,13 +20,14 @@ from cognateforge.exceptions import SequenceOutOfRangeError
 from cognateforge.job.v1 import job_pb2
 from training_common.jobs.hub import ChangeHub
 from training_common.jobs.pins import set_pinned
+from training_common.jobs.queue import NOBODYS, Demand
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.shared import SharedReads
 from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow, JobStore
 from training_common.jobs.sweeper import Sweeper
 from training_common.jobs.verifications import VerificationStore
-from training_common.jobs.waits import waits
+from training_common.jobs.waits import Bounds, waits
 from training_common.rpc import convert, mutations, paging
 from training_common.rpc.estimates import Estimator
 from training_common.rpc.identity import current_caller
@@ -49,13 +50,15 @@ class Draft:
     """A job that may be made.
 
     memory: bytes of the parts of each of its processes. configuration: what decides how fast it is.
+    demand: what it takes, and of whose share. reservation: the one that it is to run in, or nothing.
     """
 
     plan: Message
     total_steps: int
     memory: Mapping[str, int]
     configuration: str
-    processes: int
+    demand: Demand = NOBODYS
+    reservation: str = ""
 
 
 class JobService(Generic[M]):
@@ -73,11 +76,17 @@ class JobService(Generic[M]):
         heartbeat_s: float,
         logs: LogWatcher,
         sweeper: Sweeper,
+        bounds: Bounds | None = None,
+        forecast: Callable[[sa.Connection, Sequence[JobRow]], Mapping[int, int]] | None = None,
     ) -> None:
+        """bounds: tells what keeps waiting jobs from free places.
+        forecast: tells when waiting jobs are likely to start, by id, in microseconds since 1970."""
         self.store = store
         self.logs = logs
         self._sweeper = sweeper
         self._verifications = VerificationStore(store)
+        self._bounds = bounds
+        self._forecast = forecast
         self._scheduler = scheduler
         self._hub = hub
         self._to_message = to_message
@@ -130,7 +139,8 @@ class JobService(Generic[M]):
                 caller=caller,
                 scheduling=convert.scheduling(request.scheduling),
                 configuration=new.configuration,
-                processes=new.processes,
+                demand=new.demand,
+                reservation=new.reservation,
             )
             response.job.CopyFrom(self._messages(connection, [job])[0])
             return cast("A", response)
@@ -156,12 +166,13 @@ class JobService(Generic[M]):
 
     def _messages(self, connection: sa.Connection, rows: Sequence[JobRow]) -> list[M]:
         """Return the messages of jobs, with what they wait for now."""
-        found = waits(connection, rows, self._scheduler.standing)
+        found = waits(connection, rows, self._scheduler.standing, self._bounds)
+        starts = self._forecast(connection, rows) if self._forecast is not None and found else {}
         messages = []
         for row in rows:
             message: Any = self._to_message(row)
             if row.id in found:
-                message.job.wait.CopyFrom(convert.wait(found[row.id]))
+                message.job.wait.CopyFrom(convert.wait(found[row.id], starts.get(row.id)))
             messages.append(message)
         return messages
 

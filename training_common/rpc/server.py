@@ -14,6 +14,7 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from training_common.devices import DeviceLocks
 from training_common.discovery import Registration, register
 from training_common.folder_lock import FolderLock
 from training_common.rpc.address import require_free
@@ -58,6 +59,8 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> Listene
     used, or a data folder that is not there.
     """
     require_data_folder(settings)
+    if settings.workers.devices:
+        DeviceLocks(settings.workers.device_folder)  # refused here rather than in every worker
     security, limits = settings.security, settings.limits
     _require_roles("security.local_roles", security.local_roles)
     for name, roles in security.roles.items():

@@ -47,6 +47,7 @@ class Turn(enum.IntEnum):
     UPGRADE = 7101001
     PUBLISH = 7101002
     ALIASES = 7101003
+    CAPACITY = 7101004
 
 
 def now_us() -> int:

@@ -65,7 +65,8 @@ jobs = Table(
     # Which service `not_before_us` waits for; empty where workers were ended from outside too often.
     Column("waits_for", String(64), nullable=False, default="", server_default=""),
     Column("priority", Integer, nullable=False, default=0, server_default="0"),
-    # Place in the queue: the submission, moved forward by the priority. None while the job is not in it.
+    # Place in the queue: the submission, moved forward by the priority. None while the job is not in it,
+    # below 0 while another one makes room for it.
     Column("queue_us", BigInteger),
     Column("start_by_us", BigInteger),
     Column("finish_by_us", BigInteger),
@@ -73,6 +74,12 @@ jobs = Table(
     Column("deadline_us", BigInteger, index=True),
     # Digest of what of its plan and its server's settings decides how long a step takes.
     Column("configuration", String(64), nullable=False, default="", server_default=""),
+    # Whose share of the capacity it counts for, and what it takes of it while a worker holds it.
+    Column("tenant", String(48), nullable=False, default="", server_default=""),
+    Column("cores", Integer, nullable=False, default=0, server_default="0"),
+    Column("memory_bytes", BigInteger, nullable=False, default=0, server_default="0"),
+    # The reservation that it runs in; empty: in none.
+    Column("reservation", String(64), nullable=False, default="", server_default="", index=True),
     # An attempt on borrowed capacity: its lease, and until when its worker may write. Only renewals move that on.
     Column("lease", String(64), nullable=False, default="", server_default=""),
     Column("lease_token", BigInteger, nullable=False, default=0, server_default="0"),

@@ -14,7 +14,7 @@ from cognateforge.cli.session import Session, command, new_request_id, print_lin
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1 import training_pb2
-    from cognateforge.job.v1.job_pb2 import CheckpointPolicy, Compute, Estimate, Scheduling
+    from cognateforge.job.v1.job_pb2 import CheckpointPolicy, Compute, Cost, Estimate, Scheduling
 
 Watch = Annotated[bool, typer.Option("--watch", "--wait", help="Follow the job; the exit code tells how it ended.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
@@ -106,13 +106,19 @@ def _submitted(session: Session, service: Service, answer: Any, watch: bool, pro
     return follow(session, jobs.watch(item.job.name, 0), item.job, progress=progress, verdict=jobs.verdict)
 
 
+def _cost(cost: Cost) -> str:
+    return f"{cost.amount:.2f} {cost.currency}" + (f" on {cost.offer}" if cost.offer else "")
+
+
 def needs(estimate: Estimate) -> str:
     """Return an estimate in a line, for people."""
     told = [f"{estimate.memory_bytes / 1e9:.1f} GB of memory"] if estimate.memory_bytes else []
     if estimate.HasField("run_time"):
         told.append(f"{estimate.run_time.ToSeconds()} s of training, by {estimate.measured_attempts} measured attempts")
     if estimate.HasField("cost"):
-        told.append(f"{estimate.cost.amount:.2f} {estimate.cost.currency}")
+        told.append(_cost(estimate.cost))
+    if estimate.HasField("spot_cost"):
+        told.append(f"{_cost(estimate.spot_cost)} at spot prices")
     return f"expected: {', '.join(told) or 'nothing is known'}"
 
 

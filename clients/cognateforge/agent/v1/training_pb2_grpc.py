@@ -133,7 +133,7 @@ class AgentForgeTrainingServiceServicer:
 
         Callers: operator. Repeat: by request_id.
         Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
-        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE.
+        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

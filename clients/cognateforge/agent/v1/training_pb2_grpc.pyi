@@ -42,7 +42,7 @@ class AgentForgeTrainingServiceStub:
 
     Callers: operator. Repeat: by request_id.
     Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
-    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE.
+    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetJobRequest, _training_pb2.GetJobResponse]
     """Returns one job.
@@ -157,7 +157,7 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
 
     Callers: operator. Repeat: by request_id.
     Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
-    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE.
+    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_training_pb2.GetJobRequest, _training_pb2.GetJobResponse]  # type: ignore[assignment]
     """Returns one job.
@@ -275,7 +275,7 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: operator. Repeat: by request_id.
         Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
-        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE.
+        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL.
         """
 
     @_abc_1.abstractmethod

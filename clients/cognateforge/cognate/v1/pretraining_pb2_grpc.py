@@ -110,6 +110,21 @@ class CognatePretrainingServiceStub:
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ValidateModelRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ValidateModelResponse.FromString,
                 _registered_method=True)
+        self.CreateReservation = channel.unary_unary(
+                '/cognateforge.cognate.v1.CognatePretrainingService/CreateReservation',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CreateReservationRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CreateReservationResponse.FromString,
+                _registered_method=True)
+        self.ListReservations = channel.unary_unary(
+                '/cognateforge.cognate.v1.CognatePretrainingService/ListReservations',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListReservationsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListReservationsResponse.FromString,
+                _registered_method=True)
+        self.CancelReservation = channel.unary_unary(
+                '/cognateforge.cognate.v1.CognatePretrainingService/CancelReservation',
+                request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CancelReservationRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CancelReservationResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/cognateforge.cognate.v1.CognatePretrainingService/GetServerInfo',
                 request_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.GetServerInfoRequest.SerializeToString,
@@ -126,7 +141,7 @@ class CognatePretrainingServiceServicer:
         With validate_only nothing is made, and the answer tells what would be.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE.
+        Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE, RESERVATION_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -276,6 +291,37 @@ class CognatePretrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateReservation(self, request, context):
+        """Keeps slots for a time, for jobs that name the reservation. When it begins and its jobs wait, other jobs save a
+        checkpoint and make room.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: INVALID_FIELD, RESERVATION_CONFLICT, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReservations(self, request, context):
+        """Lists reservations, newest first: the calendar.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: INVALID_PAGE_TOKEN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelReservation(self, request, context):
+        """Ends a reservation before its time, or before it begins. Its jobs go on, and wait, like any others.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: RESERVATION_NOT_FOUND, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
         """Tells what this server is and can do.
 
@@ -363,6 +409,21 @@ def add_CognatePretrainingServiceServicer_to_server(servicer, server):
                     servicer.ValidateModel,
                     request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ValidateModelRequest.FromString,
                     response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ValidateModelResponse.SerializeToString,
+            ),
+            'CreateReservation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateReservation,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CreateReservationRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CreateReservationResponse.SerializeToString,
+            ),
+            'ListReservations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReservations,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListReservationsRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListReservationsResponse.SerializeToString,
+            ),
+            'CancelReservation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelReservation,
+                    request_deserializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CancelReservationRequest.FromString,
+                    response_serializer=cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CancelReservationResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -776,6 +837,87 @@ class CognatePretrainingService:
             '/cognateforge.cognate.v1.CognatePretrainingService/ValidateModel',
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ValidateModelRequest.SerializeToString,
             cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ValidateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateReservation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/CreateReservation',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CreateReservationRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CreateReservationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReservations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/ListReservations',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListReservationsRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.ListReservationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelReservation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.cognate.v1.CognatePretrainingService/CancelReservation',
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CancelReservationRequest.SerializeToString,
+            cognateforge_dot_cognate_dot_v1_dot_pretraining__pb2.CancelReservationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,7 +38,7 @@ class CognatePretrainingServiceStub:
     With validate_only nothing is made, and the answer tells what would be.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE.
+    Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE, RESERVATION_NOT_FOUND.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.GetJobRequest, _pretraining_pb2.GetJobResponse]
     """Returns one job.
@@ -128,6 +128,25 @@ class CognatePretrainingServiceStub:
     Callers: operator. Repeat: by request_id.
     Reasons: MODEL_NOT_FOUND, NOT_IMPLEMENTED.
     """
+    CreateReservation: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.CreateReservationRequest, _pretraining_pb2.CreateReservationResponse]
+    """Keeps slots for a time, for jobs that name the reservation. When it begins and its jobs wait, other jobs save a
+    checkpoint and make room.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: INVALID_FIELD, RESERVATION_CONFLICT, REQUEST_ID_REUSED.
+    """
+    ListReservations: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.ListReservationsRequest, _pretraining_pb2.ListReservationsResponse]
+    """Lists reservations, newest first: the calendar.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: INVALID_PAGE_TOKEN.
+    """
+    CancelReservation: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.CancelReservationRequest, _pretraining_pb2.CancelReservationResponse]
+    """Ends a reservation before its time, or before it begins. Its jobs go on, and wait, like any others.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: RESERVATION_NOT_FOUND, REQUEST_ID_REUSED.
+    """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.GetServerInfoRequest, _pretraining_pb2.GetServerInfoResponse]
     """Tells what this server is and can do.
 
@@ -145,7 +164,7 @@ class CognatePretrainingServiceAsyncStub(CognatePretrainingServiceStub):
     With validate_only nothing is made, and the answer tells what would be.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE.
+    Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE, RESERVATION_NOT_FOUND.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.GetJobRequest, _pretraining_pb2.GetJobResponse]  # type: ignore[assignment]
     """Returns one job.
@@ -235,6 +254,25 @@ class CognatePretrainingServiceAsyncStub(CognatePretrainingServiceStub):
     Callers: operator. Repeat: by request_id.
     Reasons: MODEL_NOT_FOUND, NOT_IMPLEMENTED.
     """
+    CreateReservation: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.CreateReservationRequest, _pretraining_pb2.CreateReservationResponse]  # type: ignore[assignment]
+    """Keeps slots for a time, for jobs that name the reservation. When it begins and its jobs wait, other jobs save a
+    checkpoint and make room.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: INVALID_FIELD, RESERVATION_CONFLICT, REQUEST_ID_REUSED.
+    """
+    ListReservations: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.ListReservationsRequest, _pretraining_pb2.ListReservationsResponse]  # type: ignore[assignment]
+    """Lists reservations, newest first: the calendar.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: INVALID_PAGE_TOKEN.
+    """
+    CancelReservation: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.CancelReservationRequest, _pretraining_pb2.CancelReservationResponse]  # type: ignore[assignment]
+    """Ends a reservation before its time, or before it begins. Its jobs go on, and wait, like any others.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: RESERVATION_NOT_FOUND, REQUEST_ID_REUSED.
+    """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.GetServerInfoRequest, _pretraining_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Tells what this server is and can do.
 
@@ -255,7 +293,7 @@ class CognatePretrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         With validate_only nothing is made, and the answer tells what would be.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE.
+        Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, DATA_UNAVAILABLE, RESERVATION_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -428,6 +466,43 @@ class CognatePretrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: operator. Repeat: by request_id.
         Reasons: MODEL_NOT_FOUND, NOT_IMPLEMENTED.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateReservation(
+        self,
+        request: _pretraining_pb2.CreateReservationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pretraining_pb2.CreateReservationResponse, _abc.Awaitable[_pretraining_pb2.CreateReservationResponse]]:
+        """Keeps slots for a time, for jobs that name the reservation. When it begins and its jobs wait, other jobs save a
+        checkpoint and make room.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: INVALID_FIELD, RESERVATION_CONFLICT, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def ListReservations(
+        self,
+        request: _pretraining_pb2.ListReservationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pretraining_pb2.ListReservationsResponse, _abc.Awaitable[_pretraining_pb2.ListReservationsResponse]]:
+        """Lists reservations, newest first: the calendar.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: INVALID_PAGE_TOKEN.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelReservation(
+        self,
+        request: _pretraining_pb2.CancelReservationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pretraining_pb2.CancelReservationResponse, _abc.Awaitable[_pretraining_pb2.CancelReservationResponse]]:
+        """Ends a reservation before its time, or before it begins. Its jobs go on, and wait, like any others.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: RESERVATION_NOT_FOUND, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod

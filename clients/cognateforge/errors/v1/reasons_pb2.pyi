@@ -108,6 +108,12 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The attempt's log was removed by retention, or is not among the files that this server reaches."""
     REASON_VERIFICATION_OPEN: _Reason.ValueType  # 53
     """A verification of the job is under way. Its receipt comes first."""
+    REASON_QUOTA_TOO_SMALL: _Reason.ValueType  # 54
+    """The job alone is larger than the quota of its caller's tenant."""
+    REASON_RESERVATION_NOT_FOUND: _Reason.ValueType  # 55
+    """There is no reservation of that name, or it was cancelled, or it has ended."""
+    REASON_RESERVATION_CONFLICT: _Reason.ValueType  # 56
+    """The slots are reserved already for a part of the time."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -193,6 +199,12 @@ REASON_LOG_GONE: Reason.ValueType  # 52
 """The attempt's log was removed by retention, or is not among the files that this server reaches."""
 REASON_VERIFICATION_OPEN: Reason.ValueType  # 53
 """A verification of the job is under way. Its receipt comes first."""
+REASON_QUOTA_TOO_SMALL: Reason.ValueType  # 54
+"""The job alone is larger than the quota of its caller's tenant."""
+REASON_RESERVATION_NOT_FOUND: Reason.ValueType  # 55
+"""There is no reservation of that name, or it was cancelled, or it has ended."""
+REASON_RESERVATION_CONFLICT: Reason.ValueType  # 56
+"""The slots are reserved already for a part of the time."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

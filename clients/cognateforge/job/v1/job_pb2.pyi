@@ -98,6 +98,12 @@ class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason
     """A place is free, but its capacity is lent. It was asked back."""
     WAIT_REASON_LAUNCH: _WaitReason.ValueType  # 6
     """A place is free, but workers cannot be started on this server. It tries again by itself."""
+    WAIT_REASON_QUOTA: _WaitReason.ValueType  # 7
+    """Its tenant is at a quota. It starts when jobs of the tenant have ended."""
+    WAIT_REASON_RESERVED: _WaitReason.ValueType  # 8
+    """The places that are left are reserved, or the job's own reservation has not begun."""
+    WAIT_REASON_DEVICE: _WaitReason.ValueType  # 9
+    """The devices of the host are in use, maybe by another service. It is tried again at not_before."""
 
 class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
     """Why a job that waits has no worker. A later release may know more reasons."""
@@ -115,6 +121,12 @@ WAIT_REASON_LENT: WaitReason.ValueType  # 5
 """A place is free, but its capacity is lent. It was asked back."""
 WAIT_REASON_LAUNCH: WaitReason.ValueType  # 6
 """A place is free, but workers cannot be started on this server. It tries again by itself."""
+WAIT_REASON_QUOTA: WaitReason.ValueType  # 7
+"""Its tenant is at a quota. It starts when jobs of the tenant have ended."""
+WAIT_REASON_RESERVED: WaitReason.ValueType  # 8
+"""The places that are left are reserved, or the job's own reservation has not begun."""
+WAIT_REASON_DEVICE: WaitReason.ValueType  # 9
+"""The devices of the host are in use, maybe by another service. It is tried again at not_before."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
 
 class _ComputeStrategy:
@@ -257,15 +269,25 @@ class Wait(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    EXPECTED_START_FIELD_NUMBER: _builtins.int
     reason: Global___WaitReason.ValueType
     """Why there is no worker now."""
     message: _builtins.str
     """The same for people, with amounts and names. At most 2,000 characters."""
     queue_position: _builtins.int
-    """Place in the queue, from 1, which is the next. 0 before not_before: other jobs pass it meanwhile."""
+    """Place in the queue, from 1, which is the next; of a tenant's jobs among these, and of a reservation's too. 0
+    before not_before: other jobs pass it meanwhile.
+    """
     @_builtins.property
     def not_before(self) -> _timestamp_pb2.Timestamp:
         """No worker is started before. Absent where nothing but a place is missing."""
+
+    @_builtins.property
+    def expected_start(self) -> _timestamp_pb2.Timestamp:
+        """When it is likely to get a worker, of Cognate's jobs: by the measured speeds of the running jobs and of those
+        before it, and by the known reservations. No promise: jobs come, end and are steered. Absent where a speed was not
+        measured.
+        """
 
     def __init__(
         self,
@@ -274,10 +296,11 @@ class Wait(_message.Message):
         message: _builtins.str = ...,
         queue_position: _builtins.int = ...,
         not_before: _timestamp_pb2.Timestamp | None = ...,
+        expected_start: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["not_before", b"not_before"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_start", b"expected_start", "not_before", b"not_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "not_before", b"not_before", "queue_position", b"queue_position", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_start", b"expected_start", "message", b"message", "not_before", b"not_before", "queue_position", b"queue_position", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -295,7 +318,8 @@ class Scheduling(_message.Message):
     priority: _builtins.int
     """From -100 to 100; 0 is the usual one. A waiting job goes before those of a lower priority, and a point is worth an
     hour of waiting: a job of priority 0 is passed by jobs of priority 3 that come within 3 hours after it, and by none
-    that come later. Of jobs alike the older one goes first. No running job is stopped for another one's priority.
+    that come later. Of jobs alike the older one goes first. The agent service may
+    stop a running job for one of a clearly higher priority, where its settings say so.
     """
     @_builtins.property
     def start_by(self) -> _timestamp_pb2.Timestamp:
@@ -361,19 +385,23 @@ class Cost(_message.Message):
 
     AMOUNT_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
     amount: _builtins.float
     """In units of the currency."""
     currency: _builtins.str
     """ISO 4217, for instance "EUR"."""
+    offer: _builtins.str
+    """Name of the offer in the server's settings that costs this. Empty: this server's own workers."""
     def __init__(
         self,
         *,
         amount: _builtins.float = ...,
         currency: _builtins.str = ...,
+        offer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "currency", b"currency"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "currency", b"currency", "offer", b"offer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,6 +421,7 @@ class Estimate(_message.Message):
     MEASURED_ATTEMPTS_FIELD_NUMBER: _builtins.int
     RUN_TIME_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    SPOT_COST_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     """Memory of a worker process at its peak, in bytes: the sum of its parts. The formula follows from the plan alone."""
     steps_per_s: _builtins.float
@@ -411,7 +440,16 @@ class Estimate(_message.Message):
 
     @_builtins.property
     def cost(self) -> Global___Cost:
-        """run_time at the price of the server's settings. Absent where either is."""
+        """What run_time costs where it costs least: on this server, or on an offer of its settings that has the memory, a
+        core for each process, and the graphics processors. An offer's own speed is counted in. Absent where there is no
+        price, or no run_time.
+        """
+
+    @_builtins.property
+    def spot_cost(self) -> Global___Cost:
+        """The same at prices for capacity that may be taken away: a job goes on from its checkpoint then. Absent where
+        nothing that fits has such a price.
+        """
 
     def __init__(
         self,
@@ -422,10 +460,11 @@ class Estimate(_message.Message):
         measured_attempts: _builtins.int = ...,
         run_time: _duration_pb2.Duration | None = ...,
         cost: Global___Cost | None = ...,
+        spot_cost: Global___Cost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "run_time", b"run_time", "steps_per_s", b"steps_per_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "run_time", b"run_time", "spot_cost", b"spot_cost", "steps_per_s", b"steps_per_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "measured_attempts", b"measured_attempts", "memory", b"memory", "memory_bytes", b"memory_bytes", "run_time", b"run_time", "steps_per_s", b"steps_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s", "cost", b"cost", "measured_attempts", b"measured_attempts", "memory", b"memory", "memory_bytes", b"memory_bytes", "run_time", b"run_time", "spot_cost", b"spot_cost", "steps_per_s", b"steps_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps_per_s: _TypeAlias = _typing.Literal["steps_per_s"]  # noqa: Y015
     _WhichOneofArgType__steps_per_s: _TypeAlias = _typing.Literal["_steps_per_s", b"_steps_per_s"]  # noqa: Y015
