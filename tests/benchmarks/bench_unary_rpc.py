@@ -36,9 +36,13 @@ TIMEOUT_S = 10
 
 
 def submit(client: CognateClient) -> tuple[bytes, bytes]:
-    """Store a job, which stays QUEUED, and return the request that gets it, and its answer."""
+    """Store a job, which ends as CANCELLED, and return the request that gets it, and its answer.
+
+    Of one that waits its place in the queue would be looked up as well.
+    """
     start = pb.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=pb.PretrainingPlan(total_steps=9))
     request = pb.GetJobRequest(name=client.pretraining.StartPretraining(start).job.job.name)
+    client.pretraining.CancelJob(pb.CancelJobRequest(request_id=str(uuid.uuid4()), name=request.name))
     return request.SerializeToString(), client.pretraining.GetJob(request).SerializeToString()
 
 

@@ -35,14 +35,14 @@ from training_common.jobs.speed import measured_steps_per_s
 from training_common.jobs.states import FINAL, HELD, MAY_WAIT, MOVES, WAITING, JobState
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
+from training_common.store.one_row import OneRow
 
 MAX_TEXT_CHARS = 2000
 
 # A worker is on its way out for another reason.
 _STOPPING = frozenset({JobState.PAUSING, JobState.CANCELLING})
 
-# Built once: SQLAlchemy takes longer to build and to look up a statement than SQLite takes to answer this one.
-_BY_NAME = sa.select(t.jobs).where(t.jobs.c.name == sa.bindparam("name"))
+_BY_NAME = OneRow(sa.select(t.jobs).where(t.jobs.c.name == sa.bindparam("name")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ def _may_write(token: int) -> sa.ColumnElement[bool]:
     return (t.jobs.c.fencing_token == token) & (until.is_(None) | (until > now_us()))
 
 
-def _job(row: sa.RowMapping) -> JobRow:
+def _job(row: Mapping[str, Any] | sa.RowMapping) -> JobRow:
     return JobRow(**{**row, "state": JobState(row["state"])})
 
 
@@ -375,7 +375,7 @@ class JobStore:
         if connection is None:
             with self.database.read() as own:
                 return self.get(name, own)
-        row = connection.execute(_BY_NAME, {"name": name}).mappings().one_or_none()
+        row = _BY_NAME.read(connection, name=name)
         if row is None:
             raise JobNotFoundError(f"no job {name}; list the jobs to see what there is")
         return _job(row)
