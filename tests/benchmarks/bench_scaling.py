@@ -2,6 +2,8 @@
 
 Ours and the yardstick are tokens a second over the same global batches, in turn; `ratio` is the efficiency, ours over
 twice the yardstick: 1 would be twice as fast. It says what a machine of two idle cores can do, and less on a busy one.
+`work_ratio` is processor seconds alone over those of both together, which another process's load hardly moves: what the
+second process costs in work, before any waiting. The efficiency of idle cores cannot be above it.
 Usage: python tests/benchmarks/bench_scaling.py [steps of a run] [runs] [rows] [ddp or fsdp2]
 """
 
@@ -55,14 +57,18 @@ def measure(rank: int, folder: str, steps: int, runs: int, rows: int, strategy: 
     together = PretrainingRun(config, stream() if team.leads else None, team)
     alone = PretrainingRun(config, stream(), ALONE) if team.leads else None
 
+    worked_s: dict[bool, list[float]] = {True: [], False: []}
+
     def tokens_per_s(run: PretrainingRun | None) -> float:
         dist.barrier()
-        start_s = time.perf_counter()
+        start_s, start_work_s = time.perf_counter(), time.process_time()
         if run is not None:
             for _ in range(steps):
                 run.train_step(measure=False)
         taken_s = time.perf_counter() - start_s
-        dist.barrier()
+        work_s = torch.tensor(time.process_time() - start_work_s if run is not None else 0.0)
+        dist.all_reduce(work_s)
+        worked_s[run is together].append(float(work_s))
         return steps * rows * SEQUENCE_LENGTH / taken_s
 
     pairs = interleave(lambda: tokens_per_s(together), lambda: tokens_per_s(alone), runs=runs)
@@ -74,6 +80,7 @@ def measure(rank: int, folder: str, steps: int, runs: int, rows: int, strategy: 
             unit="tokens/s",
             ratio=statistics.median(ours / theirs / PROCESSES for ours, theirs in pairs),
             runs=runs,
+            work_ratio=statistics.median(a / t for a, t in zip(worked_s[False][1:], worked_s[True][1:], strict=True)),
             processes=PROCESSES,
             threads=THREADS,
             batch_tokens=config.batch_tokens,
