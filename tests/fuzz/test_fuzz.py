@@ -14,7 +14,7 @@ def test_what_descriptors_allow_or_forbid_is_answered_by_the_contract(tmp_path: 
     """A thousand and a half requests over every RPC: `make fuzz` makes more of the same."""
     result = fuzz(tmp_path, count=1500, seed=7)
     print(result)
-    assert (1500, 41) == (result["value"], result["methods"])
+    assert (1500, 44) == (result["value"], result["methods"])
     assert result["outcomes"]["OK"] > 300
     assert result["refused_without_a_write"] > 300
     assert all(grown < 1.15 for grown in result["rss_grown"].values())
