@@ -8,7 +8,7 @@ PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install -
 CODE := clients training_common cognate_server agent_server tests tools deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-run demo up test unit fuzz lint format proto proto-breaking docs bench clean
+.PHONY: help install install-run demo up test unit fuzz chaos lint format proto proto-breaking docs bench clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ unit: $(VENV)/.dev ## The tests alone.
 
 fuzz: $(VENV)/.dev ## Press every RPC with 20,000 requests out of its descriptor; make fuzz FUZZ="COUNT SEED".
 	$(BIN)/python -m tests.fuzz.run $(FUZZ)
+
+chaos: $(VENV)/.dev ## Kill parts of both services at 200 random moments of real jobs; make chaos CHAOS="KILLS SEED".
+	$(BIN)/python -m tests.chaos.run $(CHAOS)
 
 lint: $(VENV)/.dev ## Style, types, floors and the contract's own rules.
 	$(BIN)/ruff check $(CODE)

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from agent_server.settings import AgentSettings, TenantSettings
 from cognateforge.exceptions import FieldViolation, QuotaTooSmallError
-from training_common.jobs.queue import Demand, is_due
+from training_common.jobs.queue import ORDER, Demand, is_due
 from training_common.jobs.states import HELD
 from training_common.jobs.store import JobRow, first_due
 from training_common.jobs.waits import HeldBack, WaitReason
@@ -81,12 +81,12 @@ class AgentResourceManager:
         held, heads = self.held(connection), self._heads(connection)
 
         def turn(tenant: str) -> tuple[bool, float, tuple[int, int]]:
-            claims = heads[tenant][0] < 0
-            return not claims, self.share(tenant, held), heads[tenant]
+            claims = heads[tenant].place[0] < 0
+            return not claims, self.share(tenant, held), heads[tenant].place
 
         for tenant in sorted(heads, key=turn):
             # Within a tenant nothing passes a job that its quota keeps back: small ones would do so for ever.
-            job = first_due(connection, self._is_of(tenant), most=most)
+            job = first_due(connection, t.jobs.c.tenant.in_(heads[tenant].names), most=most)
             if job is not None and not self._beyond(tenant, held.get(tenant, Amounts()), _need(job)):
                 return job
         return None
@@ -150,19 +150,22 @@ class AgentResourceManager:
     def _settings(self, tenant: str) -> TenantSettings:
         return self._tenants.get(tenant) or TenantSettings()
 
-    def _is_of(self, tenant: str) -> sa.ColumnElement[bool]:
-        if tenant == self._default:
-            return t.jobs.c.tenant.not_in([name for name in self._tenants if name != self._default])
-        return t.jobs.c.tenant == tenant
-
-    def _heads(self, connection: sa.Connection) -> dict[str, tuple[int, int]]:
-        """Return, of every tenant that waits, the place of its first job."""
-        query = sa.select(t.jobs.c.tenant, sa.func.min(t.jobs.c.queue_us), sa.func.min(t.jobs.c.id))
-        found: dict[str, tuple[int, int]] = {}
-        for name, queue_us, job_id in connection.execute(query.where(is_due()).group_by(t.jobs.c.tenant)):
-            tenant = self._known(name)
-            found[tenant] = min(found.get(tenant, (queue_us, job_id)), (queue_us, job_id))
-        return found
+    def _heads(self, connection: sa.Connection) -> dict[str, _Head]:
+        """Return, of every tenant that waits, the place of its first job, by a step of the index for each."""
+        found: dict[str, _Head] = {}
+        waits, name = t.jobs.c.queue_us.is_not(None), None
+        while True:
+            after = waits if name is None else waits & (t.jobs.c.tenant > name)
+            query = sa.select(t.jobs.c.tenant).where(after).order_by(t.jobs.c.tenant).limit(1)
+            name = connection.execute(query).scalar_one_or_none()
+            if name is None:
+                return found
+            first = sa.select(t.jobs.c.queue_us, t.jobs.c.id).where(t.jobs.c.tenant == name, is_due())
+            row = connection.execute(first.order_by(*ORDER).limit(1)).one_or_none()
+            if row is not None:
+                tenant, place = self._known(name), (row.queue_us, row.id)
+                other = found.get(tenant, _Head(names=(), place=place))
+                found[tenant] = _Head(names=(*other.names, name), place=min(other.place, place))
 
     def _beyond(self, tenant: str, held: Amounts, need: Demand) -> str:
         """Return which quota of a tenant one more job would pass, in words, or nothing."""
@@ -176,6 +179,14 @@ class AgentResourceManager:
                     f"of {most}{unit}"
                 )
         return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """The first job of a tenant. names: under which its jobs are stored."""
+
+    names: tuple[str, ...]
+    place: tuple[int, int]
 
 
 def plus(one: Amounts, other: Amounts) -> Amounts:

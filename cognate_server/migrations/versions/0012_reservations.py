@@ -20,6 +20,13 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("memory_bytes", sa.BigInteger(), server_default="0", nullable=False))
         batch_op.add_column(sa.Column("reservation", sa.String(length=64), server_default="", nullable=False))
         batch_op.create_index(batch_op.f("ix_jobs_reservation"), ["reservation"], unique=False)
+        batch_op.create_index(
+            "ix_jobs_tenant_queue",
+            ["tenant", "queue_us", "id"],
+            unique=False,
+            sqlite_where=sa.text("queue_us IS NOT NULL"),
+            postgresql_where=sa.text("queue_us IS NOT NULL"),
+        )
     op.create_table(
         "reservations",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
@@ -43,6 +50,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_reservations_end_us"))
     op.drop_table("reservations")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.drop_index("ix_jobs_tenant_queue")
         batch_op.drop_index(batch_op.f("ix_jobs_reservation"))
         batch_op.drop_column("reservation")
         batch_op.drop_column("memory_bytes")
