@@ -240,6 +240,7 @@ async def test_the_calendar_over_a_connection(tmp_path: Path) -> None:
         job = (await calls.StartPretraining(start(reservation=made.name))).job.job
         assert job_pb2.WAIT_REASON_RESERVED == job.wait.reason
         assert f"its {made.name} begins at " in job.wait.message
+        assert made.start_time == job.wait.expected_start
         cancel = pb.CancelReservationRequest(request_id=str(uuid.uuid4()), name=made.name)
         assert (await calls.CancelReservation(cancel)).reservation.HasField("cancel_time")
         assert (await calls.CancelReservation(cancel)).reservation.HasField("cancel_time")
