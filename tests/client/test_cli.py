@@ -117,6 +117,14 @@ def test_a_start_says_when_it_is_to_run(forge: Forge, fake: Fake, command: str) 
     assert "is no moment" in result.stderr
 
 
+def test_pretraining_may_name_a_reservation(forge: Forge, fake: Fake) -> None:
+    """It goes with the request; without the option there is none."""
+    name = "reservations/12345678-1234-1234-1234-123456789012"
+    for words, expected in (((), ""), (("--reservation", name), name)):
+        assert 0 == forge("pretrain", "--steps", "30", *words).exit_code
+        assert expected == fake.script.calls[-1].request.reservation
+
+
 def test_a_dry_run_shows_the_estimate(forge: Forge, fake: Fake) -> None:
     """In whole, as text and as JSON; a real start has one line of it for people."""
     estimate = job_pb2.Estimate(memory_bytes=2_500_000_000, steps_per_s=0.5, measured_attempts=3)

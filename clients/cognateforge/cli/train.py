@@ -155,6 +155,7 @@ def _pretrain(app: typer.Typer) -> None:
         initial_competence: Annotated[
             float, typer.Option(help="With --curriculum: share of documents to begin with. 0: 0.1.")
         ] = 0.0,
+        reservation: Annotated[str, typer.Option(help="Run in this reservation of slots.")] = "",
         priority: Priority = 0,
         start_by: StartBy = "",
         finish_by: FinishBy = "",
@@ -195,6 +196,7 @@ def _pretrain(app: typer.Typer) -> None:
             plan=plan,
             scheduling=_scheduling(priority, start_by, finish_by),
             validate_only=validate_only,
+            reservation=reservation,
         )
         answer = session.cognate_client.pretraining.StartPretraining(request)
         return _submitted(session, Service.COGNATE, answer, watch, progress)
