@@ -66,10 +66,12 @@ class KubernetesEngine:
         self._settings, self._module, self._owner = settings, module, owner
         try:
             if settings.kubeconfig is None:
-                config.load_incluster_config()
+                config.load_incluster_config()  # type: ignore[no-untyped-call]
                 api = client.ApiClient()
             else:
-                api = config.new_client_from_config(str(settings.kubeconfig), context=settings.context or None)
+                api = config.new_client_from_config(  # type: ignore[no-untyped-call]
+                    str(settings.kubeconfig), context=settings.context or None
+                )
         except config.ConfigException as error:
             raise OSError(f"workers.kubernetes: {error}") from error
         self._objects, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
@@ -136,7 +138,7 @@ class KubernetesEngine:
     def tidy(self) -> None:
         """Look at all TrainJobs of this server at once, and delete those that ended long ago."""
         try:
-            found = self._objects.list_namespaced_custom_object(
+            found: Any = self._objects.list_namespaced_custom_object(
                 _GROUP,
                 _VERSION,
                 self._settings.namespace,
@@ -187,13 +189,16 @@ class KubernetesEngine:
             return True, f"its pods cannot be looked at: {_told(error)}"
         if not pods:
             return True, "its pods are gone"
-        codes = [
-            status.state.terminated.exit_code
-            for pod in pods
-            for status in pod.status.container_statuses or ()
-            if status.state.terminated is not None and status.state.terminated.exit_code != 0
+        # A pod that no node has taken yet has a status without containers, or none.
+        states = [pod.status for pod in pods if pod.status is not None]
+        ends = [
+            status.state.terminated
+            for state in states
+            for status in state.container_statuses or ()
+            if status.state is not None and status.state.terminated is not None
         ]
-        reasons = {pod.status.reason for pod in pods if pod.status.reason}
+        codes = [end.exit_code for end in ends if end.exit_code != 0]
+        reasons = {state.reason for state in states if state.reason}
         # Where one process fails by itself, the others fail for its sake.
         own = [code for code in codes if code not in _OUTSIDE_CODES]
         if own:

@@ -117,7 +117,11 @@ class JobService(Generic[M]):
 
         def made(connection: sa.Connection, new: Draft) -> A:
             estimate = self._estimator.estimate(
-                connection, memory=new.memory, configuration=new.configuration, total_steps=new.total_steps
+                connection,
+                memory=new.memory,
+                configuration=new.configuration,
+                total_steps=new.total_steps,
+                processes=new.demand.processes,
             )
             return answer(estimate=estimate)
 
