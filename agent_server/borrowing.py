@@ -88,7 +88,9 @@ class Borrower:
         in_use = {job.lease for job, _ in on_loan}
         for name in [name for name in self._tokens if name not in in_use]:
             self._give_back(name)
-        own_are_full = sum(job.processes for job, _ in held if not job.lease) >= self._slots
+        taken = sum(job.processes for job, _ in held if not job.lease)
+        # The scheduler counts replays as well.
+        own_are_full = max(taken, self._scheduler.standing.taken) >= self._slots
         if own_are_full and len(on_loan) < self._settings.workers and time.monotonic() >= self._ask_at_s:
             self._borrow()
 

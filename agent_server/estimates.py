@@ -10,6 +10,7 @@ from agent_server.architectures.factory import AgentArchitecture
 from agent_server.settings import AgentSettings
 from agent_server.train_config import adaptation_of
 from cognateforge.agent.v1 import training_pb2 as pb
+from training_common.compute import rows_of_each
 from training_common.jobs.speed import configuration_of
 
 _MIB = 2**20
@@ -29,7 +30,10 @@ class SizedArchitecture(Protocol):
 
 
 def memory(plan: pb.TrainingPlan, architecture: AgentArchitecture, settings: AgentSettings) -> Mapping[str, int]:
-    """Return the bytes of a worker's parts at its peak, for a plan with its defaults filled in; none without sizes."""
+    """Return the bytes of the parts of each of a worker's processes at its peak, none where sizes are not known.
+
+    plan: with its defaults filled in. Under FSDP2 it is more than they need: what they part is counted whole.
+    """
     if not isinstance(architecture, SizedArchitecture):
         return {}
     count = architecture.parameters(adaptation_of(plan))
@@ -41,7 +45,7 @@ def memory(plan: pb.TrainingPlan, architecture: AgentArchitecture, settings: Age
         "weights": _FLOAT_BYTES * count.total,
         "gradients": trained,
         "optimizer": optimizer,
-        "activations": ROW_BYTES * plan.batch_size,
+        "activations": ROW_BYTES * rows_of_each(plan.batch_size, plan.compute),
     }
     if settings.workers.checkpoints == "async":
         parts["checkpoint_copy"] = trained + optimizer

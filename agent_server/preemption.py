@@ -46,26 +46,27 @@ class Preemption:
         self._least = settings.least_difference
         self._patience = yielding.Patience(settings.grace_s, clock)
 
-    def look(
-        self, held: Sequence[tuple[JobRow, AttemptRow]], *, full: bool
-    ) -> Sequence[tuple[JobRow, AttemptRow, str]]:
-        """Ask one worker to let go where that makes room for a job that matters more; return those that would not."""
+    def look(self, held: Sequence[tuple[JobRow, AttemptRow]], *, free: int) -> Sequence[tuple[JobRow, AttemptRow, str]]:
+        """Ask one worker to let go where that makes room for a job that matters more; return those that would not.
+
+        free: slots of this server that nobody takes, too few for the job.
+        """
         candidates = yielding.candidates(held)
-        if full and candidates:
-            self._ask_one(candidates)
+        if candidates:
+            self._ask_one(candidates, free)
         return self._patience.spent(held)
 
-    def _ask_one(self, running: Sequence[JobRow]) -> None:
+    def _ask_one(self, running: Sequence[JobRow], free: int) -> None:
         with self._store.database.read() as connection:
-            if self._pair(connection, running) is None:
+            if self._pair(connection, running, free) is None:
                 return
         with contextlib.suppress(_GoneError), self._store.database.write() as connection:
             self._resources.in_turn(connection)
-            pair = self._pair(connection, running)
+            pair = self._pair(connection, running, free)
             if pair is not None:
                 self._ask(connection, *pair)
 
-    def _pair(self, connection: sa.Connection, running: Sequence[JobRow]) -> tuple[JobRow, JobRow] | None:
+    def _pair(self, connection: sa.Connection, running: Sequence[JobRow], free: int) -> tuple[JobRow, JobRow] | None:
         """Return a waiting job and the running one that it stops, or None."""
         waiting = self._waiting(connection, running[0].priority + self._least)
         held: Mapping[str, Amounts] = self._resources.held(connection) if waiting else {}
@@ -73,7 +74,8 @@ class Preemption:
             for other in running:
                 if job.priority - other.priority < self._least:
                     break
-                if self._resources.may_replace(job, other, held):
+                fits = free < job.processes <= free + other.processes
+                if fits and self._resources.may_replace(job, other, held):
                     return job, other
         return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cognate_server.settings import CognateSettings
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
+from training_common.compute import rows_of_each
 from training_common.jobs.speed import configuration_of
 from training_common.models.fingerprints import COGNATE_V1_25M_PARAMETERS
 
@@ -21,7 +22,10 @@ BFLOAT16_KERNEL_BYTES = 1500 * _MIB
 
 
 def memory(plan: pb.PretrainingPlan, settings: CognateSettings) -> Mapping[str, int]:
-    """Return the bytes of a worker's parts at its peak, for a plan with its defaults filled in."""
+    """Return the bytes of the parts of each of a worker's processes at its peak.
+
+    plan: with its defaults filled in. Under FSDP2 it is more than they need: what they part is counted whole.
+    """
     model = _FLOAT_BYTES * COGNATE_V1_25M_PARAMETERS
     parts = {
         "runtime": RUNTIME_BYTES,
@@ -29,7 +33,7 @@ def memory(plan: pb.PretrainingPlan, settings: CognateSettings) -> Mapping[str, 
         "gradients": model,
         "optimizer": 2 * model,
         "filter": model,
-        "activations": TOKEN_BYTES * plan.batch_size * plan.sequence_length,
+        "activations": TOKEN_BYTES * rows_of_each(plan.batch_size, plan.compute) * plan.sequence_length,
     }
     controls = len(plan.acceleration_control.learning_rate_factors) if plan.HasField("acceleration_control") else 0
     if controls:

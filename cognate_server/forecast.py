@@ -6,7 +6,6 @@ first slot that no reservation keeps. What was not measured makes everything beh
 
 from __future__ import annotations
 
-import heapq
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -29,6 +28,7 @@ _COLUMNS = (
     t.jobs.c.total_steps,
     t.jobs.c.configuration,
     t.jobs.c.reservation,
+    t.jobs.c.processes,
 )
 
 
@@ -52,11 +52,11 @@ class Forecast:
             if measured is None:
                 play.unknown(row.reservation)
             else:
-                play.runs(row.reservation, now + _left_us(row.step, row.total_steps, measured))
+                play.runs(row.reservation, row.processes, now + _left_us(row.step, row.total_steps, measured))
         rates: dict[str, float | None] = {}
         found = {}
         for row in connection.execute(sa.select(*_COLUMNS).where(is_due()).order_by(*ORDER).limit(_MOST)):
-            start = play.start(row.reservation)
+            start = play.start(row.reservation, row.processes)
             if start is not None and row.id in wanted:
                 found[row.id] = start
             if row.configuration not in rates:
@@ -66,7 +66,7 @@ class Forecast:
             if rate is None or start is None:
                 play.unknown(row.reservation)
             else:
-                play.runs(row.reservation, start + _left_us(row.step, row.total_steps, rate))
+                play.runs(row.reservation, row.processes, start + _left_us(row.step, row.total_steps, rate))
         return found
 
 
@@ -81,16 +81,16 @@ class _Play:
         self._ends: dict[str, list[int]] = {}
         self._unknown: set[str] = set()
 
-    def runs(self, reservation: str, end: int) -> None:
-        """Take a slot until then."""
-        heapq.heappush(self._ends.setdefault(self._group(reservation), []), end)
+    def runs(self, reservation: str, slots: int, end: int) -> None:
+        """Take slots until then."""
+        self._ends.setdefault(self._group(reservation), []).extend([end] * slots)
 
     def unknown(self, reservation: str) -> None:
-        """Take a slot until nobody knows when."""
+        """Take slots until nobody knows when."""
         self._unknown.add(self._group(reservation))
 
-    def start(self, reservation: str) -> int | None:
-        """Return when the next job gets a slot, None where that is unknown or never."""
+    def start(self, reservation: str, slots: int) -> int | None:
+        """Return when the next job gets so many slots, None where that is unknown or never."""
         group = self._group(reservation)
         if group in self._unknown or (not group and self._unknown):
             return None
@@ -98,13 +98,13 @@ class _Play:
         if group:
             one = self._open[group]
             moments = [max(self._now, one.start_us), *(end for end in ends if end > one.start_us)]
-            free = (moment for moment in sorted(moments) if sum(end > moment for end in ends) < one.slots)
+            free = (moment for moment in sorted(moments) if sum(end > moment for end in ends) + slots <= one.slots)
             start = next(free, None)
             # With its end the job waits like any other: that far nothing is foretold.
             return start if start is not None and start < one.end_us else None
         borders = [border for one in self._open.values() for border in (one.start_us, one.end_us)]
         moments = sorted({self._now, *ends, *(border for border in borders if border > self._now)})
-        return next((moment for moment in moments if self._taken(moment) < self._slots), None)
+        return next((moment for moment in moments if self._taken(moment) + slots <= self._slots), None)
 
     def _taken(self, moment: int) -> int:
         """Return how many slots others than a new job have: those kept at the time, and those that are taken."""

@@ -53,7 +53,7 @@ class ReservationRow:
 
 
 class Calendar:
-    """The reservations of a store. slots: how many may be reserved, which are those of all its servers."""
+    """The reservations of a store. slots: those of all its servers."""
 
     def __init__(self, database: Database, *, slots: int) -> None:
         self.database = database
@@ -140,9 +140,11 @@ class Calendar:
             self.database.in_turn(connection, Turn.CAPACITY)
         held = self.held(connection)
         for one in running(open_, now):
-            job = first_due(connection, t.jobs.c.reservation == one.name, most=most)
+            job = first_due(connection, t.jobs.c.reservation == one.name, most=_least(most, one.slots))
             if job is not None and held.get(one.name, 0) + job.processes <= one.slots:
                 return job
+        # Jobs that need more than reservations leave would stop all others until their ends.
+        most = _least(most, self.slots - sum(one.slots for one in running(open_, now)))
         job = first_due(connection, t.jobs.c.reservation.not_in([one.name for one in open_]), most=most)
         return None if job is None or self.left(open_, held, now) < job.processes else job
 
@@ -192,14 +194,15 @@ class RoomForReservations:
         self._calendar = calendar
         self._patience = yielding.Patience(grace_s, clock)
 
-    def look(
-        self, held: Sequence[tuple[JobRow, AttemptRow]], *, full: bool
-    ) -> Sequence[tuple[JobRow, AttemptRow, str]]:
-        """Ask as many workers to let go as are needed; return those that would not."""
-        if full:
-            with self._store.database.read() as connection:
-                wanted, names = self._wanted(connection)
-            missing = wanted - sum(job.processes for job, _ in yielding.being_asked(held))
+    def look(self, held: Sequence[tuple[JobRow, AttemptRow]], *, free: int) -> Sequence[tuple[JobRow, AttemptRow, str]]:
+        """Ask as many workers to let go as are needed; return those that would not.
+
+        free: slots of this server that nobody takes, too few for the jobs that wait.
+        """
+        with self._store.database.read() as connection:
+            wanted, names = self._wanted(connection)
+        if wanted:
+            missing = wanted - free - sum(job.processes for job, _ in yielding.being_asked(held))
             for job in yielding.candidates(held):
                 if missing <= 0:
                     break
@@ -218,10 +221,14 @@ class RoomForReservations:
         held, wanted, names = self._calendar.held(connection), 0, set()
         for one in running(self._calendar.open(connection, now), now):
             asked = sa.func.coalesce(sa.func.sum(t.jobs.c.processes), 0)
-            query = sa.select(asked).where(is_due(), t.jobs.c.reservation == one.name)
+            query = sa.select(asked).where(is_due(), t.jobs.c.reservation == one.name, t.jobs.c.processes <= one.slots)
             wanted += min(max(0, one.slots - held.get(one.name, 0)), int(connection.execute(query).scalar_one()))
             names.add(one.name)
         return wanted, names
+
+
+def _least(most: int | None, slots: int) -> int:
+    return slots if most is None else min(most, slots)
 
 
 def running(open_: Sequence[ReservationRow], now: int) -> list[ReservationRow]:

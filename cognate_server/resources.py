@@ -164,7 +164,7 @@ class CognateResourceManager:
         return sum(self._store.counts(connection, HELD).values())
 
     def _slots_used(self, connection: sa.Connection) -> int:
-        return self._running(connection) + count_running(connection)
+        return self._store.held_slots(connection) + count_running(connection)
 
     def _own(self, connection: sa.Connection, kind: Resource) -> int:
         """Return what our jobs hold. They use no graphics processor: the trainer runs on processor cores."""

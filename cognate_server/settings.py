@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from training_common.settings import Section, ServiceSettings, load
 
@@ -60,6 +60,16 @@ class CognateSettings(ServiceSettings):
     lending: LendingSettings = LendingSettings()
     reservations: ReservationSettings = ReservationSettings()
     outbox: OutboxSettings = OutboxSettings()
+
+    @model_validator(mode="after")
+    def _reservations_are_of_all_slots(self) -> Self:
+        slots = self.reservations.slots
+        if slots is not None and slots < self.workers.slots:
+            raise ValueError(
+                f"reservations.slots: {slots} is less than this server's own {self.workers.slots} (workers.slots): "
+                "write the slots of all servers of the store"
+            )
+        return self
 
 
 def load_settings(file: Path | None) -> CognateSettings:

@@ -77,6 +77,11 @@ class DeviceLocks:
         self._held += taken.values()
         return list(taken)
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has its devices."""
+        return bool(self._held)
+
     def release(self) -> None:
         """Let go of everything."""
         while self._held:
@@ -139,6 +144,8 @@ def take_devices(settings: WorkerSettings, *, job: str, environment: MutableMapp
         return
     # Kept for as long as the process lives: what it has put on a device stays there until its end.
     _locks = _locks or DeviceLocks(settings.device_folder)
+    if _locks.held:
+        return
     taken = _locks.take(settings.devices, settings.devices_per_worker, holder=f"process {os.getpid()} for {job}")
     # Indices as nvidia-smi counts them, whatever is fastest.
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"

@@ -48,7 +48,7 @@ from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
 from training_common.devices import take_devices
 from training_common.engines.processes import EX_TEMPFAIL, end_with_parent, own_handle, parent_handle
-from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir
+from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir, verification_log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
 from training_common.jobs.verifications import VerificationStore
@@ -258,7 +258,7 @@ def main(
     database = Database(settings.database_url, patience_s=_STORE_PATIENCE_S)
     try:
         if options.verify:
-            _verify(options.verify, options.attempt, settings, database, work)
+            _verify(options.verify, options.attempt, options.handle or own_handle(), settings, database, work)
             return 0
         store = JobStore(database).attempt(options.job, options.attempt, options.token)
         folder = job_dir(settings, options.job)
@@ -274,14 +274,14 @@ def main(
         with kept_bounded(log_path, settings.logs):
             attempt = _open(store, folder, in_background=in_background)
             if attempt is None:
-                return 0
+                # Others of the team would wait for this process: its end by a fault ends them too.
+                return EX_TEMPFAIL if is_launched else 0
             with attempt.beating(settings.workers.heartbeat_interval_s), _ending(store, leads=True):
                 team = _join(settings) if is_launched else None
                 context = WorkerContext(
                     settings=settings, database=database, attempt=attempt, job_dir=folder, team=team
                 )
                 _run(context, work)
-            _run(context, work)
     except FencedOutError as error:
         log.warning("fenced out", detail=str(error))
     except sa.exc.OperationalError as error:
@@ -318,8 +318,10 @@ def _assist(store: AttemptStore, settings: S, folder: Path, assist: Assist[S]) -
         try:
             take_devices(settings.workers, job=store.job.name)
         except AttemptWaits as wait:
-            # The first process waits for all of them, where none is left for itself. Otherwise the attempt ends.
-            log.warning("no device for this process", detail=wait.message)
+            # Its end by a fault ends the others, which may have theirs.
+            log.warning("attempt waits", what=wait.what, detail=wait.message)
+            with contextlib.suppress(IllegalTransitionError):
+                store.wait(wait)
             raise SystemExit(EX_TEMPFAIL) from wait
         context = AssistantContext(
             settings=settings, plan=store.job.plan, job=store.job.name, job_dir=folder, team=_join(settings)
@@ -375,7 +377,7 @@ def _ending(store: AttemptStore, *, leads: bool) -> Iterator[None]:
         _fail(store, "INTERNAL", _place_of(error), leads=leads)
 
 
-def _verify(name: str, number: int, settings: S, database: Database, work: Work[S]) -> None:
+def _verify(name: str, number: int, handle: str, settings: S, database: Database, work: Work[S]) -> None:
     """Replay steps of a job, and store the receipt or why there is none. Errors: FencedOutError."""
     from training_common import replay  # it stands on this module
 
@@ -388,7 +390,11 @@ def _verify(name: str, number: int, settings: S, database: Database, work: Work[
         take_devices(settings.workers, job=claim.job.name)
         work(WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=scratch))
 
-    with replay.beating(store, claim, own_handle(), settings.workers.heartbeat_interval_s) as given_up:
+    log_path = jobs_dir(settings) / verification_log_name(claim.job.name, claim.row.id)
+    with (
+        kept_bounded(log_path, settings.logs),
+        replay.beating(store, claim, handle, settings.workers.heartbeat_interval_s) as given_up,
+    ):
         try:
             threads = settings.workers.threads or os.cpu_count() or 1
             receipt = replay.replay(

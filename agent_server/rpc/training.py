@@ -46,7 +46,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
 
         def draft() -> Draft:
             require_feasible(plan, self._factory, self._settings.data)
-            require_slots(plan.compute, self._settings.workers.slots)
+            require_slots(plan.compute, self._settings.workers)
             if refused is not None:
                 raise refused
             memory = estimates.memory(plan, self._factory.get(plan.architecture), self._settings)

@@ -15,7 +15,7 @@ from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exceptions import NotImplementedByServerError
 from cognateforge.job.v1 import job_pb2
-from training_common.compute import require_slots
+from training_common.compute import require_at_most, require_slots
 from training_common.jobs.queue import Demand
 from training_common.rpc import paging
 from training_common.rpc.convert import moment_us
@@ -44,10 +44,11 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
         def draft() -> Draft:
             plan = with_defaults(request.plan)
             require_data(plan, self._settings.data)
-            require_slots(plan.compute, self._settings.workers.slots)
+            require_slots(plan.compute, self._settings.workers)
             if request.reservation:
                 with self._calendar.database.read() as connection:
-                    self._calendar.require_open(connection, request.reservation)
+                    reserved = self._calendar.require_open(connection, request.reservation)
+                require_at_most(plan.compute, reserved.slots, request.reservation)
             return Draft(
                 plan=plan,
                 total_steps=plan.total_steps,

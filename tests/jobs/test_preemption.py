@@ -42,7 +42,7 @@ class Shop(ToyService):
 
     def look(self) -> Sequence[tuple[JobRow, AttemptRow, str]]:
         assert self.scheduler._preempting is not None
-        return self.scheduler._preempting.look(self.store.held(), full=True)
+        return self.scheduler._preempting.look(self.store.held(), free=0)
 
     def asked(self) -> set[str]:
         return {job.name for job, _ in self.store.held() if job.wish == "yield"}

@@ -22,6 +22,7 @@ from training_common.engines.processes import EX_TEMPFAIL, pid_of
 from training_common.engines.torchrun import status_of
 from training_common.jobs.states import FINAL, JobState
 from training_common.jobs.store import JobRow
+from training_common.settings import WorkerSettings
 
 
 @pytest.fixture
@@ -65,10 +66,12 @@ def test_a_plan_for_more_processes_than_slots_is_refused() -> None:
     """The field and the remedy are named. A server without slots takes jobs in for others."""
     compute = job_pb2.Compute(processes=3)
     with pytest.raises(InvalidFieldError, match=r"workers\.slots") as refused:
-        require_slots(compute, 2)
+        require_slots(compute, WorkerSettings(slots=2))
     assert ["plan.compute.processes"] == [violation.field for violation in refused.value.violations]
-    require_slots(compute, 3)
-    require_slots(compute, 0)
+    require_slots(compute, WorkerSettings(slots=3))
+    with pytest.raises(InvalidFieldError, match=r"at most 1.*workers\.devices"):
+        require_slots(compute, WorkerSettings(slots=3, devices=("0", "1", "2"), devices_per_worker=2))
+    require_slots(compute, WorkerSettings(slots=0))
 
 
 @pytest.mark.parametrize(("setting", "processes", "expected"), [(0, 1, 8), (0, 3, 2), (0, 16, 1), (4, 3, 4)])

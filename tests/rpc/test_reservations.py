@@ -155,16 +155,16 @@ def test_other_jobs_make_room_when_a_reservation_begins(open_service: Callable[[
     running = [service.submit() for _ in range(3)]
     attempts = [service.begin() for _ in running]
     one = service.reserve(2)
-    service.room.look(service.store.held(), full=True)
+    service.room.look(service.store.held(), free=0)
     assert [""] * 3 == [service.store.get(job.name).wish for job in running]
     job = service.submit(one)
     for _ in range(3):
-        service.room.look(service.store.held(), full=True)
+        service.room.look(service.store.held(), free=0)
         assert ["", "", "yield"] == [service.store.get(job.name).wish for job in running]
     assert attempts[2] is not None
     attempts[2].move(JobState.RECOVERING)
     assert job.name == service.next()
-    service.room.look(service.store.held(), full=True)
+    service.room.look(service.store.held(), free=0)
     assert ["", ""] == [service.store.get(job.name).wish for job in running[:2]]
 
 

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from training_common.engines.local import LocalEngine
+from training_common.jobs.folders import jobs_dir
 from training_common.jobs.scheduler import Engine
 from training_common.settings import ServiceSettings, SettingsError
 
@@ -13,7 +14,7 @@ from training_common.settings import ServiceSettings, SettingsError
 def build_engine(settings: ServiceSettings, *, module: str) -> Engine:
     """Return what starts this server's workers. Errors: SettingsError, when its library or its cluster is not there."""
     if settings.workers.engine == "local":
-        return LocalEngine(module=module, log_dir=settings.data_dir / "logs")
+        return LocalEngine(module=module, log_dir=jobs_dir(settings))
     try:
         from training_common.engines.kubernetes import KubernetesEngine
     except ImportError as error:

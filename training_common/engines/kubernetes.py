@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 import structlog
@@ -66,12 +67,10 @@ class KubernetesEngine:
         self._settings, self._module, self._owner = settings, module, owner
         try:
             if settings.kubeconfig is None:
-                config.load_incluster_config()  # type: ignore[no-untyped-call]
+                config.load_incluster_config()
                 api = client.ApiClient()
             else:
-                api = config.new_client_from_config(  # type: ignore[no-untyped-call]
-                    str(settings.kubeconfig), context=settings.context or None
-                )
+                api = config.new_client_from_config(str(settings.kubeconfig), context=settings.context or None)
         except config.ConfigException as error:
             raise OSError(f"workers.kubernetes: {error}") from error
         self._objects, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
@@ -83,7 +82,7 @@ class KubernetesEngine:
     def launch(self, arguments: Sequence[str], *, log_name: str, processes: int = 1) -> str:
         """Create a worker's TrainJob and return its name. Its output is its pods' log. Errors: OSError."""
         # An attempt is launched once; a name that is there was created by a call whose answer was lost.
-        name = f"forge-{log_name.removesuffix('.log')}-{arguments[arguments.index('--attempt') + 1]}"
+        name = _name(PurePosixPath(log_name), arguments[arguments.index("--attempt") + 1])
         try:
             self._objects.create_namespaced_custom_object(
                 _GROUP,
@@ -225,6 +224,12 @@ class KubernetesEngine:
         except HTTPError as error:
             # Its worker writes nothing any more, since its fencing token is not current.
             log.warning("TrainJob not deleted", name=handle, error=_told(error))
+
+
+def _name(log: PurePosixPath, number: str) -> str:
+    """Return a DNS label for one worker: of a job's attempt, or of a try at a verification."""
+    what, _, of = log.stem.partition("-")
+    return f"forge-{log.parts[0]}-{number}" if what == "attempt" else f"forge-{what}-{of}-{number}"
 
 
 def _seen(item: Mapping[str, Any]) -> _Seen:

@@ -27,6 +27,11 @@ def log_name(job_name: str, attempt: int) -> str:
     return f"{folder_name(job_name)}/logs/attempt-{attempt}.log"
 
 
+def verification_log_name(job_name: str, verification_id: int) -> str:
+    """Return the path of a verification's log, beside those of its job's attempts."""
+    return f"{folder_name(job_name)}/logs/verify-{verification_id}.log"
+
+
 def scratch_dir(settings: ServiceSettings, verification_name: str) -> Path:
     """Return the folder of one verification's replay, on the same file system as its job's."""
     return settings.files_dir / verification_name

@@ -17,7 +17,7 @@ import structlog
 
 from training_common.jobs.folders import log_name
 from training_common.jobs.life import SignsOfLife
-from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss
+from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss, first_due
 from training_common.jobs.verifier import Verifier
 from training_common.jobs.waits import Standing
 from training_common.settings import WorkerSettings
@@ -69,12 +69,10 @@ class Engine(Protocol):
 class Preempting(Protocol):
     """Stops running jobs for those that matter more."""
 
-    def look(
-        self, held: Sequence[tuple[JobRow, AttemptRow]], *, full: bool
-    ) -> Sequence[tuple[JobRow, AttemptRow, str]]:
+    def look(self, held: Sequence[tuple[JobRow, AttemptRow]], *, free: int) -> Sequence[tuple[JobRow, AttemptRow, str]]:
         """Ask workers to let go where a slot is needed; return those that must be given up, and why, in words.
 
-        held: jobs of this server's workers. full: whether all its slots are taken.
+        held: jobs of this server's workers. free: its slots that nobody takes.
         """
 
 
@@ -167,7 +165,7 @@ class Scheduler:
         self._taken, self._lent = sum(job.processes for job, _ in held if not job.lease) + replays, ""
         self._fill()
         if self._preempting is not None:
-            for job, attempt, message in self._preempting.look(held, full=self._taken >= self._settings.slots):
+            for job, attempt, message in self._preempting.look(held, free=self._settings.slots - self._taken):
                 self.give_up(job, attempt, message)
 
     def _fill(self) -> None:
@@ -176,9 +174,18 @@ class Scheduler:
             if self._lent:
                 return
             started = self._start(free=self._settings.slots - self._taken)
-            if started is None and not (self._verifier and self._launch_works() and self._verifier.start()):
+            if started is None and not self._start_replay():
                 return
             self._taken += 1 if started is None else started.processes
+
+    def _start_replay(self) -> bool:
+        """Give a slot that no job waits for to a verification. Returns whether one was started."""
+        if self._verifier is None or not self._launch_works():
+            return False
+        with self._store.database.read() as connection:
+            if first_due(connection, most=self._settings.slots) is not None:
+                return False
+        return self._verifier.start()
 
     def _launch_works(self) -> bool:
         return self._clock() >= self._launch_again_at
@@ -198,7 +205,12 @@ class Scheduler:
             self._launched.pop(attempt.id, None)
         silent_s = self._life.silent_s(attempt.id)
         if handle and silent_s > self._settings.lost_after_s / 2 and self._engine.waits(handle):
-            self._store.beat_for(attempt)
+            if attempt.handle:
+                # It has run, and the engine took its capacity away: another attempt goes on from the checkpoint.
+                self._engine.kill(handle)
+                self._cut(job, attempt, f"attempt {attempt.number}: the worker was suspended while it ran")
+            else:
+                self._store.beat_for(attempt)
         elif handle and not self._engine.alive(handle):
             ending = self._engine.ending(handle)
             loss = Loss.KILLED if ending.from_outside else Loss.CRASHED

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from training_common.jobs.folders import folder_name
+from training_common.jobs.folders import verification_log_name
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.verifications import VerificationRow, VerificationStore
 from training_common.settings import WorkerSettings
@@ -81,7 +81,7 @@ class Verifier:
         if self._settings_file is not None:
             arguments += ["--settings", str(self._settings_file)]
         try:
-            log_name = f"{folder_name(claim.job.name)}/logs/verify-{row.id}.log"
+            log_name = verification_log_name(claim.job.name, row.id)
             self._launched[_key(row)] = self._engine.launch(arguments, log_name=log_name, processes=1)
         except OSError as error:
             self._give_up(row, f"the worker could not be started: {error.strerror}")
