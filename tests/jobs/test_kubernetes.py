@@ -104,7 +104,7 @@ def test_processes_are_spread_over_nodes(
     """Evenly, as many to a node as the settings allow, each under torchrun."""
     settings = KubernetesSettings(kubeconfig=cluster.kubeconfig, processes_per_node=per_node, queue="training")
     engine = KubernetesEngine(settings, module="worker", owner="one")
-    name = engine.launch(["--attempt", "2"], log_name="job.log", processes=processes)
+    name = engine.launch(["--attempt", "2"], log_name="job/logs/attempt-2.log", processes=processes)
     trainer = cluster.jobs[name]["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == expected
     command = ["python", "-m", "training_common.engines.torchrun", "--cluster", "--run-id", "forge-job-2"]
