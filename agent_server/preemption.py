@@ -17,7 +17,7 @@ import structlog
 from agent_server.resources import AgentResourceManager, Amounts
 from agent_server.settings import PreemptionSettings
 from training_common.jobs import yielding
-from training_common.jobs.queue import CLAIM_US, is_due
+from training_common.jobs.queue import CLAIM_US, HOLD_US, is_due
 from training_common.jobs.store import AttemptRow, JobRow, JobStore
 from training_common.store import tables as t
 
@@ -82,7 +82,7 @@ class Preemption:
     def _waiting(self, connection: sa.Connection, least: int) -> list[JobRow]:
         query = (
             sa.select(t.jobs.c.name)
-            .where(is_due(), t.jobs.c.priority >= least, t.jobs.c.queue_us >= 0)
+            .where(is_due(), t.jobs.c.priority >= least, t.jobs.c.queue_us >= -HOLD_US)
             .order_by(t.jobs.c.priority.desc(), t.jobs.c.queue_us, t.jobs.c.id)
             .limit(_FIRST)
         )
@@ -97,7 +97,7 @@ class Preemption:
             return
         marked = connection.execute(
             sa.update(t.jobs)
-            .where(t.jobs.c.id == waiting.id, t.jobs.c.queue_us >= 0)
+            .where(t.jobs.c.id == waiting.id, t.jobs.c.queue_us >= -HOLD_US)
             .values(queue_us=t.jobs.c.queue_us - CLAIM_US)
         ).rowcount
         if not marked:  # cancelled or taken at this moment

@@ -150,6 +150,21 @@ def test_shares_converge_whatever_the_demands(open_shop: Callable[..., Shop], se
         running.update(shop.taken(1))
 
 
+def test_a_job_of_several_processes_is_not_overtaken_by_other_tenants(open_shop: Callable[..., Shop]) -> None:
+    """Once its turn has come it is the next, however many small jobs another tenant has, whose share is less."""
+    shop = open_shop(tenants={"a": {}, "b": {}})
+    long = shop.submit(Demand(tenant="a", cores=2))
+    first = shop.submit(Demand(tenant="b", cores=1))
+    assert [long.name, first.name] == shop.taken(2)
+    large = shop.submit(Demand(tenant="a", processes=3, cores=3))
+    assert shop.store.begin_attempt("here", free=2) is None
+    shop.submit(Demand(tenant="b", cores=1))
+    shop.end(first)
+    taken = shop.store.begin_attempt("here", free=3)
+    assert taken is not None
+    assert large.name == taken.name
+
+
 def test_no_tenant_starves(open_shop: Callable[..., Shop]) -> None:
     """One with a tiny weight, and jobs that take everything, still has its turn among tenants that never stop."""
     shop = open_shop(tenants={"big": {"weight": 100.0}, "small": {"weight": 0.5}, "steady": {}})

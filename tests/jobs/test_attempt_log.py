@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from cognate_server.settings import CognateSettings
 from cognateforge.exceptions import OffsetOutOfRangeError
 from tests.jobs.test_jobs import ended
 from tests.support.toy_service import ToyService
 from training_common.attempt_log import MAX_LINE_BYTES, AttemptLog, LogLine, kept_bounded, open_log
+from training_common.engines.build import build_engine
+from training_common.engines.local import LocalEngine
 from training_common.jobs.folders import jobs_dir, log_name
 from training_common.masking import Mask, secrets_of_environment
 from training_common.settings import LogSettings
@@ -210,3 +213,10 @@ def test_what_is_no_file_is_refused_as_a_log(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no regular file"):
         open_log(tmp_path / "log")
     os.close(reader)
+
+
+def test_services_write_logs_where_watches_look_for_them(tmp_path: Path) -> None:
+    settings = CognateSettings.model_validate({"data_dir": tmp_path / "own", "shared_dir": tmp_path / "shared"})
+    engine = build_engine(settings, module="nothing")
+    assert isinstance(engine, LocalEngine)
+    assert jobs_dir(settings) == engine._log_dir

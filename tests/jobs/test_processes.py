@@ -11,6 +11,9 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from cognate_server.leases import LeaseStore, Resource
+from cognate_server.resources import CognateResourceManager
+from cognate_server.settings import LendingSettings
 from cognateforge.exceptions import InvalidFieldError
 from cognateforge.job.v1 import job_pb2
 from tests.support.toy_service import ToyService
@@ -174,3 +177,23 @@ def test_a_process_goes_with_its_parent(tmp_path: Path) -> None:
     started.wait()
     assert psutil.wait_procs([process], timeout=10)[1] == []
     started.stdout.close()
+
+
+def test_what_is_lent_counts_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of one job hold the cores of two slots."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    service = ToyService(tmp_path)
+    service.submit(processes=2, steps=3)
+    workers = WorkerSettings(slots=4, threads=2)
+    manager = CognateResourceManager(
+        service.store, LeaseStore(service.database), workers=workers, lending=LendingSettings()
+    )
+    assert (0, 4) == held_and_available(manager)
+    assert service.store.begin_attempt("test") is not None
+    assert (4, 4) == held_and_available(manager)
+    service.database.close()
+
+
+def held_and_available(manager: CognateResourceManager) -> tuple[int, int]:
+    [cores] = [one for one in manager.availability().amounts if one.kind is Resource.CPU]
+    return cores.held, cores.available

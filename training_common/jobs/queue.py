@@ -24,6 +24,9 @@ ORDER = (t.jobs.c.queue_us, t.jobs.c.id)
 # A job that another one makes room for goes first until it has a worker: its place is before every usual one, all of
 # which are above 0, and among such jobs as before.
 CLAIM_US = 1 << 60
+# So does one whose turn came while too few slots were free for its processes: small ones would pass it for ever. It may
+# still have others make room, and stands behind those that have.
+HOLD_US = 1 << 59
 
 
 def place_us(create_us: int, priority: int) -> int:

@@ -94,7 +94,7 @@ class JobRow:
     @property
     def claims(self) -> bool:
         """Whether another job was asked to make room for this one, which waits."""
-        return self.queue_us is not None and self.queue_us < 0
+        return self.queue_us is not None and self.queue_us < -queue.HOLD_US
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -570,7 +570,11 @@ class JobStore:
         """
         with self.database.write() as connection:
             job = self.next_due(connection, most=most)
-            if job is None or (free is not None and job.processes > free):
+            if job is None:
+                return None
+            if free is not None and job.processes > free:
+                held = sa.update(t.jobs).where(t.jobs.c.id == job.id, t.jobs.c.queue_us >= 0)
+                connection.execute(held.values(queue_us=t.jobs.c.queue_us - queue.HOLD_US))
                 return None
             number, token, now = job.attempt + 1, job.fencing_token + 1, now_us()
             job = move(
