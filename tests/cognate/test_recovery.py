@@ -153,9 +153,13 @@ def test_an_ema_that_is_not_finite_ends_in_a_roll_back(tmp_path: Path, monkeypat
 
 
 def test_a_learning_rate_far_too_high_is_cut_and_the_run_goes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """The loss trend is answered by a lower lambda, then by good weights at half the rate; it ends lower than else."""
+    # A run as wild as this goes another way where sums are split among threads otherwise.
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)
     monkeypatch.setattr(run_module, "MAX_PEAK_LR", 10.0)
     wild = dataclasses.replace(RUN, total_steps=120, warmup_steps=100, peak_lr=0.5)
     deaf = dataclasses.replace(wild, recovery=dataclasses.replace(LIMITS, loss_margin_nats=1e9, contents_multiple=1e9))
