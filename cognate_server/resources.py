@@ -18,10 +18,10 @@ from cognate_server.leases import LeaseRow, LeaseState, LeaseStore, Resource
 from cognate_server.settings import LendingSettings
 from training_common.engines.processes import find
 from training_common.jobs.states import HELD
-from training_common.jobs.store import JobStore
+from training_common.jobs.store import JobRow, JobStore
 from training_common.jobs.verifications import count_running
 from training_common.settings import WorkerSettings
-from training_common.store.database import now_us
+from training_common.store.database import Turn, now_us
 
 log = structlog.get_logger(__name__)
 
@@ -91,6 +91,7 @@ class CognateResourceManager:
 
     def acquire(self, connection: sa.Connection, *, holder: str, kind: Resource, amount: int, ttl_s: float) -> LeaseRow:
         """Lend an amount that is idle, in the caller's transaction. Errors: CapacityTakenError."""
+        self.database.in_turn(connection, Turn.CAPACITY)
         return self.leases.acquire(
             connection,
             holder=holder,
@@ -104,35 +105,30 @@ class CognateResourceManager:
         """Keep a lease for longer, in the caller's transaction. Errors: LeaseNotFoundError, LeaseEndedError."""
         return self.leases.renew(connection, name, holder=holder, token=token, ttl_us=self._ttl_us(ttl_s))
 
-    def make_room(self) -> str:
-        """Return what keeps a waiting job from a free slot, in words, or nothing.
+    def make_room(self, connection: sa.Connection, job: JobRow) -> str:
+        """Return what keeps a job from a free slot, in words, or nothing; in the transaction that gives it the slot.
 
-        While what it needs is lent, ask for it back, and say so in the job. From the moment a job waits for a free slot
-        nothing more of its share is lent, so an answer of nothing stays true.
+        While what it needs is lent, ask for it back, and say so in the job.
         """
-        with self.database.read() as connection:
-            if not self.leases.lent(connection, Resource.CPU, now_us()):
-                return ""
-        with self.database.write() as connection:
-            now = now_us()
-            lent = self.leases.active(connection, Resource.CPU, now)
-            job = self._store.next_due(connection, most=self._workers.slots)
-            free = self._total(Resource.CPU) - self._own(connection, Resource.CPU) - sum(one.amount for one in lent)
-            if not lent or job is None:
-                return ""
-            missing = min(self._total(Resource.CPU), job.processes * self._cores_per_slot()) - free
+        self.database.in_turn(connection, Turn.CAPACITY)
+        now = now_us()
+        lent = self.leases.active(connection, Resource.CPU, now)
+        if not lent:
+            return ""
+        free = self._total(Resource.CPU) - self._own(connection, Resource.CPU) - sum(one.amount for one in lent)
+        missing = min(self._total(Resource.CPU), job.processes * self._cores_per_slot()) - free
+        if missing <= 0:
+            return ""
+        wanted = f"{missing} cores are missing, which are lent to {', '.join(sorted({one.holder for one in lent}))}"
+        missing -= sum(one.amount for one in lent if one.state is LeaseState.REVOKING)
+        for lease in lent:
             if missing <= 0:
-                return ""
-            wanted = f"{missing} cores are missing, which are lent to {', '.join(sorted({one.holder for one in lent}))}"
-            missing -= sum(one.amount for one in lent if one.state is LeaseState.REVOKING)
-            for lease in lent:
-                if missing <= 0:
-                    break
-                if lease.state is LeaseState.ACTIVE:
-                    revoked = self.leases.revoke(connection, lease, grace_us=round(self._lending.grace_s * 1e6))
-                    missing -= lease.amount
-                    self._tell(connection, job.id, revoked, now)
-            return f"{wanted}, and were asked back"
+                break
+            if lease.state is LeaseState.ACTIVE:
+                revoked = self.leases.revoke(connection, lease, grace_us=round(self._lending.grace_s * 1e6))
+                missing -= lease.amount
+                self._tell(connection, job.id, revoked, now)
+        return f"{wanted}, and were asked back"
 
     def _tell(self, connection: sa.Connection, job_id: int, lease: LeaseRow, now: int) -> None:
         left_s = max(0.0, (lease.until_us - now) / 1e6)

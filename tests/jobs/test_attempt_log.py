@@ -12,8 +12,7 @@ import pytest
 
 from cognate_server.settings import CognateSettings
 from cognateforge.exceptions import OffsetOutOfRangeError
-from tests.jobs.test_jobs import ended
-from tests.support.toy_service import ToyService
+from tests.support.toy_service import ToyService, ended
 from training_common.attempt_log import MAX_LINE_BYTES, AttemptLog, LogLine, kept_bounded, open_log
 from training_common.engines.build import build_engine
 from training_common.engines.local import LocalEngine

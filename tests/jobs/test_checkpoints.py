@@ -4,14 +4,13 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cognateforge.exceptions import CheckpointGoneError, CheckpointNotFoundError
-from tests.jobs.test_jobs import ended, pid, result
-from tests.support.toy_service import ToyService
+from tests.jobs.test_jobs import pid
+from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.attempt import CheckpointRef
 from training_common.checkpoint_writer import CheckpointWriter
@@ -21,13 +20,6 @@ from training_common.jobs.pins import set_pinned
 from training_common.jobs.store import AttemptStore, CheckpointRow, JobRow
 from training_common.retention import Retention
 from training_common.worker import WorkerAttempt
-
-
-@pytest.fixture
-def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
-    service = ToyService(tmp_path, store_url=store_url)
-    yield service
-    service.database.close()
 
 
 def rows(*checkpoints: tuple[int, float | None]) -> list[CheckpointRow]:
@@ -114,7 +106,7 @@ async def test_a_worker_killed_in_a_background_save_leaves_the_older_one(service
     assert any(name.startswith(".step-0000000020.1") for name in on_disk(service, job))
     os.kill(pid(service.handle(job)), signal.SIGKILL)
     job = await service.until(job, ended)
-    assert (2, [expected_result(60)]) == (job.attempt, result(service, job))
+    assert (2, [expected_result(60)]) == (job.attempt, service.result(job))
     assert [f"step-{step:010d}.2" for step in (50, 60)] == on_disk(service, job)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.jobs.test_jobs import assert_contiguous, ended, pid, result
-from tests.support.toy_service import ToyService
+from tests.jobs.test_jobs import assert_contiguous, pid
+from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from tests.support.waiting import until
 from training_common.jobs.folders import job_dir, jobs_dir, log_name
@@ -74,7 +74,7 @@ def told(service: ToyService, job: JobRow, kind: str) -> list[str]:
 
 def assert_whole(service: ToyService, job: JobRow, steps: int) -> None:
     """The job ended as if nothing had been, and every checkpoint that is told to be there is whole."""
-    assert (JobState.SUCCEEDED, [expected_result(steps)]) == (job.state, result(service, job))
+    assert (JobState.SUCCEEDED, [expected_result(steps)]) == (job.state, service.result(job))
     assert (0, 0) == (job.retries_without_progress, job.kills_without_progress)
     assert_contiguous(service, job)
     folder = job_dir(service.settings, job.name) / "checkpoints"
@@ -175,7 +175,7 @@ async def test_a_pipe_in_place_of_the_log_is_waited_out(service: ToyService) -> 
         os.mkfifo(path.with_name(f"attempt-{attempt}.log"))
     job = await service.until(job, ended)
     assert 3 == job.attempt
-    assert (JobState.SUCCEEDED, [expected_result(5)]) == (job.state, result(service, job))
+    assert (JobState.SUCCEEDED, [expected_result(5)]) == (job.state, service.result(job))
     reasons = [
         e.payload["message"] for e in service.events(job) if "could not be started" in e.payload.get("message", "")
     ]

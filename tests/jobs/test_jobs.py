@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,14 @@ import sqlalchemy as sa
 from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
 from tests.support import toy_worker
 from tests.support.postgres import PostgresServer
-from tests.support.toy_service import ToyService
+from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import ToySettings, expected_result
 from training_common import worker
 from training_common.attempt import FencedOutError
 from training_common.checkpoints import CheckpointFolder
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.scheduler import Scheduler
-from training_common.jobs.states import FINAL, JobState
+from training_common.jobs.states import JobState
 from training_common.jobs.store import JobRow, once
 from training_common.store import tables as t
 from training_common.store.database import now_us
@@ -36,21 +36,6 @@ class Usage(NamedTuple):
     total: int
     used: int
     free: int
-
-
-@pytest.fixture
-def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
-    service = ToyService(tmp_path, store_url=store_url)
-    yield service
-    service.database.close()
-
-
-def ended(job: JobRow) -> bool:
-    return job.state in FINAL
-
-
-def result(service: ToyService, job: JobRow) -> list[str]:
-    return [e.payload["message"] for e in service.events(job) if e.payload.get("kind") == "result"]
 
 
 def pid(handle: str) -> int:
@@ -67,7 +52,7 @@ async def test_a_job_runs_in_a_worker_process_to_its_end(service: ToyService) ->
     job = await service.until(service.submit(steps=12), ended)
     assert job.state == JobState.SUCCEEDED
     assert job.step == 12
-    assert [expected_result(12)] == result(service, job)
+    assert [expected_result(12)] == service.result(job)
     states = [e.payload["to"] for e in service.events(job) if e.kind == "state_change"]
     assert states == ["QUEUED", "PREPARING", "RUNNING", "VALIDATING", "SUCCEEDED"]
     assert_contiguous(service, job)
@@ -81,7 +66,7 @@ async def test_a_killed_worker_is_followed_by_one_that_goes_on_from_the_checkpoi
     job = await service.until(job, ended)
     assert job.state == JobState.SUCCEEDED
     assert job.attempt == 2
-    assert [expected_result(60)] == result(service, job)
+    assert [expected_result(60)] == service.result(job)
     resumed = [e.payload["step"] for e in service.events(job) if e.kind == "progress" and e.attempt == 2]
     assert resumed[0] in {21, 31}
     assert_contiguous(service, job)
@@ -96,7 +81,7 @@ async def test_a_worker_outlives_the_server_and_is_found_again(service: ToyServi
     assert before == service.handle(job)
     job = await service.until(job, ended)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
-    assert [expected_result(50)] == result(service, job)
+    assert [expected_result(50)] == service.result(job)
 
 
 async def test_pause_keeps_the_step_and_resume_goes_on(service: ToyService) -> None:
@@ -109,7 +94,7 @@ async def test_pause_keeps_the_step_and_resume_goes_on(service: ToyService) -> N
     assert service.store.held() == []
     service.steer("resume", job)
     job = await service.until(job, ended)
-    assert [expected_result(60)] == result(service, job)
+    assert [expected_result(60)] == service.result(job)
     steps = [e.payload["step"] for e in service.events(job) if e.kind == "progress"]
     assert list(range(1, 61)) == steps
 
@@ -171,7 +156,7 @@ async def test_a_full_disk_is_the_machines_fault_and_another_attempt_goes_on(ser
     """The job is told why, keeps its older checkpoint and ends as if nothing had been."""
     job = await service.until(service.submit(steps=30, checkpoint_every=10, disk_full_at=20), ended)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
-    assert [expected_result(30)] == result(service, job)
+    assert [expected_result(30)] == service.result(job)
     told = [e.payload["message"] for e in service.events(job) if e.payload.get("kind") == "platform"]
     assert ["the worker's machine failed it: No space left on device; another attempt will go on"] == told
 
@@ -368,7 +353,7 @@ async def test_losses_with_progress_do_not_fail_a_job(service: ToyService) -> No
         os.kill(pid(service.handle(job)), signal.SIGKILL)
     job = await service.until(job, ended)
     assert job.state == JobState.SUCCEEDED
-    assert [expected_result(60)] == result(service, job)
+    assert [expected_result(60)] == service.result(job)
 
 
 def test_a_store_that_is_locked_for_long_fails_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +443,7 @@ async def test_a_damaged_checkpoint_is_skipped_and_told(service: ToyService) -> 
     state = folder / "state.json"
     state.write_bytes(state.read_bytes().replace(b'"step": 2', b'"step": 3'))
     job = await service.until(job, ended)
-    assert [expected_result(60)] == result(service, job)
+    assert [expected_result(60)] == service.result(job)
     notes = [e.payload for e in service.events(job) if e.payload.get("kind") == "checkpoint_skipped"]
     assert [str(newest.step)] == [note["facts"]["step"] for note in notes]
 
@@ -522,7 +507,7 @@ async def test_a_worker_that_lives_and_is_silent_is_given_up(tmp_path: Path, sto
     await service.until(job, lambda row: not row.observed)
     job = await service.until(job, ended)
     assert (JobState.SUCCEEDED, 2) == (job.state, job.attempt)
-    assert [expected_result(60)] == result(service, job)
+    assert [expected_result(60)] == service.result(job)
     assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
     told = [e.payload["message"] for e in service.events(job) if e.payload.get("to") == "RECOVERING"]
     assert ["gave no sign of life" in message for message in told] == [True]

@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.toy_service import ToyService
+from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.jobs.scheduler import Scheduler
-from training_common.jobs.states import FINAL, JobState
+from training_common.jobs.states import JobState
 from training_common.jobs.store import JobRow
 from training_common.settings import KubernetesSettings
 
@@ -73,10 +73,6 @@ def service(tmp_path: Path, cluster: KubernetesDouble) -> Iterator[ClusterServic
     service = ClusterService(tmp_path, cluster)
     yield service
     service.database.close()
-
-
-def ended(job: JobRow) -> bool:
-    return job.state in FINAL
 
 
 async def test_a_worker_is_a_train_job(service: ClusterService, cluster: KubernetesDouble) -> None:

@@ -10,10 +10,10 @@ import pytest
 from agent_server.preemption import Preemption
 from agent_server.resources import AgentResourceManager, Amounts
 from agent_server.settings import AgentSettings
-from tests.support.toy_service import ToyService
+from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.jobs.queue import Demand, Scheduling
-from training_common.jobs.states import FINAL, JobState
+from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptRow, AttemptStore, JobRow, JobStore
 
 LONG: dict[str, Any] = {"steps": 100_000, "step_s": 0.01, "checkpoint_every": 100_000}
@@ -63,10 +63,6 @@ def open_shop(tmp_path: Path, store_url: str) -> Iterator[Open]:
 
 def running(row: JobRow) -> bool:
     return row.state is JobState.RUNNING and row.step > 0
-
-
-def ended(row: JobRow) -> bool:
-    return row.state in FINAL
 
 
 def notes(service: ToyService, job: JobRow) -> list[str]:

@@ -16,14 +16,14 @@ from cognate_server.resources import CognateResourceManager
 from cognate_server.settings import LendingSettings
 from cognateforge.exceptions import InvalidFieldError
 from cognateforge.job.v1 import job_pb2
-from tests.support.toy_service import ToyService
+from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common import worker
 from training_common.attempt import TeamBrokenError
 from training_common.compute import require_slots, threads_of
 from training_common.engines.processes import EX_TEMPFAIL, pid_of
 from training_common.engines.torchrun import status_of
-from training_common.jobs.states import FINAL, JobState
+from training_common.jobs.states import JobState
 from training_common.jobs.store import JobRow
 from training_common.settings import WorkerSettings
 
@@ -33,14 +33,6 @@ def service(tmp_path: Path) -> Iterator[ToyService]:
     service = ToyService(tmp_path, slots=2)
     yield service
     service.database.close()
-
-
-def ended(job: JobRow) -> bool:
-    return job.state in FINAL
-
-
-def result(service: ToyService, job: JobRow) -> list[str]:
-    return [e.payload["message"] for e in service.events(job) if e.payload.get("kind") == "result"]
 
 
 def processes_of(service: ToyService, job: JobRow) -> dict[str, psutil.Process]:
@@ -121,7 +113,7 @@ async def test_a_lost_process_ends_the_attempt_and_the_next_goes_on(rank: str, s
     assert wait_for(before) == []
     job = await service.until(job, ended)
     assert (job.state, job.attempt, job.retries_without_progress) == (JobState.SUCCEEDED, 2, 0)
-    assert [expected_result(40)] == result(service, job)
+    assert [expected_result(40)] == service.result(job)
     cut = [e.payload["message"] for e in service.events(job) if e.payload.get("to") == "RECOVERING"]
     assert "ended by SIGKILL" in cut[0]
 
@@ -146,7 +138,7 @@ async def test_several_processes_are_found_again_and_paused_and_killed_as_one(se
     assert wait_for(second) == []
     job = await service.until(job, ended)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 3)
-    assert [expected_result(60)] == result(service, job)
+    assert [expected_result(60)] == service.result(job)
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """What ended jobs leave behind goes when it is old enough, and nothing else does. The clock is the test's."""
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -21,13 +19,6 @@ from training_common.store.database import now_us
 
 DAY_US = 86_400 * 10**6
 SETTINGS = RetentionSettings(job_files_days=10, job_events_days=20, request_ids_days=5)
-
-
-@pytest.fixture
-def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
-    service = ToyService(tmp_path, store_url=store_url)
-    yield service
-    service.database.close()
 
 
 class Clock:

@@ -2,18 +2,18 @@
 
 import errno
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from tests.support.toy_service import ToyService
+from tests.support.toy_service import ToyService, ended
 from training_common.attempt import AttemptWaits, StopKind
 from training_common.jobs import queue
 from training_common.jobs.queue import Scheduling
-from training_common.jobs.states import FINAL, JobState
+from training_common.jobs.states import JobState
 from training_common.jobs.store import JobRow, Loss
 from training_common.jobs.waits import Standing, Wait, WaitReason, waits
 from training_common.store import tables as t
@@ -41,13 +41,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.fixture
-def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
-    service = ToyService(tmp_path, store_url=store_url)
-    yield service
-    service.database.close()
-
-
 def submit(service: ToyService, scheduling: Scheduling = queue.USUAL, **plan: object) -> JobRow:
     with service.database.write() as connection:
         return service.store.submit(
@@ -65,10 +58,6 @@ def taken(service: ToyService) -> list[str]:
     while (job := service.store.begin_attempt("here")) is not None:
         names.append(job.name)
     return names
-
-
-def ended(row: JobRow) -> bool:
-    return row.state in FINAL
 
 
 def told(service: ToyService, standing: Standing, *jobs: JobRow) -> list[Wait | None]:
@@ -211,7 +200,7 @@ async def test_a_worker_that_dies_after_the_deadline_is_not_replaced(service: To
     job = submit(service, Scheduling(finish_by_us=in_s(3600)))
     service.store.begin_attempt("here")
     clock.advance(3601)
-    service.scheduler._end_overdue()
+    service.scheduler._end_overdue(service.store.held())
     held, attempt = service.store.held()[0]
     assert StopKind.DEADLINE == held.wish
     after = service.store.cut(held, attempt, message="killed", loss=Loss.KILLED, most=30)
@@ -227,11 +216,11 @@ def test_a_wish_of_the_owner_goes_before_the_deadline(service: ToyService, clock
     service.steer("cancel", jobs[0])
     service.steer("pause", jobs[1])
     clock.advance(3601)
-    service.scheduler._end_overdue()
+    service.scheduler._end_overdue(service.store.held())
     assert ["CANCELLING", "PAUSING"] == [service.store.get(job.name).state for job in jobs]
     for held, attempt in service.store.held():
         service.store.cut(held, attempt, message="let go")
-    service.scheduler._end_overdue()
+    service.scheduler._end_overdue(service.store.held())
     assert ["CANCELLED", "FAILED"] == [service.store.get(job.name).state for job in jobs]
 
 
@@ -321,7 +310,7 @@ async def test_the_scheduler_knows_where_it_stands(service: ToyService, monkeypa
     scheduler = service.scheduler
     assert Standing(slots=1) == scheduler.standing
     obstacle = "2 cores are lent"
-    monkeypatch.setattr(scheduler, "_in_the_way", lambda: obstacle)
+    monkeypatch.setattr(scheduler, "_in_the_way", lambda _connection, _job: obstacle)
     job = service.submit(steps=10_000, step_s=0.01)
     scheduler.tick()
     assert Standing(slots=1, lent="2 cores are lent") == scheduler.standing

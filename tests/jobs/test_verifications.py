@@ -15,8 +15,8 @@ from cognateforge.exceptions import (
     IllegalTransitionError,
     VerificationOpenError,
 )
-from tests.jobs.test_jobs import ended, pid, result
-from tests.support.toy_service import ToyService
+from tests.jobs.test_jobs import pid
+from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.attempt import FencedOutError
 from training_common.jobs.folders import job_dir, jobs_dir
@@ -27,13 +27,6 @@ from training_common.jobs.verifications import VerificationRow, VerificationStat
 from training_common.settings import RetentionSettings
 from training_common.store import tables as t
 from training_common.store.database import now_us
-
-
-@pytest.fixture
-def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
-    service = ToyService(tmp_path, store_url=store_url)
-    yield service
-    service.database.close()
 
 
 @pytest.fixture
@@ -109,7 +102,7 @@ async def test_a_paused_jobs_last_checkpoint_is_replayed_too(local: ToyService) 
     assert "EQUAL" == row.receipt["verdict"]
     local.steer("resume", job)
     job = await local.until(job, ended)
-    assert [expected_result(60)] == result(local, job)
+    assert [expected_result(60)] == local.result(job)
 
 
 async def test_what_cannot_be_verified_is_refused(service: ToyService) -> None:

@@ -1,28 +1,20 @@
 """Jobs that need what is away: they give their slot back, say until when they wait, and go on when it is there."""
 
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from cognateforge.exceptions import IllegalTransitionError
-from tests.support.toy_service import ToyService
+from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.attempt import AttemptWaits, FencedOutError
 from training_common.jobs import queue
 from training_common.jobs import store as jobs_store
-from training_common.jobs.states import FINAL, JobState
+from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobRow, JobStore, Loss
 from training_common.store.database import now_us
-
-
-@pytest.fixture
-def service(tmp_path: Path, store_url: str) -> Iterator[ToyService]:
-    service = ToyService(tmp_path, store_url=store_url)
-    yield service
-    service.database.close()
 
 
 @pytest.fixture
@@ -39,10 +31,6 @@ def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def waits(row: JobRow) -> bool:
     return row.state is JobState.QUEUED and row.waits > 0
-
-
-def ended(row: JobRow) -> bool:
-    return row.state in FINAL
 
 
 def begin(service: ToyService) -> AttemptStore:

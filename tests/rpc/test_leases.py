@@ -26,7 +26,7 @@ from tests.support.certificates import authority, files, server_tls, spiffe
 from tests.support.outbox import job_with_events
 from tests.support.servers import running_cognate
 from tests.support.waiting import until
-from training_common.jobs.store import JobStore
+from training_common.jobs.store import JobRow, JobStore
 from training_common.store import tables as t
 from training_common.store.database import Database
 
@@ -308,6 +308,32 @@ async def test_a_job_of_ours_takes_back_what_is_lent(tmp_path: Path, monkeypatch
                 break
         assert ["waiting_for_capacity"] == [note.kind for note in notes]
         assert "waits up to 600 s for 3 cores that are lent to local" == notes[0].message
+
+
+async def test_a_job_that_comes_while_slots_are_given_out_waits_for_what_is_lent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job that gets the slot is the one that is asked about, also where nobody waited a moment before."""
+    monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 4)
+    started, came = record_launches(monkeypatch), []
+    begin = JobStore.begin_attempt
+    async with (
+        running_cognate(tmp_path, workers={"slots": 1, "threads": 2}, lending={"grace_s": 600}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        await acquire(client, kind=pb.RESOURCE_KIND_CPU, amount=3, ttl_s=3600)
+
+        def begin_late(store: JobStore, *args: Any, **options: Any) -> JobRow | None:
+            if not came:
+                came.append(submit(tmp_path))
+            return begin(store, *args, **options)
+
+        monkeypatch.setattr(JobStore, "begin_attempt", begin_late)
+        await until(lambda: bool(came), timeout_s=20)
+        async with asyncio.timeout(20):
+            while (await wait_of(client, came[0])).reason != job_pb2.WAIT_REASON_LENT:  # noqa: ASYNC110 - told to nobody
+                await asyncio.sleep(0.02)
+        assert [] == started
 
 
 async def test_a_borrower_that_does_not_let_go_loses_it_at_the_end_of_its_grace(

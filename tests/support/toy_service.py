@@ -13,10 +13,16 @@ from training_common.engines.local import LocalEngine
 from training_common.jobs.folders import jobs_dir, log_name
 from training_common.jobs.queue import NOBODYS, USUAL, Demand, Scheduling
 from training_common.jobs.scheduler import Preempting, Scheduler
+from training_common.jobs.states import FINAL
 from training_common.jobs.store import EventRow, JobRow, JobStore
 from training_common.jobs.verifications import VerificationRow, VerificationStore
 from training_common.jobs.verifier import Verifier
 from training_common.store.database import Database
+
+
+def ended(job: JobRow) -> bool:
+    """Whether a job is in a state that it never leaves."""
+    return job.state in FINAL
 
 
 class ToyService:
@@ -96,6 +102,10 @@ class ToyService:
 
     def events(self, job: JobRow) -> list[EventRow]:
         return self.store.events_after(job.id, 0, 100_000)
+
+    def result(self, job: JobRow) -> list[str]:
+        """Return what the job's attempts have computed, one text for each that came to the end."""
+        return [event.payload["message"] for event in self.events(job) if event.payload.get("kind") == "result"]
 
     def handle(self, job: JobRow) -> str:
         """Return the registered handle of the job's current attempt, "" before."""

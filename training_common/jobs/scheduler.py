@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import sqlalchemy as sa
 import structlog
 
 from training_common.jobs.folders import log_name
@@ -87,13 +88,13 @@ class Scheduler:
         *,
         settings_file: Path | None,
         server: str = "",
-        in_the_way: Callable[[], str] = lambda: "",
+        in_the_way: Callable[[sa.Connection, JobRow], str] = lambda _connection, _job: "",
         verifier: Verifier | None = None,
         preempting: Preempting | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """server: this server's name among those that share the store; it looks after the workers it has started.
-        in_the_way: asked before a job is given a free slot: what keeps it from it, in words, or nothing.
+        in_the_way: asked in the transaction that gives a job a free slot: what keeps it from it, in words, or nothing.
         verifier: gets the slots that no job waits for.
         preempting: stops running jobs for those that matter more; by default none is stopped."""
         self._store = store
@@ -160,7 +161,7 @@ class Scheduler:
                 self._look_at(job, attempt)
             else:
                 self._look_at_anothers(job, attempt)
-        self._end_overdue()
+        self._end_overdue(every)
         replays = self._verifier.look() if self._verifier else 0
         self._taken, self._lent = sum(job.processes for job, _ in held if not job.lease) + replays, ""
         self._fill()
@@ -170,13 +171,16 @@ class Scheduler:
 
     def _fill(self) -> None:
         while self._taken < self._settings.slots and self._launch_works():
-            self._lent = self._in_the_way()
+            started = self._start(free=self._settings.slots - self._taken, may_start=self._nothing_in_the_way)
             if self._lent:
                 return
-            started = self._start(free=self._settings.slots - self._taken)
             if started is None and not self._start_replay():
                 return
             self._taken += 1 if started is None else started.processes
+
+    def _nothing_in_the_way(self, connection: sa.Connection, job: JobRow) -> bool:
+        self._lent = self._in_the_way(connection, job)
+        return not self._lent
 
     def _start_replay(self) -> bool:
         """Give a slot that no job waits for to a verification. Returns whether one was started."""
@@ -190,12 +194,12 @@ class Scheduler:
     def _launch_works(self) -> bool:
         return self._clock() >= self._launch_again_at
 
-    def _end_overdue(self) -> None:
+    def _end_overdue(self, every: Sequence[tuple[JobRow, AttemptRow]]) -> None:
         """End jobs that have passed a deadline. One that a worker holds gets time to save and let go."""
         for late in self._store.overdue():
             if self._store.pass_deadline(late.name, grace_s=self._settings.deadline_grace_s) is None:
                 continue
-            for job, attempt in self._store.held():
+            for job, attempt in every:
                 if job.id == late.id:
                     self.give_up(job, attempt, f"attempt {attempt.number}: still at work after its deadline's grace")
 
@@ -265,9 +269,21 @@ class Scheduler:
             self._engine.kill(handle)
         self._cut(job, attempt, message)
 
-    def _start(self, loan: Loan | None = None, *, free: int = 1) -> JobRow | None:
-        most = self._settings.slots if loan is None else 1
-        job = self._store.begin_attempt(self._engine.name, self._server, loan, most=most, free=free)
+    def _start(
+        self,
+        loan: Loan | None = None,
+        *,
+        free: int = 1,
+        may_start: Callable[[sa.Connection, JobRow], bool] = lambda _connection, _job: True,
+    ) -> JobRow | None:
+        job = self._store.begin_attempt(
+            self._engine.name,
+            self._server,
+            loan,
+            most=self._settings.slots if loan is None else 1,
+            free=free,
+            may_start=may_start,
+        )
         if job is None:
             self.last_launch_failed = False  # nothing waits that could show whether workers start again
             return None

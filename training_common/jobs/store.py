@@ -561,12 +561,14 @@ class JobStore:
         *,
         most: int | None = None,
         free: int | None = None,
+        may_start: Callable[[sa.Connection, JobRow], bool] = lambda _connection, _job: True,
     ) -> JobRow | None:
         """Take the first job of the queue for a new attempt, or return None.
 
         The worker is launched after the commit. server: who looks after it. loan: borrowed capacity that it runs on.
         most, free: slots that the server has, and of these, those that nobody takes. A job that would fit into the
         first but not yet into the second waits, and those behind it do too: small ones would never let it have a turn.
+        may_start: asked about that very job, in the transaction that takes it; it waits where the answer is no.
         """
         with self.database.write() as connection:
             job = self.next_due(connection, most=most)
@@ -575,6 +577,8 @@ class JobStore:
             if free is not None and job.processes > free:
                 held = sa.update(t.jobs).where(t.jobs.c.id == job.id, t.jobs.c.queue_us >= 0)
                 connection.execute(held.values(queue_us=t.jobs.c.queue_us - queue.HOLD_US))
+                return None
+            if not may_start(connection, job):
                 return None
             number, token, now = job.attempt + 1, job.fencing_token + 1, now_us()
             job = move(

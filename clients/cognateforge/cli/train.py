@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 Watch = Annotated[bool, typer.Option("--watch", "--wait", help="Follow the job; the exit code tells how it ended.")]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+CheckpointInterval = Annotated[int, typer.Option(help="Steps between checkpoints. 0: 100.")]
+KeepLast = Annotated[int, typer.Option(help="Newest checkpoints that are kept. 0: 2.")]
+KeepBest = Annotated[int, typer.Option(help="Best checkpoints that are kept beside them.")]
+KeepEvery = Annotated[int, typer.Option(help="Keep checkpoints whose step is a multiple. 0: none.")]
+Processes = Annotated[int, typer.Option(help="How many train, each in a slot and on rows of its own. 0: 1.")]
+Sharded = Annotated[
+    bool, typer.Option("--sharded", help="Each process holds a part of the model and the optimizer's state.")
+]
 Priority = Annotated[int, typer.Option(help="-100 to 100: higher goes first; a point is worth an hour of waiting.")]
 StartBy = Annotated[str, typer.Option(help="Fail unless started by then: a time, or 30m, 8h, 2d from now.")]
 FinishBy = Annotated[str, typer.Option(help="Save, stop and fail unless ended by then: as --start-by.")]
@@ -132,16 +140,12 @@ def _pretrain(app: typer.Typer) -> None:
         sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence. 0: the server's choice.")] = 0,
         lr: Annotated[float, typer.Option("--lr", help="Highest learning rate. 0: the server's choice.")] = 0.0,
         warmup_steps: Annotated[int, typer.Option(help="Steps of warm-up. 0: a tenth of all.")] = 0,
-        checkpoint_interval: Annotated[int, typer.Option(help="Steps between checkpoints. 0: 100.")] = 0,
-        keep_last: Annotated[int, typer.Option(help="Newest checkpoints that are kept. 0: 2.")] = 0,
-        keep_best: Annotated[int, typer.Option(help="Best checkpoints that are kept beside them.")] = 0,
-        keep_every: Annotated[int, typer.Option(help="Keep checkpoints whose step is a multiple. 0: none.")] = 0,
-        processes: Annotated[
-            int, typer.Option(help="How many train, each in a slot and on rows of its own. 0: 1.")
-        ] = 0,
-        sharded: Annotated[
-            bool, typer.Option("--sharded", help="Each process holds a part of the model and the optimizer's state.")
-        ] = False,
+        checkpoint_interval: CheckpointInterval = 0,
+        keep_last: KeepLast = 0,
+        keep_best: KeepBest = 0,
+        keep_every: KeepEvery = 0,
+        processes: Processes = 0,
+        sharded: Sharded = False,
         progress_interval: Annotated[int, typer.Option(help="Steps between progress events. 0: 1.")] = 0,
         dataset: Annotated[
             list[str] | None, typer.Option(help="SET or SET:WEIGHT. May be repeated. Default: both sets.")
@@ -244,16 +248,12 @@ def _train(app: typer.Typer) -> None:
         batch_size: Annotated[int, typer.Option(help="Rows in a step. 0: 32.")] = 0,
         seed: Seed = 0,
         data_seed: Annotated[int, typer.Option(help="Seed of generated data.")] = 0,
-        checkpoint_interval: Annotated[int, typer.Option(help="Steps between checkpoints. 0: 100.")] = 0,
-        keep_last: Annotated[int, typer.Option(help="Newest checkpoints that are kept. 0: 2.")] = 0,
-        keep_best: Annotated[int, typer.Option(help="Best checkpoints that are kept beside them.")] = 0,
-        keep_every: Annotated[int, typer.Option(help="Keep checkpoints whose step is a multiple. 0: none.")] = 0,
-        processes: Annotated[
-            int, typer.Option(help="How many train, each in a slot and on rows of its own. 0: 1.")
-        ] = 0,
-        sharded: Annotated[
-            bool, typer.Option("--sharded", help="Each process holds a part of the model and the optimizer's state.")
-        ] = False,
+        checkpoint_interval: CheckpointInterval = 0,
+        keep_last: KeepLast = 0,
+        keep_best: KeepBest = 0,
+        keep_every: KeepEvery = 0,
+        processes: Processes = 0,
+        sharded: Sharded = False,
         include_out_of_scope: Annotated[
             bool, typer.Option("--include-out-of-scope", help="Keep rows of no label, as a label.")
         ] = False,
