@@ -14,7 +14,7 @@ from cognate_server.grokfast import parameter_groups
 from cognate_server.losses import PONDER_WEIGHT, objective, truncated_geometric
 from cognate_server.plan import with_defaults
 from cognate_server.precision import Precision
-from cognate_server.trainer import pretrain
+from cognate_server.trainer import PretrainResult, pretrain
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from tests.cognate._support import CONFIG, TINY, CountingStream, MemoryAttempt, weights
 from training_common.attempt import AttemptStopped, StopKind
@@ -28,6 +28,12 @@ RUN = dataclasses.replace(
     control_rates=(1.0, 3.0),
 )
 PRIOR = truncated_geometric(TINY.max_steps, 2.0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> PretrainResult:
+    """A run that nothing cuts."""
+    return pretrain(RUN, CountingStream(carried=True), MemoryAttempt(tmp_path_factory.mktemp("whole")))
 
 
 def control(*rates: float) -> AccelerationControl:
@@ -62,9 +68,10 @@ def test_a_control_changes_no_bit_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "at"), [(StopKind.PAUSE, 33), (StopKind.REVOKED, 33), (StopKind.REVOKED, 30)])
-def test_a_resumed_run_reports_the_same_acceleration(kind: StopKind, at: int, tmp_path: Path) -> None:
+def test_a_resumed_run_reports_the_same_acceleration(
+    kind: StopKind, at: int, whole: PretrainResult, tmp_path: Path
+) -> None:
     """Cut with and without a new checkpoint, and right after a validation: the curves have every point once."""
-    whole = pretrain(RUN, CountingStream(carried=True), MemoryAttempt(tmp_path / "whole"))
     with pytest.raises(AttemptStopped):
         pretrain(RUN, CountingStream(carried=True), MemoryAttempt(tmp_path / "cut", stop=(at + 1, kind)))
     resumed = pretrain(RUN, CountingStream(carried=True), MemoryAttempt(tmp_path / "cut"))

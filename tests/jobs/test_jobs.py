@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from cognateforge.exceptions import IllegalTransitionError, JobNotFoundError, RequestIdReusedError
 from tests.support import toy_worker
+from tests.support.clocks import WallClock
 from tests.support.postgres import PostgresServer
 from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import ToySettings, expected_result
@@ -311,7 +312,7 @@ async def test_a_clock_that_jumps_costs_a_running_job_nothing(
     """Silence is measured by the steady clock: no worker is given up, and nothing looks unobserved."""
     job = service.submit(steps=40, step_s=0.02)
     await service.until(job, lambda row: row.step >= 5)
-    monkeypatch.setattr("training_common.jobs.store.now_us", lambda: now_us() + round(hours * 3.6e9))
+    WallClock(monkeypatch).advance(3600 * hours)
     for _ in range(3):
         service.scheduler.tick()
     assert service.store.get(job.name).observed
@@ -328,8 +329,8 @@ async def test_a_clock_that_is_set_back_keeps_no_job_waiting(
         connection.execute(sa.update(t.jobs).values(not_before_us=now_us() + round(30e6)))
     service.scheduler.tick()
     assert JobState.QUEUED is service.store.get(job.name).state
-    monkeypatch.setattr("training_common.jobs.store.now_us", lambda: now_us() - round(3.6e9))
-    assert JobState.SUCCEEDED is (await service.until(job, ended)).state
+    WallClock(monkeypatch).advance(-3600)
+    assert JobState.SUCCEEDED is (await service.until(job, ended, timeout_s=20)).state
 
 
 def test_silence_counts_only_while_somebody_looks() -> None:

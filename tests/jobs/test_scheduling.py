@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from tests.support.clocks import WallClock
 from tests.support.toy_service import ToyService, ended
 from training_common.attempt import AttemptWaits, StopKind
 from training_common.jobs import queue
@@ -20,25 +21,9 @@ from training_common.store import tables as t
 from training_common.store.database import now_us
 
 
-class Clock:
-    """The wall clock of stores and scheduler, which a test moves."""
-
-    def __init__(self) -> None:
-        self.ahead_us = 0
-
-    def now_us(self) -> int:
-        return now_us() + self.ahead_us
-
-    def advance(self, seconds: float) -> None:
-        self.ahead_us += round(seconds * 1e6)
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    for module in ("store", "queue", "waits"):
-        monkeypatch.setattr(f"training_common.jobs.{module}.now_us", clock.now_us)
-    return clock
+def clock(monkeypatch: pytest.MonkeyPatch) -> WallClock:
+    return WallClock(monkeypatch)
 
 
 def submit(service: ToyService, scheduling: Scheduling = queue.USUAL, **plan: object) -> JobRow:
@@ -79,7 +64,7 @@ def test_a_higher_priority_goes_first_and_the_older_job_among_equals(service: To
 
 @pytest.mark.parametrize(("hours", "passes"), [(2.9, True), (3.1, False)])
 def test_a_point_of_priority_is_worth_an_hour_so_nothing_starves(
-    service: ToyService, clock: Clock, hours: float, passes: bool
+    service: ToyService, clock: WallClock, hours: float, passes: bool
 ) -> None:
     """A job that came three hours after another one passes it with more than three points, not with fewer."""
     older = submit(service)
@@ -115,7 +100,7 @@ def in_s(seconds: float) -> int:
     return now_us() + round(seconds * 1e6)
 
 
-def test_a_job_without_a_worker_by_start_by_has_failed(service: ToyService, clock: Clock) -> None:
+def test_a_job_without_a_worker_by_start_by_has_failed(service: ToyService, clock: WallClock) -> None:
     """The reason is its own, the message names the deadline, and others go on."""
     late, other = submit(service, Scheduling(start_by_us=in_s(60))), submit(service)
     service.scheduler._settings = service.settings.workers.model_copy(update={"slots": 0})
@@ -129,7 +114,7 @@ def test_a_job_without_a_worker_by_start_by_has_failed(service: ToyService, cloc
     assert [other.name] == taken(service)
 
 
-def test_start_by_says_nothing_once_a_worker_was_started(service: ToyService, clock: Clock) -> None:
+def test_start_by_says_nothing_once_a_worker_was_started(service: ToyService, clock: WallClock) -> None:
     """A job that lost its worker afterwards goes on."""
     job = submit(service, Scheduling(start_by_us=in_s(60)))
     service.store.begin_attempt("here")
@@ -140,7 +125,7 @@ def test_start_by_says_nothing_once_a_worker_was_started(service: ToyService, cl
 
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.PAUSED, JobState.RECOVERING])
-def test_a_job_that_holds_no_worker_ends_at_finish_by(service: ToyService, clock: Clock, state: JobState) -> None:
+def test_a_job_that_holds_no_worker_ends_at_finish_by(service: ToyService, clock: WallClock, state: JobState) -> None:
     """At once, in whatever state it waits."""
     job = submit(service, Scheduling(finish_by_us=in_s(60)))
     if state is JobState.PAUSED:
@@ -157,7 +142,7 @@ def test_a_job_that_holds_no_worker_ends_at_finish_by(service: ToyService, clock
     assert row.failure_message.startswith("did not end by its deadline finish_by 20")
 
 
-async def test_a_running_job_saves_a_checkpoint_at_finish_by(service: ToyService, clock: Clock) -> None:
+async def test_a_running_job_saves_a_checkpoint_at_finish_by(service: ToyService, clock: WallClock) -> None:
     """Its worker is asked, lets go in order, and the checkpoint of its last step stays."""
     job = submit(service, Scheduling(finish_by_us=in_s(3600)), steps=10_000, step_s=0.01, checkpoint_every=100_000)
     await service.until(job, lambda row: row.step >= 5)
@@ -173,7 +158,7 @@ async def test_a_running_job_saves_a_checkpoint_at_finish_by(service: ToyService
 
 
 async def test_a_worker_that_does_not_let_go_is_ended_after_the_grace(
-    tmp_path: Path, store_url: str, clock: Clock
+    tmp_path: Path, store_url: str, clock: WallClock
 ) -> None:
     """The first worker hangs in its save; it is killed, and its job has failed for the deadline, not for the loss."""
     service = ToyService(tmp_path, store_url=store_url, deadline_grace_s=30)
@@ -195,7 +180,7 @@ async def test_a_worker_that_does_not_let_go_is_ended_after_the_grace(
     service.database.close()
 
 
-async def test_a_worker_that_dies_after_the_deadline_is_not_replaced(service: ToyService, clock: Clock) -> None:
+async def test_a_worker_that_dies_after_the_deadline_is_not_replaced(service: ToyService, clock: WallClock) -> None:
     """There is no time left for another attempt."""
     job = submit(service, Scheduling(finish_by_us=in_s(3600)))
     service.store.begin_attempt("here")
@@ -209,7 +194,7 @@ async def test_a_worker_that_dies_after_the_deadline_is_not_replaced(service: To
     assert job.name == after.name
 
 
-def test_a_wish_of_the_owner_goes_before_the_deadline(service: ToyService, clock: Clock) -> None:
+def test_a_wish_of_the_owner_goes_before_the_deadline(service: ToyService, clock: WallClock) -> None:
     """A job that is being cancelled ends CANCELLED; one that is being paused ends when it is paused."""
     jobs = [submit(service, Scheduling(finish_by_us=in_s(3600))) for _ in range(2)]
     assert 2 == len(taken(service))
@@ -224,7 +209,7 @@ def test_a_wish_of_the_owner_goes_before_the_deadline(service: ToyService, clock
     assert ["CANCELLED", "FAILED"] == [service.store.get(job.name).state for job in jobs]
 
 
-def test_an_ended_job_is_looked_at_no_more(service: ToyService, clock: Clock) -> None:
+def test_an_ended_job_is_looked_at_no_more(service: ToyService, clock: WallClock) -> None:
     """Whatever its deadline was."""
     job = submit(service, Scheduling(start_by_us=in_s(60), finish_by_us=in_s(120)))
     service.steer("cancel", job)
@@ -269,7 +254,7 @@ def test_what_stands_in_the_way_is_told_of_those_that_have_a_place(
     assert reasons == [wait and wait.reason.value for wait in found]
 
 
-def test_a_job_whose_peer_is_away_is_told_until_when(service: ToyService, clock: Clock) -> None:
+def test_a_job_whose_peer_is_away_is_told_until_when(service: ToyService, clock: WallClock) -> None:
     """Until then it has no place, since others pass it; afterwards it is in the queue as before."""
     job, other = submit(service), submit(service)
     taking = service.store.begin_attempt("here")

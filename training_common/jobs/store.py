@@ -181,7 +181,10 @@ def _may_write(token: int) -> sa.ColumnElement[bool]:
 
 
 def _job(row: Mapping[str, Any] | sa.RowMapping) -> JobRow:
-    return JobRow(**{**row, "state": JobState(row["state"])})
+    # Not through __init__: a frozen class sets its fields one by one, which takes as long as reading the row.
+    job = object.__new__(JobRow)
+    vars(job).update(row, state=JobState(row["state"]))
+    return job
 
 
 def note_of(kind: str, message: str, facts: Mapping[str, str]) -> dict[str, Json]:

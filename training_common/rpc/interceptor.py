@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import random
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         if service in STANDARD_SERVICES:
             return self._bound_standard(handler, method)
         given = dict(handler_call_details.invocation_metadata or ()).get(REQUEST_ID_KEY, "")
-        request_id = str(given) if _REQUEST_ID.fullmatch(str(given)) else str(uuid.uuid4())
+        request_id = str(given) if _REQUEST_ID.fullmatch(str(given)) else f"{random.getrandbits(128):032x}"
         call = _Call(
             method=method,
             policy=self._table.get(method, OPEN),
@@ -278,15 +278,26 @@ def _text(request: Message, field: str) -> str:
 
 async def _only(requests: Requests, call: _Call) -> Message | None:
     """Return the call's request. Errors: DeadlineExceededError, when it does not arrive; InvalidFieldError."""
+    task, late = asyncio.current_task(), False
+
+    def give_up() -> None:
+        nonlocal late
+        late = task.cancel() if task is not None else False
+
+    # Not asyncio.timeout, which takes as long as the checks of the request.
+    timer = asyncio.get_running_loop().call_later(_ARRIVAL_S, give_up)
     try:
-        async with asyncio.timeout(_ARRIVAL_S):
-            return await anext(requests)
-    except TimeoutError:
+        return await anext(requests)
+    except asyncio.CancelledError:
+        if task is None or not late or task.uncancel():
+            raise
         raise DeadlineExceededError(
             f"no request of {call.method} arrived within {_ARRIVAL_S:g} s: send it with the call's headers"
         ) from None
     except StopAsyncIteration:
         raise InvalidFieldError(f"the call of {call.method} ended without a request: send one message") from None
+    finally:
+        timer.cancel()
 
 
 def _decoder(decode: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | None] | None:

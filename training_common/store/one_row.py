@@ -22,10 +22,11 @@ class OneRow:
         compiled = statement.compile(dialect=dialect)
         self._sql = str(compiled)
         self._order = tuple(compiled.positiontup or ())
-        self._columns = tuple(
-            (str(column.key), column.type.dialect_impl(dialect).result_processor(dialect, None))
-            for column in statement.selected_columns
-        )
+        self._keys = tuple(str(column.key) for column in statement.selected_columns)
+        found = [
+            column.type.dialect_impl(dialect).result_processor(dialect, None) for column in statement.selected_columns
+        ]
+        self._processors = tuple((key, process) for key, process in zip(self._keys, found, strict=True) if process)
 
     def read(self, connection: sa.Connection, **values: Any) -> dict[str, Any] | None:
         """Return the row by column names, or None. Errors: sqlalchemy.exc.OperationalError."""
@@ -40,7 +41,7 @@ class OneRow:
             raise sa.exc.OperationalError(self._sql, values, error) from error
         if not rows:
             return None
-        return {
-            key: value if process is None else process(value)
-            for (key, process), value in zip(self._columns, rows[0], strict=True)
-        }
+        row = dict(zip(self._keys, rows[0], strict=True))
+        for key, process in self._processors:
+            row[key] = process(row[key])
+        return row

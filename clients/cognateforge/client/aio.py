@@ -14,7 +14,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 
 from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
-from cognateforge.client import fetch, services, watch
+from cognateforge.client import fetch, frames, services, watch
 from cognateforge.client.breaker import BreakerSnapshot, BreakerState, CallBreaker
 from cognateforge.client.channel import Addresses, AioSwappingChannel, Dialer
 from cognateforge.client.discovery import FIRST_ANSWER_S, Discovery, StaticDiscovery, discovery_for
@@ -192,11 +192,13 @@ class AsyncCognateClient(_AsyncServiceClient):
         stub = self.models
         model = (await stub.GetModel(model_pb2.GetModelRequest(name=name))).model
 
-        def open_stream(offset: int, timeout_s: float) -> fetch.AioFetchStream[model_pb2.FetchModelResponse]:
-            return stub.FetchModel(model_pb2.FetchModelRequest(name=model.name, offset_bytes=offset), timeout=timeout_s)
+        frames_of = self._channel.unary_stream(**frames.FETCH_MODEL)
+
+        def open_stream(offset: int, timeout_s: float) -> fetch.AioFetchStream:
+            return frames_of(model_pb2.FetchModelRequest(name=model.name, offset_bytes=offset), timeout=timeout_s)
 
         landing = Landing(Wanted(name=model.name, digest=model.digest), Path(destination_dir))
-        reader = Reader(landing, fetch.model_parts, on_progress, give_up_after_s)
+        reader = Reader(landing, on_progress, give_up_after_s)
         return await fetch.fetch_aio(landing, open_stream, reader)
 
 
@@ -257,9 +259,11 @@ class AsyncAgentClient(_AsyncServiceClient):
         stub = self.agents
         agent = (await stub.GetAgent(agent_pb2.GetAgentRequest(name=name))).agent
 
-        def open_stream(offset: int, timeout_s: float) -> fetch.AioFetchStream[agent_pb2.FetchAgentResponse]:
-            return stub.FetchAgent(agent_pb2.FetchAgentRequest(name=agent.name, offset_bytes=offset), timeout=timeout_s)
+        frames_of = self._channel.unary_stream(**frames.FETCH_AGENT)
+
+        def open_stream(offset: int, timeout_s: float) -> fetch.AioFetchStream:
+            return frames_of(agent_pb2.FetchAgentRequest(name=agent.name, offset_bytes=offset), timeout=timeout_s)
 
         landing = Landing(Wanted(name=agent.name, digest=agent.digest), Path(destination_dir))
-        reader = Reader(landing, fetch.agent_parts, on_progress, give_up_after_s)
+        reader = Reader(landing, on_progress, give_up_after_s)
         return await fetch.fetch_aio(landing, open_stream, reader)

@@ -17,12 +17,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
-from cognateforge.agent.v1 import agent_pb2
-from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.client.deadline import remaining_budget_s
 from cognateforge.client.flush import EarlyFlush
+from cognateforge.client.frames import Frame, Header, Piece
 from cognateforge.client.manifest import MANIFEST_NAME, Manifest, ManifestFile, check_digest, parse_manifest
 from cognateforge.client.patience import BREAKS, STREAM_LIFE_S, Patience
 from cognateforge.exceptions import (
@@ -32,7 +31,6 @@ from cognateforge.exceptions import (
     LocalStorageError,
     UnavailableError,
 )
-from cognateforge.exchange.v1 import model_pb2
 
 OnProgress = Callable[[int, int], None]
 
@@ -41,8 +39,6 @@ READ_BYTES = 1 << 20
 # How often a fetch asks whether another one of the same artifact has finished.
 LOCK_POLL_S = 0.05
 
-ResponseT_co = TypeVar("ResponseT_co", covariant=True)
-ResponseT = TypeVar("ResponseT")
 StepT = TypeVar("StepT")
 
 
@@ -67,28 +63,6 @@ class Wanted:
 
     name: str
     digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """The first frame of a fetch, of either service."""
-
-    digest: str
-    manifest: bytes
-
-
-def model_parts(response: model_pb2.FetchModelResponse) -> Header | artifact_pb2.Chunk | None:
-    """Return what a frame of FetchModel holds, None for a kind that this release does not know."""
-    if response.HasField("header"):
-        return Header(digest=response.header.model.digest, manifest=response.header.manifest)
-    return response.chunk if response.HasField("chunk") else None
-
-
-def agent_parts(response: agent_pb2.FetchAgentResponse) -> Header | artifact_pb2.Chunk | None:
-    """Return what a frame of FetchAgent holds, None for a kind that this release does not know."""
-    if response.HasField("header"):
-        return Header(digest=response.header.agent.digest, manifest=response.header.manifest)
-    return response.chunk if response.HasField("chunk") else None
 
 
 class Landing:
@@ -166,13 +140,13 @@ class Landing:
                 _write_durably(self.partial / MANIFEST_NAME, manifest.raw)
                 self._begin(manifest)
 
-    def accept_chunk(self, chunk: artifact_pb2.Chunk) -> None:
-        """Write and hash a chunk. It must start where the last one ended; it may span files."""
+    def accept_piece(self, piece: Piece) -> None:
+        """Write and hash a piece. It must start where the last one ended; it may span files."""
         if self._manifest is None:
             raise ArtifactCorruptError(f"the stream of {self.wanted.name} starts without its header")
-        if chunk.offset_bytes != self.offset_bytes:
-            raise ArtifactCorruptError(f"a chunk starts at byte {chunk.offset_bytes}, expected {self.offset_bytes}")
-        data = memoryview(chunk.data)
+        if piece.offset_bytes != self.offset_bytes:
+            raise ArtifactCorruptError(f"a chunk starts at byte {piece.offset_bytes}, expected {self.offset_bytes}")
+        data = piece.data
         self.bytes_received += len(data)
         with self._storage():
             while data:
@@ -379,49 +353,45 @@ def _empty(folder: Path) -> None:
             child.unlink()
 
 
-class FetchStream(Iterable[ResponseT_co], Protocol[ResponseT_co]):
+class FetchStream(Iterable[Frame], Protocol):
     """A sync stream that can be ended from this side."""
 
     def cancel(self) -> bool:
         """End it."""
 
 
-class AioFetchStream(Protocol[ResponseT_co]):
+class AioFetchStream(Protocol):
     """An asyncio stream that can be ended from this side."""
 
-    def __aiter__(self) -> AsyncIterator[ResponseT_co]:
+    def __aiter__(self) -> AsyncIterator[Frame]:
         """Read it."""
 
     def cancel(self) -> bool:
         """End it."""
 
 
-class Reader(Generic[ResponseT]):
-    """Feeds a stream's responses to a Landing, and tells what to do when the stream breaks."""
+class Reader:
+    """Feeds a stream's frames to a Landing, and tells what to do when the stream breaks."""
 
     def __init__(
         self,
         landing: Landing,
-        parts: Callable[[ResponseT], Header | artifact_pb2.Chunk | None],
         on_progress: OnProgress | None,
         give_up_after_s: float,
     ) -> None:
         self._landing = landing
-        self._parts = parts
         self._on_progress = on_progress
         self._patience = Patience(give_up_after_s)
 
-    def take(self, response: ResponseT) -> None:
-        """Take one response. Only bytes count as progress: a header comes with every attempt."""
-        part = self._parts(response)
-        if part is None:
-            return  # what the manifest names must come in chunks all the same
-        if isinstance(part, Header):
-            self._landing.accept_header(part)
+    def take(self, frame: Frame) -> None:
+        """Take one frame. Only bytes count as progress: a header comes with every attempt."""
+        if frame is None:
+            return  # what the manifest names must come in pieces all the same
+        if isinstance(frame, Header):
+            self._landing.accept_header(frame)
             return
-        before = self._landing.offset_bytes
-        self._landing.accept_chunk(part)
-        if self._landing.offset_bytes > before:  # not `if part.data`: every look at it copies the chunk
+        self._landing.accept_piece(frame)
+        if frame.data:
             self._patience.progress()
         if self._on_progress is not None and self._landing.size_bytes is not None:
             self._on_progress(self._landing.offset_bytes, self._landing.size_bytes)
@@ -437,9 +407,7 @@ class Reader(Generic[ResponseT]):
         return again
 
 
-def fetch(
-    landing: Landing, open_stream: Callable[[int, float], FetchStream[ResponseT]], reader: Reader[ResponseT]
-) -> FetchedArtifact:
+def fetch(landing: Landing, open_stream: Callable[[int, float], FetchStream], reader: Reader) -> FetchedArtifact:
     """Fetch an artifact. `open_stream` takes offset_bytes and a timeout."""
     try:
         if done := landing.open():
@@ -448,8 +416,8 @@ def fetch(
             error: ForgeError | None = None
             stream = open_stream(landing.offset_bytes, STREAM_LIFE_S)
             try:
-                for response in stream:
-                    reader.take(response)
+                for frame in stream:
+                    reader.take(frame)
             except BREAKS as broken:
                 error = broken
             except ArtifactCorruptError as corrupt:
@@ -466,7 +434,7 @@ def fetch(
 
 
 async def fetch_aio(
-    landing: Landing, open_stream: Callable[[int, float], AioFetchStream[ResponseT]], reader: Reader[ResponseT]
+    landing: Landing, open_stream: Callable[[int, float], AioFetchStream], reader: Reader
 ) -> FetchedArtifact:
     """The same for asyncio. Hashing what lies on disk, and the last fsyncs, leave the event loop alone."""
     try:
@@ -476,8 +444,8 @@ async def fetch_aio(
             error: ForgeError | None = None
             stream = open_stream(landing.offset_bytes, STREAM_LIFE_S)
             try:
-                async for response in stream:
-                    reader.take(response)
+                async for frame in stream:
+                    reader.take(frame)
             except BREAKS as broken:
                 error = broken
             except ArtifactCorruptError as corrupt:

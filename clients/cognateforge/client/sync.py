@@ -13,7 +13,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 
 from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
-from cognateforge.client import fetch, services, watch
+from cognateforge.client import fetch, frames, services, watch
 from cognateforge.client.breaker import BreakerSnapshot, BreakerState, CallBreaker
 from cognateforge.client.channel import Addresses, Dialer, SwappingChannel
 from cognateforge.client.discovery import FIRST_ANSWER_S, Discovery, discovery_for
@@ -202,11 +202,13 @@ class CognateClient(_ServiceClient):
         stub = self.models
         model = stub.GetModel(model_pb2.GetModelRequest(name=name)).model
 
-        def open_stream(offset: int, timeout_s: float) -> fetch.FetchStream[model_pb2.FetchModelResponse]:
-            return stub.FetchModel(model_pb2.FetchModelRequest(name=model.name, offset_bytes=offset), timeout=timeout_s)
+        frames_of = self._channel.unary_stream(**frames.FETCH_MODEL)
+
+        def open_stream(offset: int, timeout_s: float) -> fetch.FetchStream:
+            return frames_of(model_pb2.FetchModelRequest(name=model.name, offset_bytes=offset), timeout=timeout_s)
 
         landing = Landing(Wanted(name=model.name, digest=model.digest), Path(destination_dir))
-        return fetch.fetch(landing, open_stream, Reader(landing, fetch.model_parts, on_progress, give_up_after_s))
+        return fetch.fetch(landing, open_stream, Reader(landing, on_progress, give_up_after_s))
 
 
 class AgentClient(_ServiceClient):
@@ -266,8 +268,10 @@ class AgentClient(_ServiceClient):
         stub = self.agents
         agent = stub.GetAgent(agent_pb2.GetAgentRequest(name=name)).agent
 
-        def open_stream(offset: int, timeout_s: float) -> fetch.FetchStream[agent_pb2.FetchAgentResponse]:
-            return stub.FetchAgent(agent_pb2.FetchAgentRequest(name=agent.name, offset_bytes=offset), timeout=timeout_s)
+        frames_of = self._channel.unary_stream(**frames.FETCH_AGENT)
+
+        def open_stream(offset: int, timeout_s: float) -> fetch.FetchStream:
+            return frames_of(agent_pb2.FetchAgentRequest(name=agent.name, offset_bytes=offset), timeout=timeout_s)
 
         landing = Landing(Wanted(name=agent.name, digest=agent.digest), Path(destination_dir))
-        return fetch.fetch(landing, open_stream, Reader(landing, fetch.agent_parts, on_progress, give_up_after_s))
+        return fetch.fetch(landing, open_stream, Reader(landing, on_progress, give_up_after_s))
