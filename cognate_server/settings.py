@@ -18,6 +18,13 @@ class PretrainingSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="type of matrix products; auto is bfloat16 where the processor multiplies it"
     )
+    reasoning_problems: int = Field(
+        default=16,
+        ge=1,
+        le=10_000,
+        description="held-out problems of each set that a score of reasoning asks for; a share of 16 is coarse, and "
+        "takes 30 s of one core while no answer ends early",
+    )
 
 
 class LendingSettings(Section):

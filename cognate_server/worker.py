@@ -42,12 +42,11 @@ from training_common.team_attempt import TeamAttempt
 from training_common.worker import AssistantContext, WorkerContext, run
 
 ARCHITECTURE = "cognate_v1"
-# Of each set. A share of 16 is coarse, and is told with their number.
-REASONING_PROBLEMS = 16
 # The whole solution fits for 84 % of held-out GSM8K, 90 % of HotpotQA and all generated problems; 64 tokens would hold
 # 6 % of GSM8K's, and no score could be above that.
 REASONING_TOKENS = 192
-# A score takes 30 s of one core while no answer ends early: 4 % of 500 steps of the smallest default batch.
+# A score of 16 problems of each set takes 30 s of one core while no answer ends early: 4 % of 500 steps of the
+# smallest default batch.
 SCORE_INTERVAL_STEPS = 500
 # 32 rows forward cost as much as three training steps of the smallest default batch.
 VALIDATION_INTERVAL_STEPS = 100
@@ -90,7 +89,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     try:
         # The first process decides for all of them.
         precision = team.agree(lambda: _precision(settings.pretraining.precision, context.job_dir / "precision"))
-        reason = functools.partial(_reason, stream, plan.sequence_length)
+        reason = functools.partial(_reason, stream, plan.sequence_length, settings.pretraining.reasoning_problems)
         result = pretrain(
             _config(plan, Precision(precision)),
             stream,
@@ -129,13 +128,13 @@ def _set_threads(settings: CognateSettings, team: Team) -> None:
     torch.set_num_threads(threads_of(settings.workers.threads, os.cpu_count() or 1, team.size))
 
 
-def _reason(stream: CognateTokenStream, sequence_length: int, model: CognateV1) -> list[ReasoningScore]:
+def _reason(stream: CognateTokenStream, sequence_length: int, problems: int, model: CognateV1) -> list[ReasoningScore]:
     return evaluate(
         model,
         stream.tokenizer,
         stream.held_out,
         sequence_length=sequence_length,
-        problems=REASONING_PROBLEMS,
+        problems=problems,
         max_new_tokens=REASONING_TOKENS,
     )
 

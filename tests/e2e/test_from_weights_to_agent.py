@@ -82,6 +82,8 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
 ) -> None:
     """kill -9 of server and worker cost neither an event nor the job; the agent names the digest that was published."""
     monkeypatch.delenv("FORGE_DATA", raising=False)
+    # Scores of reasoning are no part of this, and take longer than the training.
+    monkeypatch.setenv("COGNATE_SERVER_PRETRAINING__REASONING_PROBLEMS", "1")
     with both_services(tmp_path) as (services, cognate, agents):
         # Long enough that the worker is still in training when the server has started anew.
         plan = cognate_v1.PretrainingPlan(

@@ -17,6 +17,8 @@ from deploy.services import Services
 
 STEPS = 8
 SETTINGS = {"WORKERS__SLOTS": "2", "WORKERS__THREADS": "1"}
+# Scores of reasoning are no part of this, and take longer than the training.
+FEW_PROBLEMS = {"PRETRAINING__REASONING_PROBLEMS": "1"}
 
 
 def start(cognate: CognateClient, processes: int) -> str:
@@ -43,7 +45,7 @@ def test_a_job_of_two_processes_outlives_one_of_them_and_trains_as_one(
     monkeypatch.delenv("FORGE_DATA", raising=False)
     services = Services(tmp_path)
     try:
-        first = services.start("cognate_server", address="127.0.0.1:0", settings=SETTINGS)
+        first = services.start("cognate_server", address="127.0.0.1:0", settings={**SETTINGS, **FEW_PROBLEMS})
         with CognateClient(first.address) as cognate:
             alone = losses_alone(cognate)
             with pytest.raises(InvalidFieldError, match=r"plan\.compute\.processes"):

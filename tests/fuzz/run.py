@@ -28,7 +28,7 @@ import grpc
 import hypothesis
 import psutil
 import sqlalchemy as sa
-from google.protobuf import descriptor_pool, duration_pb2
+from google.protobuf import descriptor_pool, duration_pb2, timestamp_pb2
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
@@ -41,7 +41,7 @@ import agent_server.server
 import cognate_server.migrations
 import cognate_server.server
 from cognateforge.agent.v1 import training_pb2
-from cognateforge.cognate.v1 import pretraining_pb2
+from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
 from cognateforge.exchange.v1 import resource_pb2, resource_pb2_grpc
 from tests.fuzz.requests import Request, requests
 from tests.support.published import publish_agent, publish_model
@@ -54,15 +54,18 @@ USUAL_TIMEOUT_S = 5.0
 HEARTBEAT_S = 0.02
 _QUIET_S = 0.1
 ROUNDS = 10
-# Of the first job that waits; its folder is never opened.
-CHECKPOINT: dict[str, Any] = {
-    "attempt": 1,
-    "step": 4,
-    "digest": f"sha256:{'0' * 64}",
-    "size_bytes": 1,
-    "folder": "1-4",
-    "create_us": 1_700_000_000_000_000,
-}
+# Of the first job that waits; their folders are never opened.
+CHECKPOINTS: list[dict[str, Any]] = [
+    {
+        "attempt": 1,
+        "step": step,
+        "digest": f"sha256:{'0' * 64}",
+        "size_bytes": 1,
+        "folder": f"1-{step}",
+        "create_us": 1_700_000_000_000_000,
+    }
+    for step in (4, 8)
+]
 NOT_SERVED = {"ValidateModel", "EvaluateAgent"}
 # What a service may be busy with by itself: leases end.
 _MOVES_BY_ITSELF = {"leases", "lease_clock"}
@@ -153,8 +156,9 @@ def running(name: str, folder: Path, **more: str) -> Iterator[Service]:
         for _ in range(5):
             plan = pretraining_pb2.PretrainingPlan(total_steps=9).SerializeToString() if name == "cognate" else b""
             jobs.append(JobStore(database).submit(connection, plan=plan, total_steps=9, caller="seed"))
-        # As if an earlier attempt of the first had saved it.
-        connection.execute(sa.insert(t.checkpoints).values(job_id=jobs[0].id, available=True, **CHECKPOINT))
+        # As if an earlier attempt of the first had saved them.
+        for checkpoint in CHECKPOINTS:
+            connection.execute(sa.insert(t.checkpoints).values(job_id=jobs[0].id, available=True, **checkpoint))
     database.close()
     published = [(publish_model if name == "cognate" else publish_agent)(folder) for _ in range(3)]
     prefix = f"{name.upper()}_SERVER_"
@@ -197,7 +201,10 @@ def running(name: str, folder: Path, **more: str) -> Iterator[Service]:
 
 
 def served_requests(services: Sequence[Service]) -> dict[str, list[Message]]:
-    """Return requests that chance would not find, by the methods that serve them. Some leases are acquired for them."""
+    """Return requests that chance would not find, by the methods that serve them.
+
+    Some leases are acquired for them, and a slot is reserved.
+    """
     cognate, agent = services
     resources = resource_pb2_grpc.ResourceServiceStub(cognate.channel)
     leases = []
@@ -219,6 +226,16 @@ def served_requests(services: Sequence[Service]) -> dict[str, list[Message]]:
         total_steps=40,
     )
     keep, end = leases
+    now_s = int(time.time())
+    reserve = pretraining_pb2.CreateReservationRequest(
+        request_id=str(uuid.uuid4()),
+        slots=1,
+        start_time=timestamp_pb2.Timestamp(seconds=now_s),
+        end_time=timestamp_pb2.Timestamp(seconds=now_s + 86_400),
+    )
+    pretraining = pretraining_pb2_grpc.CognatePretrainingServiceStub(cognate.channel)
+    reserved = pretraining.CreateReservation(reserve, timeout=USUAL_TIMEOUT_S).reservation
+    reserve.ClearField("request_id")
     made: list[tuple[str, Message]] = [
         (
             "cognate.v1.CognatePretrainingService.StartPretraining",
@@ -236,13 +253,22 @@ def served_requests(services: Sequence[Service]) -> dict[str, list[Message]]:
             resource_pb2.ReleaseLeaseRequest(name=end.name, fencing_token=end.fencing_token),
         ),
         ("exchange.v1.ResourceService.WatchLease", resource_pb2.WatchLeaseRequest(name=keep.name)),
+        ("cognate.v1.CognatePretrainingService.CreateReservation", reserve),
+        (
+            "cognate.v1.CognatePretrainingService.CancelReservation",
+            pretraining_pb2.CancelReservationRequest(name=reserved.name),
+        ),
         *(
-            (f"{package}.{service}.{verb}Checkpoint", request(name=owner.known[0], step=CHECKPOINT["step"]))
+            (f"{package}.{service}.{verb}", request)
             for package, service, owner, module in (
                 ("cognate.v1", "CognatePretrainingService", cognate, pretraining_pb2),
                 ("agent.v1", "AgentForgeTrainingService", agent, training_pb2),
             )
-            for verb, request in (("Pin", module.PinCheckpointRequest), ("Unpin", module.UnpinCheckpointRequest))
+            for verb, request in (
+                ("PinCheckpoint", module.PinCheckpointRequest(name=owner.known[0], step=CHECKPOINTS[0]["step"])),
+                ("UnpinCheckpoint", module.UnpinCheckpointRequest(name=owner.known[0], step=CHECKPOINTS[0]["step"])),
+                ("VerifyResume", module.VerifyResumeRequest(name=owner.known[0])),
+            )
         ),
     ]
     return {f"cognateforge.{name}": [message] for name, message in made}
@@ -319,7 +345,7 @@ def fuzz(folder: Path, *, count: int, seed: int) -> dict[str, Any]:
     tally = Tally()
     with contextlib.ExitStack() as stack:
         services = [
-            stack.enter_context(running("cognate", folder / "cognate", LENDING__GPUS="4")),
+            stack.enter_context(running("cognate", folder / "cognate", LENDING__GPUS="4", RESERVATIONS__SLOTS="4")),
             stack.enter_context(running("agent", folder / "agent", COGNATE__ASK_WITHIN_S="0")),
         ]
         served = served_requests(services)
