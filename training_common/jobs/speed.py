@@ -13,8 +13,9 @@ from google.protobuf.message import Message
 from training_common.attempt import Json
 from training_common.store import tables as t
 
-# Attempts that a median is taken of.
+# Attempts that a median is taken of, and the jobs among which they are looked for.
 NEWEST = 20
+_NEWEST_JOBS = 200
 
 
 def configuration_of(plan: Message, settings: Mapping[str, Json]) -> str:
@@ -41,15 +42,13 @@ def measured_steps_per_s(connection: sa.Connection, job_id: int, attempt: int) -
 
 def speeds(connection: sa.Connection, *, configuration: str, server: str) -> list[float]:
     """Return the steps a second of the newest attempts of a configuration on a server that were measured."""
+    jobs = sa.select(t.jobs.c.id).filter_by(configuration=configuration).order_by(t.jobs.c.id.desc())
+    newest = jobs.limit(_NEWEST_JOBS).subquery()
     query = (
         sa.select(t.attempts.c.steps_per_s)
-        .join(t.jobs, t.jobs.c.id == t.attempts.c.job_id)
-        .where(
-            t.jobs.c.configuration == configuration,
-            t.attempts.c.server == server,
-            t.attempts.c.steps_per_s.is_not(None),
-        )
-        .order_by(t.jobs.c.id.desc())
+        .join(newest, newest.c.id == t.attempts.c.job_id)
+        .where(t.attempts.c.server == server, t.attempts.c.steps_per_s.is_not(None))
+        .order_by(newest.c.id.desc())
         .limit(NEWEST)
     )
     return list(connection.execute(query).scalars())
