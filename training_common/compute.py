@@ -24,8 +24,9 @@ def require_slots(compute: job_pb2.Compute, workers: WorkerSettings) -> None:
         return
     if compute.processes > workers.slots:
         raise _too_many(compute, workers.slots, "slots", "workers.slots")
-    if workers.devices and compute.processes * workers.devices_per_worker > len(workers.devices):
-        most = len(workers.devices) // workers.devices_per_worker
+    places = len(workers.devices) * workers.workers_per_device
+    if workers.devices and compute.processes * workers.devices_per_worker > places:
+        most = places // workers.devices_per_worker
         raise _too_many(compute, most, "devices for each process", "workers.devices")
 
 
