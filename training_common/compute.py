@@ -55,6 +55,11 @@ def rows_of_each(batch_size: int, compute: job_pb2.Compute) -> int:
     return -(-batch_size // max(1, compute.processes))
 
 
+def parts_of(compute: job_pb2.Compute) -> int:
+    """Return among how many processes a job's model and its state are parted; 1 where each holds all of them."""
+    return compute.processes if compute.strategy == job_pb2.COMPUTE_STRATEGY_FSDP2 else 1
+
+
 def threads_of(setting: int, cores: int, processes: int) -> int:
     """Return the torch threads of each process. setting: `workers.threads`; 0 shares out all cores."""
     return setting or max(1, cores // processes)
