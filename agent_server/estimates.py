@@ -10,7 +10,7 @@ from agent_server.architectures.factory import AgentArchitecture
 from agent_server.settings import AgentSettings
 from agent_server.train_config import adaptation_of
 from cognateforge.agent.v1 import training_pb2 as pb
-from training_common.compute import rows_of_each
+from training_common.compute import parts_of, rows_of_each
 from training_common.jobs.speed import configuration_of
 
 _MIB = 2**20
@@ -30,9 +30,9 @@ class SizedArchitecture(Protocol):
 
 
 def memory(plan: pb.TrainingPlan, architecture: AgentArchitecture, settings: AgentSettings) -> Mapping[str, int]:
-    """Return the bytes of the parts of each of a worker's processes at its peak, none where sizes are not known.
+    """Return the bytes of the parts of a worker's first process at its peak; of others all but the checkpoint's copy.
 
-    plan: with its defaults filled in. Under FSDP2 it is more than they need: what they part is counted whole.
+    None where sizes are not known. plan: with its defaults filled in.
     """
     if not isinstance(architecture, SizedArchitecture):
         return {}
@@ -40,14 +40,18 @@ def memory(plan: pb.TrainingPlan, architecture: AgentArchitecture, settings: Age
     trained = _FLOAT_BYTES * count.trainable
     moments = {"adamw": 2, "adam": 2, "sgd": 1 if plan.optimization.sgd.momentum else 0}
     optimizer = moments[plan.optimization.WhichOneof("optimizer") or "adamw"] * trained
+    model, processes = _FLOAT_BYTES * count.total, parts_of(plan.compute)
     parts = {
         "runtime": RUNTIME_BYTES,
-        "weights": _FLOAT_BYTES * count.total,
-        "gradients": trained,
-        "optimizer": optimizer,
+        "weights": model // processes,
+        "gradients": trained // processes,
+        "optimizer": optimizer // processes,
         "activations": ROW_BYTES * rows_of_each(plan.batch_size, plan.compute),
     }
-    if settings.workers.checkpoints == "async":
+    if processes > 1:
+        parts["gathered"] = 2 * model  # weights and gradients in a step, the model and its state where it is measured
+    # Where it is parted, it is whole while it is written.
+    if settings.workers.checkpoints == "async" or processes > 1:
         parts["checkpoint_copy"] = trained + optimizer
     return parts
 

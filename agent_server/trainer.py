@@ -313,13 +313,14 @@ class _Run:
             return
         if self._saving is not None:
             self._saving.result()  # what the copy overwrites is written
-        state: dict[str, Any] = {
-            # Whole, whatever each process holds: any number of processes can go on from it.
-            "trained": whole({name: value.detach() for name, value in self.state.items()}),
-            "optimizer": {"optimizer": whole(self.optimizer.state_dict()), "random": torch.get_rng_state()},
+        parts = {
+            "trained": {name: value.detach() for name, value in self.state.items()},
+            "optimizer": {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()},
         }
-        if self.attempt.saves_in_background:
-            state = self._copy.take(state)
+        # Whole, whatever each process holds: any number of processes can go on from it.
+        state: dict[str, Any] = (
+            self._copy.take(parts) if self.attempt.saves_in_background else whole(parts, keep=self.team.leads)
+        )
         position = self._position()
 
         def write(folder: Path) -> None:

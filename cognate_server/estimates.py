@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cognate_server.settings import CognateSettings
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
-from training_common.compute import rows_of_each
+from training_common.compute import parts_of, rows_of_each
 from training_common.jobs.speed import configuration_of
 from training_common.models.fingerprints import COGNATE_V1_25M_PARAMETERS
 
@@ -22,24 +22,28 @@ BFLOAT16_KERNEL_BYTES = 1500 * _MIB
 
 
 def memory(plan: pb.PretrainingPlan, settings: CognateSettings) -> Mapping[str, int]:
-    """Return the bytes of the parts of each of a worker's processes at its peak.
+    """Return the bytes of the parts of a worker's first process at its peak; of others all but the checkpoint's copy.
 
-    plan: with its defaults filled in. Under FSDP2 it is more than they need: what they part is counted whole.
+    plan: with its defaults filled in.
     """
-    model = _FLOAT_BYTES * COGNATE_V1_25M_PARAMETERS
+    model, processes = _FLOAT_BYTES * COGNATE_V1_25M_PARAMETERS, parts_of(plan.compute)
     parts = {
         "runtime": RUNTIME_BYTES,
-        "weights": model,
-        "gradients": model,
-        "optimizer": 2 * model,
-        "filter": model,
+        "weights": model // processes,
+        "gradients": model // processes,
+        "optimizer": 2 * model // processes,
+        "filter": model // processes,
         "activations": TOKEN_BYTES * rows_of_each(plan.batch_size, plan.compute) * plan.sequence_length,
     }
+    if processes > 1:
+        parts["gathered"] = 2 * model  # weights and gradients in a step, the model and its state where it is measured
     controls = len(plan.acceleration_control.learning_rate_factors) if plan.HasField("acceleration_control") else 0
     if controls:
         parts["control"] = controls * 4 * model  # weights, gradients, two moments
     if settings.workers.checkpoints == "async":
         parts["checkpoint_copy"] = (4 + 3 * controls) * model  # all of it but gradients
+    elif processes > 1:
+        parts["checkpoint_copy"] = 4 * model  # whole only while it is written
     precision = settings.pretraining.precision
     if precision == "bfloat16" or (precision == "auto" and _multiplies_bfloat16()):
         parts["kernels"] = BFLOAT16_KERNEL_BYTES

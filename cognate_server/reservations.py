@@ -27,6 +27,7 @@ from training_common.jobs import yielding
 from training_common.jobs.queue import is_due
 from training_common.jobs.states import HELD
 from training_common.jobs.store import AttemptRow, JobRow, JobStore, first_due
+from training_common.jobs.verifications import count_running
 from training_common.jobs.waits import HeldBack, WaitReason
 from training_common.store import tables as t
 from training_common.store.database import Database, Turn, now_us
@@ -171,12 +172,22 @@ class Calendar:
                 found[job.id] = _told(f"the slots that are free are kept for {names[:1500]}")
         return found
 
+    def has_room(self, connection: sa.Connection) -> bool:
+        """Whether reservations leave a slot to a replay, in the transaction that gives it the slot."""
+        now = now_us()
+        open_ = self.open(connection, now)
+        if not open_:
+            return True
+        self.database.in_turn(connection, Turn.CAPACITY)
+        return self.left(open_, self.held(connection), now) > 0
+
     def held(self, connection: sa.Connection) -> dict[str, int]:
-        """Return how many slots the jobs of every reservation take, by its name; "" for those of none."""
+        """Return how many slots the jobs of every reservation take, by its name; "" for those of none, and replays."""
         query = (
             sa.select(t.jobs.c.reservation, sa.func.sum(t.jobs.c.processes)).where(_HELD).group_by(t.jobs.c.reservation)
         )
-        return {str(name): int(count) for name, count in connection.execute(query)}
+        found = {str(name): int(count) for name, count in connection.execute(query)}
+        return {**found, "": found.get("", 0) + count_running(connection)}
 
     def left(self, open_: Sequence[ReservationRow], held: Mapping[str, int], now: int) -> int:
         """Return how many slots are free for jobs of no reservation."""

@@ -7,6 +7,7 @@ gives it back when a job of ours needs it.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,10 +114,7 @@ class CognateResourceManager:
         self.database.in_turn(connection, Turn.CAPACITY)
         now = now_us()
         lent = self.leases.active(connection, Resource.CPU, now)
-        if not lent:
-            return ""
-        free = self._total(Resource.CPU) - self._own(connection, Resource.CPU) - sum(one.amount for one in lent)
-        missing = min(self._total(Resource.CPU), job.processes * self._cores_per_slot()) - free
+        missing = self._missing(connection, lent, job.processes)
         if missing <= 0:
             return ""
         wanted = f"{missing} cores are missing, which are lent to {', '.join(sorted({one.holder for one in lent}))}"
@@ -129,6 +127,19 @@ class CognateResourceManager:
                 missing -= lease.amount
                 self._tell(connection, job.id, revoked, now)
         return f"{wanted}, and were asked back"
+
+    def has_room(self, connection: sa.Connection) -> bool:
+        """Whether a replay finds its cores, in the transaction that gives it a slot. None are asked back for it."""
+        self.database.in_turn(connection, Turn.CAPACITY)
+        return self._missing(connection, self.leases.active(connection, Resource.CPU, now_us()), 1) <= 0
+
+    def _missing(self, connection: sa.Connection, lent: Sequence[LeaseRow], processes: int) -> int:
+        """Return how many of the cores that so many processes take are lent; none or fewer where nothing is missing."""
+        if not lent:
+            return 0
+        total = self._total(Resource.CPU)
+        free = total - self._own(connection, Resource.CPU) - sum(one.amount for one in lent)
+        return min(total, processes * self._cores_per_slot()) - free
 
     def _tell(self, connection: sa.Connection, job_id: int, lease: LeaseRow, now: int) -> None:
         left_s = max(0.0, (lease.until_us - now) / 1e6)

@@ -282,9 +282,9 @@ class PretrainingRun:
         good = self.good  # waits, so that what the copy overwrites is written
         is_good = planned and self.recovery.healthy and self._is_finite()
         kept = None if is_good else good
-        tensors, trainer = self._tensors(), self._trainer(good_step=self.step if is_good else None)
-        if attempt.saves_in_background:
-            tensors = self._copy.take(tensors)
+        parts, trainer = self._tensors(), self._trainer(good_step=self.step if is_good else None)
+        # Whole, whatever each process holds: any number of processes can go on from it.
+        tensors = self._copy.take(parts) if attempt.saves_in_background else whole(parts, keep=self.team.leads)
 
         def write(folder: Path) -> None:
             _write(folder, tensors, trainer, self.config.model)
@@ -299,15 +299,12 @@ class PretrainingRun:
         return not bool(self.team.total(torch.tensor(broken)))
 
     def _tensors(self) -> dict[str, Any]:
-        """Return what changes in place while training goes on, by the file that it goes into.
-
-        It is whole, whatever each process holds: any number of processes can go on from it.
-        """
+        """Return what changes in place while training goes on, by the file that it goes into; parted as it is here."""
         memory = None if self.memory is None else self.memory.map(self.team.gather)
         tensors: dict[str, Any] = {
-            "model": whole(self.model.state_dict()),
+            "model": self.model.state_dict(),
             "optimizer": {
-                "optimizer": whole(self.optimizer.state_dict()),
+                "optimizer": self.optimizer.state_dict(),
                 "memory": None if memory is None else memory.tensors(),
                 "random_state": torch.get_rng_state(),
             },

@@ -58,7 +58,12 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     leases = LeaseStore(database)
     resources = CognateResourceManager(store, leases, workers=settings.workers, lending=settings.lending)
     verifier = Verifier(
-        VerificationStore(store), engine, settings.workers, settings_file=worker_settings, server=settings.server_name
+        VerificationStore(store),
+        engine,
+        settings.workers,
+        settings_file=worker_settings,
+        server=settings.server_name,
+        may_start=lambda connection: calendar.has_room(connection) and resources.has_room(connection),
     )
     scheduler = Scheduler(
         store,

@@ -24,8 +24,9 @@ def require_slots(compute: job_pb2.Compute, workers: WorkerSettings) -> None:
         return
     if compute.processes > workers.slots:
         raise _too_many(compute, workers.slots, "slots", "workers.slots")
-    if workers.devices and compute.processes * workers.devices_per_worker > len(workers.devices):
-        most = len(workers.devices) // workers.devices_per_worker
+    places = len(workers.devices) * workers.workers_per_device
+    if workers.devices and compute.processes * workers.devices_per_worker > places:
+        most = places // workers.devices_per_worker
         raise _too_many(compute, most, "devices for each process", "workers.devices")
 
 
@@ -52,6 +53,11 @@ def _refused(description: str) -> InvalidFieldError:
 def rows_of_each(batch_size: int, compute: job_pb2.Compute) -> int:
     """Return the most rows of a batch that one process trains on."""
     return -(-batch_size // max(1, compute.processes))
+
+
+def parts_of(compute: job_pb2.Compute) -> int:
+    """Return among how many processes a job's model and its state are parted; 1 where each holds all of them."""
+    return compute.processes if compute.strategy == job_pb2.COMPUTE_STRATEGY_FSDP2 else 1
 
 
 def threads_of(setting: int, cores: int, processes: int) -> int:

@@ -1,8 +1,9 @@
-"""One worker for one device of a host: locks that both services take, and that end with their process.
+"""Devices of a host, or even parts of them, for one worker each: locks of both services that end with their process.
 
-A lock is a file of a folder that all services of the host share. The kernel lets go of it when the process ends,
-however that ends. The locks keep services that use them apart; they guard against accidents, not against programs that
-do not ask.
+A device has a file in a folder that all services of the host share, and stands for the interval from 0 to 1. A worker
+locks the whole of it, or one of n parts of the same length, so that the parts of all workers never add up to more than
+the device, whatever number each service divides by. The kernel lets go when the process ends, however that ends. The
+locks keep services that use them apart; they guard against accidents, not against programs that do not ask.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import os
 import re
 import stat
+import struct
 import tempfile
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from training_common.attempt import AttemptWaits
-from training_common.settings import SettingsError, WorkerSettings
+from training_common.settings import MOST_SHARES, SettingsError, WorkerSettings
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +30,12 @@ DEVICE = "device"
 _PROC = Path("/proc/driver/nvidia/gpus")
 # Anybody on the host may lock: the services may run as different users. Only owners may remove a file.
 _FOLDER_MODE, _FILE_MODE = 0o1777, 0o666
+# Where parts begin and end, in bytes that are locked and never written: thirds and sixths meet where they should.
+_WHOLE = 1 << 62
+# struct flock of 64-bit Linux: type, whence, start, length, process.
+_FLOCK = "hhqqi"
+# What the file holds: a cell for the name of each holder. Parts are no smaller than 1/MOST_SHARES, so that no two which
+# are held at once begin in the same cell.
 _HOLDER_BYTES = 200
 
 
@@ -55,25 +63,34 @@ class DeviceLocks:
                 f"workers.device_folder: anybody may remove files of {self._folder}; give it a sticky bit (chmod 1777)"
             )
 
-    def take(self, devices: Sequence[str], count: int, *, holder: str) -> list[str]:
+    def take(self, devices: Sequence[str], count: int, *, holder: str, shares: int = 1) -> list[str]:
         """Lock `count` of the devices, the first that are free, and return them; all or none.
 
+        shares: into how many parts a device is divided, of which one is locked: the first ones of all devices, then the
+        second ones, which spreads workers over the devices.
         Errors: AttemptWaits, which names who has those that are not free.
         """
         taken: dict[str, int] = {}
-        others: list[str] = []
-        for device in devices:
-            if len(taken) == count:
-                break
-            file, other = self._lock(device, holder)
-            if file is None:
-                others.append(f"{device} is in use by {other}")
-            else:
-                taken[device] = file
+        others: dict[str, str] = {}
+        for part in range(shares):
+            for device in devices:
+                if device in taken or len(taken) == count:
+                    continue
+                file, other = self._lock(device, holder, part, shares)
+                if file is None:
+                    others.setdefault(device, other)
+                else:
+                    taken[device] = file
         if len(taken) < count:
             for file in taken.values():
                 os.close(file)
-            raise AttemptWaits(DEVICE, message=f"{len(taken)} of {count} devices are free: {', '.join(others)}")
+            who = ", ".join(f"{device} is in use by {other}" for device, other in others.items() if device not in taken)
+            free = (
+                f"{len(taken)} of {count} devices are free"
+                if shares == 1
+                else f"{len(taken)} of {count} devices have 1/{shares} free"
+            )
+            raise AttemptWaits(DEVICE, message=f"{free}: {who}")
         self._held += taken.values()
         return list(taken)
 
@@ -87,21 +104,21 @@ class DeviceLocks:
         while self._held:
             os.close(self._held.pop())
 
-    def _lock(self, device: str, holder: str) -> tuple[int | None, str]:
-        """Return an open, locked file, or None and who has it."""
+    def _lock(self, device: str, holder: str, part: int, shares: int) -> tuple[int | None, str]:
+        """Return an open file with a part locked, or None and who has something of it."""
         path = self._folder / f"{self._name(device)}.lock"
+        start, end = _WHOLE * part // shares, _WHOLE * (part + 1) // shares
         while True:
             file = _open(path)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                with os.fdopen(file, "rb") as other:
-                    return None, other.read(_HOLDER_BYTES).decode("utf-8", "replace") or "another process"
+            other = _lock_range(file, start, end)
+            if other is not None:
+                with os.fdopen(file, "rb") as names:
+                    name = os.pread(names.fileno(), _HOLDER_BYTES, _cell_of(other)).rstrip(b"\0")
+                    return None, name.decode("utf-8", "replace") or "another process"
             # A cleaner of old files may have removed it between the two: then nobody else would meet this lock.
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == os.fstat(file).st_ino:
-                    os.ftruncate(file, 0)
-                    os.pwrite(file, holder.encode()[:_HOLDER_BYTES], 0)
+                    os.pwrite(file, holder.encode()[:_HOLDER_BYTES].ljust(_HOLDER_BYTES, b"\0"), _cell_of(start))
                     return file, ""
             os.close(file)
 
@@ -117,6 +134,25 @@ class DeviceLocks:
             match = re.search(r"GPU UUID:\s*(\S+)", one.read_text(encoding="utf-8", errors="replace"))
             found.append(match.group(1) if match else "")
         return found
+
+
+def _lock_range(file: int, start: int, end: int) -> int | None:
+    """Lock a range of a file for as long as it is open, or return where a lock begins that is in the way."""
+    wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, end - start, 0)
+    while True:
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, wanted)
+        except BlockingIOError:
+            kind, _, other, _, _ = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, wanted))
+            if kind != fcntl.F_UNLCK:
+                return int(other)
+        else:
+            return None
+
+
+def _cell_of(start: int) -> int:
+    """Return where in a device's file the name of who holds the part that starts there is written."""
+    return start * MOST_SHARES // _WHOLE * _HOLDER_BYTES
 
 
 def _open(path: Path) -> int:
@@ -137,6 +173,7 @@ _locks: DeviceLocks | None = None
 def take_devices(settings: WorkerSettings, *, job: str, environment: MutableMapping[str, str] = os.environ) -> None:
     """Take this process's devices, and show it no others. Call it before anything looks for devices.
 
+    Where workers share devices, torch gives this process its part of their memory and no more.
     Without `workers.devices` nothing changes. Errors: AttemptWaits; SettingsError.
     """
     global _locks
@@ -146,8 +183,21 @@ def take_devices(settings: WorkerSettings, *, job: str, environment: MutableMapp
     _locks = _locks or DeviceLocks(settings.device_folder)
     if _locks.held:
         return
-    taken = _locks.take(settings.devices, settings.devices_per_worker, holder=f"process {os.getpid()} for {job}")
+    shares = settings.workers_per_device
+    taken = _locks.take(
+        settings.devices, settings.devices_per_worker, holder=f"process {os.getpid()} for {job}", shares=shares
+    )
     # Indices as nvidia-smi counts them, whatever is fastest.
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
-    log.info("devices taken", devices=taken)
+    if shares > 1:
+        _bound_memory(1 / shares)
+    log.info("devices taken", devices=taken, shares=shares)
+
+
+def _bound_memory(part: float) -> None:
+    """Let torch take no more than a part of the memory of each device that this process sees."""
+    import torch  # only workers come here
+
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.set_per_process_memory_fraction(part, index)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training_common.team import whole
+
 
 class MemoryCopy:
     """Copies nested dicts, lists and tuples of tensors into memory that it keeps for the next copy.
@@ -19,13 +21,17 @@ class MemoryCopy:
         self._kept: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, tree: Any) -> Any:
-        """Return `tree` with its tensors copied to this machine's memory. What is neither is taken as it is."""
+        """Return `tree` with its tensors copied to this machine's memory. What is neither is taken as it is.
+
+        Parted tensors are gathered, one at a time and in the order of `whole`, which the other processes have to call.
+        """
         kept, self._kept = self._kept, {}
         with torch.no_grad():
             return self._copy(tree, (), kept)
 
     def _copy(self, value: Any, path: tuple[object, ...], kept: dict[tuple[object, ...], Tensor]) -> Any:
         if isinstance(value, Tensor):
+            value = whole(value)
             memory = kept.get(path)
             if memory is None or (memory.shape, memory.dtype) != (value.shape, value.dtype):
                 memory = torch.empty(value.shape, dtype=value.dtype)

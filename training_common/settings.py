@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 _SEPARATOR = "__"
 _WILDCARDS = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - told apart here, never bound
 _DEVICE = re.compile(r"\d{1,3}|(GPU|MIG)-[A-Za-z0-9-]{1,80}")
+# Workers that may share one device.
+MOST_SHARES = 64
 _PORT = re.compile(r"(?:^[^:]+|\]):\d+$")
 # Keys that hold lists: comma-separated in the environment.
 _LISTS = ("roles", "tags", "callers", "devices")
@@ -98,6 +100,12 @@ class WorkerSettings(Section):
     devices_per_worker: int = Field(
         default=1, ge=1, le=64, description="how many of the devices each process of a worker takes"
     )
+    workers_per_device: int = Field(
+        default=1,
+        ge=1,
+        le=MOST_SHARES,
+        description="how many processes may share a device; each gets an even part of its memory",
+    )
     device_folder: Path | None = Field(
         default=None,
         description="folder of the devices' locks, the same for all services of a host; none: in the temporary folder",
@@ -114,6 +122,11 @@ class WorkerSettings(Section):
         for device in self.devices:
             if not _DEVICE.fullmatch(device):
                 raise ValueError(f"devices: {device!r} is neither an index nor a UUID")
+        if self.workers_per_device > 1 and not self.devices:
+            raise ValueError(
+                f"workers_per_device: {self.workers_per_device} workers cannot share devices that are not named: set "
+                "devices, or leave workers_per_device out"
+            )
         if self.devices and self.devices_per_worker > len(self.devices):
             raise ValueError(
                 f"devices_per_worker: a worker takes {self.devices_per_worker} of {len(self.devices)} devices: "

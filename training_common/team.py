@@ -237,15 +237,19 @@ def _add_up(_state, bucket):  # type: ignore[no-untyped-def]
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
-def whole(tree: Any) -> Any:
-    """Return nested dicts, lists and tuples with every parted tensor gathered. Every process has to call it."""
+def whole(tree: Any, *, keep: bool = True) -> Any:
+    """Return nested dicts, lists and tuples with every parted tensor gathered. Every process has to call it.
+
+    keep: a process that does not need them lets go of each at once, and has None in its place.
+    """
     if isinstance(tree, DTensor):
         with exchanging():
-            return tree.full_tensor()
+            gathered = tree.full_tensor()
+        return gathered if keep else None
     if isinstance(tree, dict):
-        return {key: whole(item) for key, item in tree.items()}
+        return {key: whole(item, keep=keep) for key, item in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(whole(item) for item in tree)
+        return type(tree)(whole(item, keep=keep) for item in tree)
     return tree
 
 

@@ -73,6 +73,8 @@ class MemoryAttempt:
     rows: list[tuple[int, dict[str, Json]]] = field(default_factory=list)
     checkpoints: list[CheckpointRef] = field(default_factory=list)
     rows_when_trained: int | None = None
+    # Whether the trainer hands copies to save_checkpoint, as it has to where that goes on beside training.
+    saves_in_background: bool = False
 
     def progress(self, *, step: int, total_steps: int, metrics: Mapping[str, Json]) -> None:
         self.rows.append((step, dict(metrics)))
@@ -86,10 +88,6 @@ class MemoryAttempt:
     def stop_requested(self) -> StopKind | None:
         reached = max((step for step, _ in self.rows), default=0)
         return self.stop_kind if self.stop_at is not None and reached >= self.stop_at else None
-
-    @property
-    def saves_in_background(self) -> bool:
-        return False
 
     def save_checkpoint(
         self, *, step: int, write: Callable[[Path], None], score: float | None = None

@@ -55,7 +55,8 @@ def train(
     """Train to the end, or until `stop_at` steps were taken, and return what was reported and exported."""
     own = None
     if team.leads:
-        own = MemoryAttempt(folder, stop_at=stop_at)
+        # What is cut is compared with what is not, so that copies are compared with what they are made of.
+        own = MemoryAttempt(folder, stop_at=stop_at, saves_in_background=stop_at is not None)
         steps = sorted(int(path.name) for path in folder.glob("checkpoints/*"))
         own.checkpoints = [_checkpoint(folder, step) for step in steps]
     attempt = TeamAttempt(team, own, job="jobs/1", workdir=folder)

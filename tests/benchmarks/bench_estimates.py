@@ -27,12 +27,19 @@ from agent_server.settings import AgentSettings
 from cognateforge.agent.v1 import training_pb2
 from cognateforge.client import CognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
+from cognateforge.job.v1 import job_pb2
 from tests.benchmarks.cognate_process import clean_up_on_sigterm, cognate_process
 from tests.benchmarks.common import print_result
 from training_common.engines.local import WORKER_ENVIRONMENT
 
-# Rows of a step, their tokens, rates of a control.
-COGNATE = ((4, 128, 0), (8, 256, 0), (4, 128, 1))
+# Rows of a step, their tokens, rates of a control, processes, whether they part the model.
+COGNATE = (
+    (4, 128, 0, 1, False),
+    (8, 256, 0, 1, False),
+    (4, 128, 1, 1, False),
+    (4, 128, 0, 2, False),
+    (4, 128, 0, 2, True),
+)
 # Rows of a step, whether all of the base is trained.
 AGENTS = ((32, False), (32, True), (128, False))
 STEPS, CHECKPOINT_STEPS = 9, 4
@@ -42,15 +49,9 @@ POLL_S = 0.2
 _KIB = 1024
 
 
-def worker_of(job: str) -> psutil.Process | None:
-    """Return the process that works for a job, if it runs."""
-    for process in psutil.process_iter():
-        try:
-            if job in process.cmdline():
-                return process
-        except psutil.Error:
-            continue
-    return None
+def workers_of(job: str) -> list[psutil.Process]:
+    """Return the processes that work for a job."""
+    return [process for process in psutil.process_iter(["cmdline"]) if job in (process.info["cmdline"] or [])]
 
 
 def peak_bytes(process: psutil.Process) -> int:
@@ -62,12 +63,17 @@ def peak_bytes(process: psutil.Process) -> int:
     return next((int(line.split()[1]) * _KIB for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def cognate_case(client: CognateClient, rows: int, tokens: int, controls: int) -> tuple[int, int]:
-    """Return the measured and the estimated bytes of one plan."""
+def cognate_case(
+    client: CognateClient, rows: int, tokens: int, controls: int, processes: int, sharded: bool
+) -> tuple[int, int]:
+    """Return the measured bytes of the process that needs most, and the estimated ones, of one plan."""
     plan = pb.PretrainingPlan(
         total_steps=1000, batch_size=rows, sequence_length=tokens, checkpoint_interval_steps=CHECKPOINT_STEPS
     )
     plan.datasets.add(dataset=pb.DATASET_FORGE_ARITHMETIC, weight=1)
+    plan.compute.processes = processes
+    if sharded:
+        plan.compute.strategy = job_pb2.COMPUTE_STRATEGY_FSDP2
     if controls:
         plan.acceleration_control.learning_rate_factors.extend(range(1, controls + 1))
     answer = client.pretraining.StartPretraining(
@@ -77,8 +83,7 @@ def cognate_case(client: CognateClient, rows: int, tokens: int, controls: int) -
     while client.pretraining.GetJob(pb.GetJobRequest(name=name), timeout=TIMEOUT_S).job.job.step < STEPS:
         if time.monotonic() > end_s:
             raise RuntimeError(f"{name} did not come to step {STEPS} in {TIMEOUT_S:.0f} s")
-        worker = worker_of(name)
-        measured = max(measured, peak_bytes(worker) if worker else 0)
+        measured = max(measured, *(peak_bytes(worker) for worker in workers_of(name)), 0)
         time.sleep(POLL_S)
     client.pretraining.CancelJob(pb.CancelJobRequest(request_id=str(uuid.uuid4()), name=name), timeout=TIMEOUT_S)
     for _ in client.watch_job(name):
@@ -146,12 +151,13 @@ def main() -> None:
     clean_up_on_sigterm()
     found: dict[str, tuple[int, int]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-estimates-") as name:
-        settings = {"WORKERS__SLOTS": "1", "WORKERS__THREADS": "1", "PRETRAINING__PRECISION": "float32"}
+        settings = {"WORKERS__SLOTS": "2", "WORKERS__THREADS": "1", "PRETRAINING__PRECISION": "float32"}
         environment = {f"COGNATE_SERVER_{key}": value for key, value in settings.items()}
         with cognate_process(Path(name) / "cognate", None, **environment) as address, CognateClient(address) as client:
-            for rows, tokens, controls in COGNATE:
+            for rows, tokens, controls, processes, sharded in COGNATE:
                 case = f"cognate {rows}x{tokens}{' with a control' if controls else ''}"
-                found[case] = cognate_case(client, rows, tokens, controls)
+                case += f", {'a part' if sharded else 'all'} in each of {processes}" if processes > 1 else ""
+                found[case] = cognate_case(client, rows, tokens, controls, processes, sharded)
         for number, (rows, full) in enumerate(AGENTS):
             case = f"agent {rows} rows, {'full' if full else 'lora'}"
             found[case] = agent_case(Path(name) / str(number), rows, full)

@@ -1,6 +1,7 @@
 """Ends workers, servers, whole groups and database connections at random moments of real jobs, by kill -9.
 
-Both services run over one real PostgreSQL; Cognate-25M is pretrained, and agents are made of it. What must hold: every
+Both services run over one real PostgreSQL; Cognate-25M is pretrained, and agents are made of it. Jobs keep coming until
+the last kill, and what is harmed is a service whose worker runs, where there is one. What must hold: every
 job succeeds, its history has no gap, attempts never write side by side, no attempt begins more than one checkpoint
 interval before the last step of the one before it, and all jobs of one plan publish the weights of the one that ran
 before the first kill.
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import sqlalchemy as sa
 from cognateforge.agent.v1 import training_pb2 as agent_v1
 from cognateforge.client import AgentClient, CognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as cognate_v1
+from cognateforge.exceptions import ForgeError
 from deploy.services import Service, Services
 from tests.support.postgres import PostgresServer
 from training_common.jobs.states import FINAL, JobState
@@ -39,11 +41,14 @@ from training_common.store.database import Database
 COGNATE, AGENT = "cognate_server", "agent_server"
 STEPS = {COGNATE: 48, AGENT: 60}
 INTERVAL = {COGNATE: 8, AGENT: 10}
-JOBS = {COGNATE: 3, AGENT: 12}
+# One trains, and those that wait are more than could end between two kills.
+LEAST_UNFINISHED = {COGNATE: 2, AGENT: 3}
 KINDS = ("worker", "server", "group", "connections")
 # Long enough that something is done between two kills of one service, even on a busy machine.
 PAUSE_S = (1.0, 14.0)
 CALM_S = 600.0
+# A service that was just started again may not take a job at once.
+ANSWER_S = 60.0
 AFTERWARDS_S = 1800.0
 SETTINGS = {"WORKERS__THREADS": "1", "WORKERS__CHECKPOINTS": "sync", "DRAIN_GRACE_S": "0.5"}
 
@@ -67,6 +72,14 @@ class Findings:
         return not any(value for value in vars(self).values() if isinstance(value, list))
 
 
+@dataclass(frozen=True)
+class Harm:
+    """met: how many processes or connections. busy: whether a worker of the service ran a job at that moment."""
+
+    met: int
+    busy: bool
+
+
 class Victims:
     """Both services, and the ways to harm them."""
 
@@ -85,20 +98,25 @@ class Victims:
         self._running[name] = self._services.start(name, address=address, settings=settings)
         return self._running[name]
 
-    def harm(self, kind: str) -> int:
-        """Do one harm to a service, and return how many processes or connections it met."""
-        name = self._pick.choice((COGNATE, AGENT))
+    def address(self, name: str) -> str:
+        """Return where a service is to be called."""
+        return self._running[name].address
+
+    def harm(self, kind: str) -> Harm:
+        """Do one harm to a service, to one whose worker runs where there is one."""
+        workers = {name: [process.pid for process in self._workers(name)] for name in (COGNATE, AGENT)}
+        name = self._pick.choice([name for name, pids in workers.items() if pids] or [COGNATE, AGENT])
+        busy = bool(workers[name])
         if kind == "connections":
-            return self._cut_connections(name)
-        workers = [process.pid for process in self._workers(name)]
+            return Harm(self._cut_connections(name), busy)
         if kind == "worker":
-            return _kill(self._pick.sample(workers, min(1, len(workers))))
+            return Harm(_kill(self._pick.sample(workers[name], min(1, len(workers[name])))), busy)
         service = self._running[name]
-        met = _kill([service.process.pid, *(workers if kind == "group" else ())])
+        met = _kill([service.process.pid, *(workers[name] if kind == "group" else ())])
         service.process.wait()
         self._services.running.remove(service)
         self.start(name, service.address)
-        return met
+        return Harm(met, busy)
 
     def _workers(self, name: str) -> list[psutil.Process]:
         """Return the workers of this run's jobs."""
@@ -147,7 +165,7 @@ def submit_pretraining(address: str) -> str:
     )
     request = cognate_v1.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=plan)
     with CognateClient(address) as client:
-        return client.pretraining.StartPretraining(request).job.job.name
+        return _patiently(lambda: client.pretraining.StartPretraining(request).job.job.name)
 
 
 def submit_training(address: str, foundation: str) -> str:
@@ -165,13 +183,30 @@ def submit_training(address: str, foundation: str) -> str:
     )
     request = agent_v1.StartTrainingRequest(request_id=str(uuid.uuid4()), plan=plan)
     with AgentClient(address) as client:
-        return client.training.StartTraining(request).job.job.name
+        return _patiently(lambda: client.training.StartTraining(request).job.job.name)
+
+
+def _patiently(submit: Callable[[], str]) -> str:
+    """Submit until it is answered. Each try has the same request id, so that it makes one job."""
+    end_s = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            return submit()
+        except ForgeError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.5)
+
+
+def unfinished(database: Database, names: Sequence[str]) -> list[JobRow]:
+    """Return those of the jobs that have not ended."""
+    return [row for row in map(JobStore(database).get, names) if row.state not in FINAL]
 
 
 def wait_for(database: Database, names: Sequence[str], timeout_s: float) -> None:
     """Wait until these jobs have ended. Errors: AssertionError, naming what is left."""
-    store, end_s = JobStore(database), time.monotonic() + timeout_s
-    while left := [row for row in map(store.get, names) if row.state not in FINAL]:
+    end_s = time.monotonic() + timeout_s
+    while left := unfinished(database, names):
         if time.monotonic() > end_s:
             raise AssertionError(f"not ended in {timeout_s:.0f} s: {[(row.name, row.state, row.step) for row in left]}")
         time.sleep(0.5)
@@ -229,6 +264,33 @@ def _published(database: Database, job: str) -> list[str]:
     ]
 
 
+class Supply:
+    """Jobs of both services that never run out. names: the jobs' names, that of the one in peace first."""
+
+    def __init__(self, victims: Victims) -> None:
+        """Start both services, and run one job of each in peace."""
+        self._victims = victims
+        self.names: dict[str, list[str]] = {COGNATE: [], AGENT: []}
+        self._foundation = ""
+        for service in (COGNATE, AGENT):
+            victims.start(service)
+        for service, database in victims.databases.items():
+            self._submit(service)
+            wait_for(database, self.names[service], CALM_S)
+            self._foundation = self._foundation or JobStore(database).get(self.names[service][0]).artifact
+
+    def fill(self) -> None:
+        """Submit jobs until each service has enough that are not finished."""
+        for service, database in self._victims.databases.items():
+            for _ in range(LEAST_UNFINISHED[service] - len(unfinished(database, self.names[service]))):
+                self._submit(service)
+
+    def _submit(self, service: str) -> None:
+        address = self._victims.address(service)
+        name = submit_pretraining(address) if service == COGNATE else submit_training(address, self._foundation)
+        self.names[service].append(name)
+
+
 def main(kills: int, seed: int) -> None:
     """Run, judge and print."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -239,36 +301,27 @@ def main(kills: int, seed: int) -> None:
         stack.callback(postgres.stop)
         victims = Victims(Path(folder), {name: postgres.new_database() for name in (COGNATE, AGENT)}, pick)
         stack.callback(victims.stop)
-        names = _submit_all(victims)
+        supply = Supply(victims)
         done: collections.Counter[str] = collections.Counter()
-        while sum(done.values()) < kills:
+        busy = 0
+        while done.total() < kills:
+            supply.fill()
             time.sleep(pick.uniform(*PAUSE_S))
             kind = pick.choice(KINDS)
-            done[kind] += bool(victims.harm(kind))
-            print(f"{time.monotonic() - start_s:7.1f} s  {dict(done)}", file=sys.stderr)
+            harm = victims.harm(kind)
+            done[kind] += bool(harm.met)
+            busy += harm.busy and bool(harm.met)
+            print(f"{time.monotonic() - start_s:7.1f} s  {dict(done)}, {busy} of busy services", file=sys.stderr)
         findings = Findings()
-        for service, jobs in names.items():
+        for service, jobs in supply.names.items():
             wait_for(victims.databases[service], jobs, AFTERWARDS_S)
             judge(service, victims.databases[service], jobs, findings)
-    result = {"name": "chaos", "value": sum(done.values()), "unit": "kills", "seed": seed, "kinds": dict(done)}
-    result |= {"jobs": sum(map(len, names.values())), "seconds": round(time.monotonic() - start_s), **vars(findings)}
+    result = {"name": "chaos", "value": done.total(), "unit": "kills", "seed": seed, "kinds": dict(done)}
+    result |= {"busy_kills": busy, "jobs": {service: len(jobs) for service, jobs in supply.names.items()}}
+    result |= {"seconds": round(time.monotonic() - start_s), **vars(findings)}
     print(json.dumps(result))
     if not findings.clean:
         raise SystemExit(1)
-
-
-def _submit_all(victims: Victims) -> dict[str, list[str]]:
-    """Run one job of each service in peace, then submit the others; return their names, that one first."""
-    cognate = victims.start(COGNATE).address
-    agents = victims.start(AGENT).address
-    names = {COGNATE: [submit_pretraining(cognate)]}
-    wait_for(victims.databases[COGNATE], names[COGNATE], CALM_S)
-    foundation = JobStore(victims.databases[COGNATE]).get(names[COGNATE][0]).artifact
-    names[AGENT] = [submit_training(agents, foundation)]
-    wait_for(victims.databases[AGENT], names[AGENT], CALM_S)
-    names[COGNATE] += [submit_pretraining(cognate) for _ in range(JOBS[COGNATE])]
-    names[AGENT] += [submit_training(agents, foundation) for _ in range(JOBS[AGENT])]
-    return names
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from cognateforge.job.v1 import job_pb2
 
 JOB = "jobs/00000000-0000-4000-8000-000000000001"
 AGENT_JOB = "jobs/00000000-0000-4000-8000-000000000002"
+RESERVATION = "reservations/00000000-0000-4000-8000-000000000003"
 
 Failure = exceptions.ForgeError | grpc.StatusCode
 
@@ -335,6 +336,7 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
             job=job_pb2.Job(name=JOB, state=job_pb2.JOB_STATE_RUNNING, observed=True, step=2, total_steps=20, attempt=1)
         )
         self.estimate: job_pb2.Estimate | None = None
+        self.reservation = pretraining_pb2.Reservation()
 
     def _known(self, name: str, context: grpc.ServicerContext) -> None:
         if name != JOB:
@@ -351,6 +353,24 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
         self.script.meet("GetJob", request, context)
         self._known(request.name, context)
         return pretraining_pb2.GetJobResponse(job=self.job)
+
+    def CreateReservation(self, request: Any, context: Any) -> Any:
+        self.script.meet("CreateReservation", request, context)
+        fields = {name: getattr(request, name) for name in ("slots", "start_time", "end_time", "purpose")}
+        self.reservation = pretraining_pb2.Reservation(name=RESERVATION, caller="local", **fields)
+        return pretraining_pb2.CreateReservationResponse(reservation=self.reservation)
+
+    def ListReservations(self, request: Any, context: Any) -> Any:
+        self.script.meet("ListReservations", request, context)
+        token = "" if request.page_token else "second"
+        return pretraining_pb2.ListReservationsResponse(reservations=[self.reservation], next_page_token=token)
+
+    def CancelReservation(self, request: Any, context: Any) -> Any:
+        self.script.meet("CancelReservation", request, context)
+        if request.name != RESERVATION:
+            fail(context, exceptions.ReservationNotFoundError(f"no reservation {request.name}; list them"))
+        self.reservation.cancel_time.GetCurrentTime()
+        return pretraining_pb2.CancelReservationResponse(reservation=self.reservation)
 
     def ListJobs(self, request: Any, context: Any) -> Any:
         self.script.meet("ListJobs", request, context)
@@ -411,15 +431,6 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
     def GetMetrics(self, request: Any, context: Any) -> Any:
         series = job_pb2.MetricSeries(name="loss", unit="nats/token", steps=[1, 2], values=[4.0, 3.5])
         return pretraining_pb2.GetMetricsResponse(series=[series])
-
-    def CreateReservation(self, request: Any, context: Any) -> Any:
-        fail(context, exceptions.NotImplementedByServerError())
-
-    def ListReservations(self, request: Any, context: Any) -> Any:
-        fail(context, exceptions.NotImplementedByServerError())
-
-    def CancelReservation(self, request: Any, context: Any) -> Any:
-        fail(context, exceptions.NotImplementedByServerError())
 
     def ValidateModel(self, request: Any, context: Any) -> Any:
         fail(context, exceptions.NotImplementedByServerError())

@@ -25,7 +25,7 @@ from cognateforge.cli.app import app
 from cognateforge.cli.exits import MEANING, Exit, exit_for
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.job.v1 import job_pb2
-from tests.client.fakes import AGENT_JOB, JOB, Fake, progress_events
+from tests.client.fakes import AGENT_JOB, JOB, RESERVATION, Fake, progress_events
 from tests.support.consul_double import ConsulDouble
 
 
@@ -120,9 +120,48 @@ def test_a_start_says_when_it_is_to_run(forge: Forge, fake: Fake, command: str) 
 def test_pretraining_may_name_a_reservation(forge: Forge, fake: Fake) -> None:
     """It goes with the request; without the option there is none."""
     name = "reservations/12345678-1234-1234-1234-123456789012"
-    for words, expected in (((), ""), (("--reservation", name), name)):
+    alone = name.partition("/")[2]
+    for words, expected in (((), ""), (("--reservation", name), name), (("--reservation", alone), name)):
         assert 0 == forge("pretrain", "--steps", "30", *words).exit_code
         assert expected == fake.script.calls[-1].request.reservation
+
+
+def test_a_reservation_is_made_listed_and_cancelled(forge: Forge, fake: Fake) -> None:
+    """Times as elsewhere; its name goes to stdout, and stands for it with or without the collection."""
+    before = time.time()
+    made = forge("reservations", "create", "--slots", "2", "--end", "8h", "--purpose", "the long run")
+    assert (0, f"{RESERVATION}\n") == (made.exit_code, made.stdout)
+    request = fake.script.calls[-1].request
+    assert (2, "the long run") == (request.slots, request.purpose)
+    assert 0 <= request.start_time.ToSeconds() - int(before) <= 1 + time.time() - before
+    assert 8 * 3600 == request.end_time.ToSeconds() - request.start_time.ToSeconds()
+    rows = forge.json("reservations", "list", "--limit", "2")
+    assert [(RESERVATION, 2)] * 2 == [(row["name"], row["slots"]) for row in rows]
+    assert not fake.script.calls[-1].request.include_ended
+    cells = forge("reservations", "list", "--include-ended").stdout.splitlines()[1].split()
+    assert ([RESERVATION, "RUNNING", "2"], ["the", "long", "run", "local"]) == (cells[:3], cells[-4:])
+    assert fake.script.calls[-1].request.include_ended
+    ended = forge("reservations", "cancel", RESERVATION.partition("/")[2])
+    assert (0, f"{RESERVATION} CANCELLED\n") == (ended.exit_code, ended.stderr)
+    assert "cancel_time" in forge.json("reservations", "cancel", RESERVATION)[0]
+    [row] = forge.json("reservations", "create", "--slots", "1", "--start", "2100-01-01T00:00:00Z", "--end", "2d")
+    assert "2100-01-01T00:00:00Z" == row["start_time"]
+    assert "AHEAD" in forge("reservations", "list").stdout
+
+
+def test_a_reservation_that_cannot_be_made_names_the_option(forge: Forge, fake: Fake) -> None:
+    """By the server, with the field's option; by the command, before any call."""
+    told = "slots: 2 are asked for, and 1 of 2 are left; take fewer, or another time"
+    violation = exceptions.FieldViolation(field="slots", description="only 1 are left")
+    fake.script.failures.append(exceptions.ReservationConflictError(told, violations=[violation]))
+    refused = forge("reservations", "create", "--slots", "2", "--end", "8h")
+    assert 5 == refused.exit_code
+    assert [f"error: {told}", "  slots (--slots): only 1 are left"] == refused.stderr.splitlines()[:2]
+    assert 3 == forge("reservations", "cancel", "00000000-0000-4000-8000-000000000009").exit_code
+    calls = len(fake.script.calls)
+    for words in (("create", "--slots", "1", "--end", "tonight"), ("cancel", "mine"), ("create", "--end", "8h")):
+        assert 2 == forge("reservations", *words).exit_code
+    assert calls == len(fake.script.calls)
 
 
 def test_a_dry_run_shows_the_estimate(forge: Forge, fake: Fake) -> None:
@@ -537,7 +576,10 @@ def test_every_option_of_a_field_exists() -> None:
     """A command has the option, and the plan it fills has the field."""
     command = typer.main.get_command(app)
     assert isinstance(command, TyperGroup)
-    options = {name for one in command.commands.values() for param in one.params for name in param.opts}
+    commands = [*command.commands.values()]
+    for one in commands:
+        commands += one.commands.values() if isinstance(one, TyperGroup) else []
+    options = {name for one in commands for param in one.params for name in param.opts}
     for field in [*errors._OPTIONS, *errors._SAME_NAME]:
         assert errors.option_for(field) in options, field
         if field.startswith("plan."):
@@ -598,6 +640,8 @@ def test_a_failed_job_as_json_is_one_object(forge: Forge, fake: Fake) -> None:
     [
         (("watch", "nonsense"), "give jobs/UUID or the UUID"),
         (("cancel", "jobs/7"), "give jobs/UUID or the UUID"),
+        (("reservations", "cancel", "jobs/7"), "give reservations/UUID or the UUID"),
+        (("pretrain", "--steps", "1", "--reservation", "mine"), "give reservations/UUID or the UUID"),
         (("model", "GPT"), "is no name"),
         (("fetch", "a@b@c", "--out", "x"), "is no name"),
     ],

@@ -89,6 +89,8 @@ def train(folder: Path, team: Team = ALONE, *, stop_at: int | None = None) -> Ma
     own = None
     if team.leads:
         own = MemoryAttempt(folder, stop=None if stop_at is None else (stop_at + 1, StopKind.PAUSE))
+        # What is cut is compared with what is not, so that copies are compared with what they are made of.
+        own.saves_in_background = stop_at is not None
     attempt = TeamAttempt(team, own, job="jobs/1", workdir=folder)
     try:
         result = pretrain(CONFIG, UnevenStream() if team.leads else None, attempt, score=_share, team=team)

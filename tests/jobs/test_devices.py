@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from tests.support.toy_service import ToyService
@@ -67,6 +68,85 @@ def test_a_device_has_one_lock_by_either_name(tmp_path: Path) -> None:
     assert ["0", "MIG-7"] == second.take(["0", "MIG-7"], 2, holder="two")
 
 
+def test_workers_share_a_device_up_to_its_places(tmp_path: Path) -> None:
+    """Spread over the devices, one part of each for a worker, and the next worker is told who has them."""
+    one, two, three, four = (DeviceLocks(tmp_path / "locks") for _ in range(4))
+    assert ["0"] == one.take(["0", "1"], 1, holder="one", shares=2)
+    assert ["1"] == two.take(["0", "1"], 1, holder="two", shares=2)
+    assert ["0", "1"] == three.take(["0", "1"], 2, holder="three", shares=2)
+    with pytest.raises(AttemptWaits, match="0 of 1 devices have 1/2 free: 0 is in use by one, 1 is in use by two"):
+        four.take(["0", "1"], 1, holder="four", shares=2)
+    one.release()
+    assert ["0"] == four.take(["0", "1"], 1, holder="four", shares=2)
+
+
+def test_who_wants_a_device_alone_never_meets_a_sharer(tmp_path: Path) -> None:
+    """Neither beside a part of another process, nor the other way round; each is told of the other."""
+    whole, part = (DeviceLocks(tmp_path / "locks") for _ in range(2))
+    whole.take(["0"], 1, holder="one alone")
+    with pytest.raises(AttemptWaits, match="0 of 1 devices have 1/2 free: 0 is in use by one alone"):
+        part.take(["0"], 1, holder="a sharer", shares=2)
+    whole.release()
+    for shares in (2, 3, 64):
+        # The last part, so that the first is free.
+        with part_of(tmp_path / "locks", shares - 1, shares) as held:
+            with pytest.raises(AttemptWaits, match="0 of 1 devices are free: 0 is in use by a sharer"):
+                whole.take(["0"], 1, holder="one alone")
+            held.release()
+            assert ["0"] == whole.take(["0"], 1, holder="one alone")
+            whole.release()
+
+
+@contextlib.contextmanager
+def part_of(folder: Path, part: int, shares: int) -> Iterator[DeviceLocks]:
+    """Hold a certain part of device 0, after those before it were taken and given back."""
+    before, held = DeviceLocks(folder), DeviceLocks(folder)
+    for _ in range(part):
+        before.take(["0"], 1, holder="another", shares=shares)
+    held.take(["0"], 1, holder="a sharer", shares=shares)
+    before.release()
+    yield held
+    held.release()
+
+
+@pytest.mark.parametrize(
+    ("taken", "shares", "expected"),
+    [((2,), 4, 2), ((2,), 3, 1), ((3, 3), 3, 1), ((2, 4), 4, 1), ((6, 3), 6, 3), ((64,), 1, 0), ((1,), 64, 0)],
+)
+def test_services_may_divide_a_device_differently(
+    tmp_path: Path, taken: Sequence[int], shares: int, expected: int
+) -> None:
+    """What all have never adds up to more than the device: so many parts are left beside parts of other sizes."""
+    for number in taken:
+        DeviceLocks(tmp_path / "locks").take(["0"], 1, holder=f"one of {number}", shares=number)
+    left = 0
+    with contextlib.suppress(AttemptWaits):
+        while True:
+            DeviceLocks(tmp_path / "locks").take(["0"], 1, holder="me", shares=shares)
+            left += 1
+    assert expected == left
+    assert left / shares + sum(1 / number for number in taken) <= 1
+
+
+def test_torch_keeps_to_its_part_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each device that the worker sees; one that has its devices alone is not bounded."""
+    bounds: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *bound: bounds.append(bound))
+    for shares, expected in ((1, []), (4, [(0.25, 0), (0.25, 1)])):
+        monkeypatch.setattr(devices, "_locks", None)
+        settings = WorkerSettings(
+            devices=("2", "0"), devices_per_worker=2, workers_per_device=shares, device_folder=tmp_path
+        )
+        seen: dict[str, str] = {}
+        take_devices(settings, job="jobs/1", environment=seen)
+        assert ("2,0", expected) == (seen["CUDA_VISIBLE_DEVICES"], bounds)
+        held = devices._locks
+        assert held is not None
+        held.release()
+
+
 def test_a_lock_file_that_was_removed_keeps_nobody_out(tmp_path: Path) -> None:
     """A cleaner of temporary files may take it: who comes next makes a new one, and one more is kept out by that."""
     first, second, third = (DeviceLocks(tmp_path / "locks") for _ in range(3))
@@ -110,7 +190,7 @@ def test_a_worker_sees_its_devices_only(tmp_path: Path, monkeypatch: pytest.Monk
     settings = WorkerSettings(devices=("2", "0"), devices_per_worker=2, device_folder=tmp_path)
     take_devices(settings, job="jobs/1", environment=seen)
     assert {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "2,0"} == seen
-    assert f"process {os.getpid()} for jobs/1" == (tmp_path / "2.lock").read_text()
+    assert f"process {os.getpid()} for jobs/1" == (tmp_path / "2.lock").read_text().rstrip("\0")
     held = devices._locks
     assert held is not None
     held.release()
@@ -142,6 +222,9 @@ async def test_a_job_waits_for_a_device_and_then_has_it(tmp_path: Path) -> None:
         ({"devices": ["0", "0"]}, "a device is named twice"),
         ({"devices": ["../x"]}, "'../x' is neither an index nor a UUID"),
         ({"devices": ["0"], "devices_per_worker": 2}, "a worker takes 2 of 1 devices"),
+        ({"workers_per_device": 2}, "workers_per_device: 2 workers cannot share devices that are not named"),
+        ({"devices": ["0"], "workers_per_device": 0}, "workers_per_device"),
+        ({"devices": ["0"], "workers_per_device": 65}, "workers_per_device"),
     ],
 )
 def test_devices_that_cannot_be_had_are_refused(values: dict[str, object], words: str) -> None:

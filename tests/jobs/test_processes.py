@@ -66,6 +66,8 @@ def test_a_plan_for_more_processes_than_slots_is_refused() -> None:
     require_slots(compute, WorkerSettings(slots=3))
     with pytest.raises(InvalidFieldError, match=r"at most 1.*workers\.devices"):
         require_slots(compute, WorkerSettings(slots=3, devices=("0", "1", "2"), devices_per_worker=2))
+    shared = WorkerSettings(slots=3, devices=("0", "1", "2"), devices_per_worker=2, workers_per_device=2)
+    require_slots(compute, shared)
     require_slots(compute, WorkerSettings(slots=0))
 
 

@@ -79,7 +79,7 @@ def test_files_of_an_ended_job_go_when_their_time_has_come(service: ToyService) 
     sweep.sweep()
     assert ([], []) == (files(service, job), available(service, job))
     assert not job_dir(service.settings, job.name).exists()
-    assert service.store.get(job.name).files_removed_us == pytest.approx(clock(), abs=60e6)
+    assert service.store.get(job.name).files_removed_us == pytest.approx(now_us(), abs=60e6)
     assert Removed(job_folders=1, size_bytes=210) == sweep.removed
     sweep.sweep()
     assert Removed(job_folders=1, size_bytes=210) == sweep.removed

@@ -152,6 +152,35 @@ async def test_a_killed_replay_is_begun_again_and_its_old_worker_is_fenced_out(l
     assert not scratch.exists()
 
 
+async def test_a_replay_that_is_killed_with_its_server_before_it_registers_is_missed_at_once(
+    service: ToyService,
+) -> None:
+    """Its handle outlives both, so that nobody waits for the longest start."""
+    job = await service.until(service.submit(steps=20, checkpoint_every=10), ended)
+    service.verify(job)
+    service.scheduler.tick()
+    *_, child = service.engine._children.values()
+    child.kill()
+    child.wait()
+    assert "" == service.verification(job).handle
+    service.restart()
+    async with asyncio.timeout(30):
+        row = await until(service, job, done)
+    assert (VerificationState.DONE, 2) == (row.state, row.tries)
+
+
+async def test_a_replay_without_a_worker_ends_however_often_servers_do(service: ToyService) -> None:
+    """A server that ended before it could tell of its worker: the wall clock counts, as no server lives that long."""
+    job = await service.until(service.submit(steps=20, checkpoint_every=10), ended)
+    service.verify(job)
+    assert service.verifications.begin("") is not None
+    with service.database.write() as connection:
+        connection.execute(sa.update(t.verifications).values(heartbeat_us=now_us() - 121_000_000))
+    service.scheduler.tick()
+    row = await until(service, job, done)
+    assert (VerificationState.DONE, 2) == (row.state, row.tries)
+
+
 @pytest.mark.slow
 async def test_a_replay_takes_a_slot_and_jobs_come_first(local: ToyService) -> None:
     """With one slot it waits for the jobs that wait, and they wait for it once it runs."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from google.protobuf import duration_pb2
 
 import cognate_server.migrations
@@ -23,11 +22,11 @@ from cognateforge.exceptions import (
 from cognateforge.exchange.v1 import resource_pb2 as pb
 from cognateforge.job.v1 import job_pb2
 from tests.support.certificates import authority, files, server_tls, spiffe
-from tests.support.outbox import job_with_events
+from tests.support.outbox import open_database
+from tests.support.replays import Replays, stored_verification
 from tests.support.servers import running_cognate
 from tests.support.waiting import until
 from training_common.jobs.store import JobRow, JobStore
-from training_common.store import tables as t
 from training_common.store.database import Database
 
 GPU = pb.RESOURCE_KIND_GPU
@@ -103,16 +102,8 @@ async def test_a_verification_holds_what_a_job_holds(tmp_path: Path) -> None:
         AsyncCognateClient(server.address) as client,
     ):
         before = await capacity(client, pb.RESOURCE_KIND_CPU)
-        database = Database(f"sqlite:///{tmp_path / 'store.db'}")
-        name = job_with_events(database, 1)
-        with database.write() as connection:
-            job_id = JobStore(database).get(name, connection).id
-            saved = {"attempt": 1, "step": 1, "digest": "", "size_bytes": 1, "folder": "", "create_us": 1}
-            key = connection.execute(sa.insert(t.checkpoints).values(job_id=job_id, **saved)).inserted_primary_key
-            assert key is not None
-            named = {"from_checkpoint_id": key[0], "to_checkpoint_id": key[0], "server": "another", "create_us": 1}
-            values = {"name": "verifications/x", "job_id": job_id, "caller": "c", "state": "RUNNING", **named}
-            connection.execute(sa.insert(t.verifications).values(**values))
+        database = open_database(tmp_path)
+        stored_verification(database, state="RUNNING", server="another")
         database.close()
         after = await capacity(client, pb.RESOURCE_KIND_CPU)
         assert (before.held + 1, before.available - 1) == (after.held, after.available)
@@ -335,6 +326,26 @@ async def test_a_job_that_comes_while_slots_are_given_out_waits_for_what_is_lent
             while (await wait_of(client, came[0])).reason != job_pb2.WAIT_REASON_LENT:  # noqa: ASYNC110 - told to nobody
                 await asyncio.sleep(0.02)
         assert [] == started
+
+
+async def test_a_replay_leaves_alone_what_is_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits until its cores are given back, and asks for none: the borrower goes on."""
+    monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 4)
+    replays, cpu = Replays(monkeypatch), pb.RESOURCE_KIND_CPU
+    async with (
+        running_cognate(tmp_path, workers={"slots": 1, "threads": 2}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        lease = await acquire(client, kind=cpu, amount=3, ttl_s=3600)
+        database = open_database(tmp_path)
+        name = stored_verification(database, state="QUEUED")
+        database.close()
+        before = replays.looks
+        await until(lambda: replays.looks > before + 1, timeout_s=20)
+        assert ([], pb.LEASE_STATE_ACTIVE) == (replays.started, (await renew(client, lease, ttl_s=3600)).state)
+        await release(client, lease)
+        await acquire(client, kind=cpu, amount=2, ttl_s=3600)
+        await until(lambda: replays.started == [name], timeout_s=20)
 
 
 async def test_a_borrower_that_does_not_let_go_loses_it_at_the_end_of_its_grace(

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.rpc.test_scheduling import end_an_attempt, side
-from training_common.rpc.estimates import Choice, Need, cheapest
+from training_common.rpc.estimates import Choice, Need, cheapest, need_of
 from training_common.settings import PriceSettings
 
 GIB = 2**30
@@ -49,6 +49,13 @@ def test_the_cheapest_offer_that_fits_is_chosen(need: Need, spot: bool, expected
     """By memory, a core for each process, and graphics processors; where nothing fits there is no price."""
     choice = cheapest(prices(offers=OFFERS), need, spot=spot)
     assert expected == (choice and (choice.offer, choice.hour))
+
+
+def test_only_the_first_process_holds_a_checkpoint() -> None:
+    """Everything else each of them does. What nobody knows stays unknown."""
+    assert 3 * 4 + 3 == need_of({"weights": 4, "checkpoint_copy": 3}, processes=3, gpus=0).memory_bytes
+    assert 7 == need_of({"weights": 4, "checkpoint_copy": 3}, processes=1, gpus=0).memory_bytes
+    assert 0 == need_of({}, processes=3, gpus=0).memory_bytes
 
 
 def test_an_offer_without_a_price_costs_its_parts() -> None:

@@ -17,9 +17,13 @@ from cognateforge.client import AsyncCognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import InvalidFieldError, ReservationConflictError, ReservationNotFoundError
 from cognateforge.job.v1 import job_pb2
+from tests.support.outbox import open_database
+from tests.support.replays import Replays, stored_verification
 from tests.support.servers import running_cognate
+from tests.support.waiting import until
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobRow, JobStore
+from training_common.jobs.verifications import VerificationStore
 from training_common.jobs.waits import Standing, WaitReason, waits
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
@@ -166,6 +170,48 @@ def test_other_jobs_make_room_when_a_reservation_begins(open_service: Callable[[
     assert job.name == service.next()
     service.room.look(service.store.held(), free=0)
     assert ["", ""] == [service.store.get(job.name).wish for job in running[:2]]
+
+
+def test_a_replay_takes_no_slot_that_is_kept(open_service: Callable[[int], Service]) -> None:
+    """Nor does a job beside it: what replays hold is held. Without a reservation nothing is kept."""
+    service = open_service(2)
+    verifications = VerificationStore(service.store)
+    for _ in range(2):
+        stored_verification(service.database, state="QUEUED")
+    one = service.reserve(1)
+    claim = verifications.begin("server", may_start=service.calendar.has_room)
+    assert claim is not None
+    assert verifications.begin("server", may_start=service.calendar.has_room) is None
+    other = service.submit()
+    assert ([], [WaitReason.RESERVED]) == (service.started(), service.reasons(other))
+    job = service.submit(one)
+    assert job.name == service.next()
+    verifications.give_up(claim.row, "", most_tries=0)
+    assert other.name == service.next()
+    service.cancel(one)
+    assert verifications.begin("server", may_start=service.calendar.has_room) is not None
+
+
+async def test_a_server_replays_nothing_in_a_reservation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its empty slot stays empty until the reservation is cancelled."""
+    replays = Replays(monkeypatch)
+    async with (
+        running_cognate(tmp_path, workers={"slots": 1}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        request = pb.CreateReservationRequest(
+            request_id=str(uuid.uuid4()), slots=1, start_time=time(now_us()), end_time=time(now_us() + HOUR_US)
+        )
+        one = (await client.pretraining.CreateReservation(request)).reservation
+        database = open_database(tmp_path)
+        name = stored_verification(database, state="QUEUED")
+        database.close()
+        before = replays.looks
+        await until(lambda: replays.looks > before + 1, timeout_s=20)
+        assert [] == replays.started
+        cancel = pb.CancelReservationRequest(request_id=str(uuid.uuid4()), name=one.name)
+        await client.pretraining.CancelReservation(cancel)
+        await until(lambda: replays.started == [name], timeout_s=20)
 
 
 # --- the calendar

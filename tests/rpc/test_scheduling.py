@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,10 @@ import sqlalchemy as sa
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
+from agent_server import estimates as agent_estimates
+from agent_server.architectures.cognate import CognateArchitecture
+from agent_server.settings import AgentSettings
+from cognate_server import estimates as cognate_estimates
 from cognate_server.settings import CognateSettings
 from cognateforge.agent.v1 import training_pb2
 from cognateforge.client import AsyncAgentClient, AsyncCognateClient
@@ -286,6 +290,34 @@ async def test_time_is_told_only_where_it_was_measured(service: Side) -> None:
     other = service.request(validate_only=True)
     other.plan.batch_size = 64
     assert not (await service.start(other)).estimate.HasField("steps_per_s")
+
+
+def test_what_is_parted_is_estimated_in_parts(name: str) -> None:
+    """And what is whole for a while in whole. Where nothing is parted, nothing is gathered."""
+
+    def parts(strategy: job_pb2.ComputeStrategy.ValueType, checkpoints: str) -> Mapping[str, int]:
+        compute = job_pb2.Compute(processes=4, strategy=strategy)
+        workers = {"checkpoints": checkpoints}
+        if name == "cognate":
+            settings = CognateSettings.model_validate({"workers": workers})
+            return cognate_estimates.memory(pretraining_plan(batch_size=8, compute=compute), settings)
+        agent_settings = AgentSettings.model_validate({"workers": workers})
+        plan = training_plan(batch_size=8, compute=compute)
+        return agent_estimates.memory(plan, CognateArchitecture(), agent_settings)
+
+    for checkpoints in ("async", "sync"):
+        all_, part = (
+            parts(kind, checkpoints) for kind in (job_pb2.COMPUTE_STRATEGY_DDP, job_pb2.COMPUTE_STRATEGY_FSDP2)
+        )
+        for key in {"weights", "gradients", "optimizer", "filter"} & all_.keys():
+            assert all_[key] == pytest.approx(4 * part[key], abs=4), key
+        assert (all_["runtime"], all_["activations"]) == (part["runtime"], part["activations"])
+        assert 2 * all_["weights"] == part["gathered"]
+        assert "gathered" not in all_
+        state = sum(all_.get(key, 0) for key in ("optimizer", "filter"))
+        state += all_["weights"] if name == "cognate" else all_["gradients"]
+        copies = (state, state) if checkpoints == "async" else (0, state)
+        assert copies == (all_.get("checkpoint_copy", 0), part["checkpoint_copy"])
 
 
 async def test_other_machines_and_borrowed_cores_measure_nothing_here(service: Side) -> None:

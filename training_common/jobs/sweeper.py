@@ -18,6 +18,7 @@ import sqlalchemy as sa
 import structlog
 
 from cognateforge.job.v1 import job_pb2
+from training_common.jobs.age_clock import AgeClock
 from training_common.jobs.folders import folder_name
 from training_common.jobs.states import FINAL
 from training_common.jobs.store import is_wanted
@@ -46,15 +47,23 @@ class Removed:
 
 
 class Sweeper:
-    """Applies a service's retention. root: the folder of all jobs' folders. clock: microseconds since 1970."""
+    """Applies a service's retention. root: the folder of all jobs' folders.
+
+    clock: microseconds since 1970, or None while nobody can tell; by default the wall clock, doubted when it jumps.
+    """
 
     def __init__(
-        self, database: Database, root: Path, settings: RetentionSettings, *, clock: Callable[[], int] = now_us
+        self,
+        database: Database,
+        root: Path,
+        settings: RetentionSettings,
+        *,
+        clock: Callable[[], int | None] | None = None,
     ) -> None:
         self._database = database
         self._root = root
         self._settings = settings
-        self._clock = clock
+        self._clock = AgeClock(database) if clock is None else clock
         self._stop = threading.Event()
         self.removed = Removed()
 
@@ -78,21 +87,28 @@ class Sweeper:
             self._stop.set()
 
     def sweep(self) -> None:
-        """Remove all that is too old."""
+        """Remove all that is too old. Nothing has an age while the clock is in doubt."""
         before = Removed(**vars(self.removed))
-        if cutoff := self._cutoff(self._settings.request_ids_days):
-            self._each_batch(lambda: self._remove_request_ids(cutoff))
-        if cutoff := self._cutoff(self._settings.job_events_days):
-            self._each_job(t.jobs.c.first_sequence < t.jobs.c.last_sequence, cutoff, self._compact)
-        # Where the folder of all jobs is not mounted, nothing is known about any.
-        if (cutoff := self._cutoff(self._settings.job_files_days)) and self._root.is_dir():
-            self._each_job(t.jobs.c.files_removed_us.is_(None), cutoff, self._remove_files)
+        # Once for all: a clock that jumps from now on is doubted by the next sweep.
+        now = self._clock()
+        if now is not None:
+            self._remove_old(now)
         self._remove_scratch()
         if self.removed != before:
             log.info("retention applied", **vars(self.removed))
 
-    def _cutoff(self, days: float) -> int:
-        return self._clock() - round(days * _DAY_US) if days else 0
+    def _remove_old(self, now: int) -> None:
+        settings = self._settings
+        if settings.request_ids_days:
+            request_cutoff = _cutoff(now, settings.request_ids_days)
+            self._each_batch(lambda: self._remove_request_ids(request_cutoff))
+        if settings.job_events_days:
+            some_left = t.jobs.c.first_sequence < t.jobs.c.last_sequence
+            self._each_job(some_left, _cutoff(now, settings.job_events_days), self._compact)
+        # Where the folder of all jobs is not mounted, nothing is known about any.
+        if settings.job_files_days and self._root.is_dir():
+            some_left = t.jobs.c.files_removed_us.is_(None)
+            self._each_job(some_left, _cutoff(now, settings.job_files_days), self._remove_files)
 
     def _each_batch(self, work: Callable[[], int]) -> None:
         while not self._stop.is_set() and work():
@@ -164,7 +180,7 @@ class Sweeper:
         self._remove(folder)
         with self._database.write() as connection:
             ours = sa.update(t.jobs).where(t.jobs.c.id == job_id, t.jobs.c.files_removed_us.is_(None))
-            self.removed.job_folders += connection.execute(ours.values(files_removed_us=self._clock())).rowcount
+            self.removed.job_folders += connection.execute(ours.values(files_removed_us=now_us())).rowcount
 
     def _remove_scratch(self) -> None:
         """Remove folders of replays that have ended. One whose worker was killed does not do so itself."""
@@ -201,6 +217,10 @@ class Sweeper:
                 size_bytes = path.lstat().st_size
                 path.unlink()
                 self.removed.size_bytes += size_bytes
+
+
+def _cutoff(now: int, days: float) -> int:
+    return now - round(days * _DAY_US)
 
 
 def _ended_before(cutoff: int) -> sa.ColumnElement[bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ class VerificationRow:
     tries: int
     server: str
     handle: str
+    launched: str
     heartbeat_us: int
     create_us: int
     start_us: int | None
@@ -137,15 +139,20 @@ class VerificationStore:
         with self.database.read() as connection:
             return [_row(row) for row in connection.execute(query).mappings()]
 
-    def begin(self, server: str) -> Claim | None:
-        """Take the oldest one that waits, or return None. Those that another server is just taking are passed over."""
+    def begin(
+        self, server: str, *, may_start: Callable[[sa.Connection], bool] = lambda _connection: True
+    ) -> Claim | None:
+        """Take the oldest one that waits, or return None. Those that another server is just taking are passed over.
+
+        may_start: asked in the transaction that takes it; it waits where the answer is no.
+        """
         waiting = sa.select(v.c.id).where(v.c.state == VerificationState.QUEUED.value).order_by(v.c.id).limit(1)
         with self.database.read() as connection:
             if connection.execute(waiting).first() is None:
                 return None
         with self.database.write() as connection:
             found = connection.execute(waiting.with_for_update(skip_locked=True)).scalar()
-            if found is None:
+            if found is None or not may_start(connection):
                 return None
             now = now_us()
             changes = {
@@ -153,11 +160,17 @@ class VerificationStore:
                 "tries": v.c.tries + 1,
                 "server": server,
                 "handle": "",
+                "launched": "",
                 "start_us": sa.func.coalesce(v.c.start_us, now),
                 "heartbeat_us": now,
             }
             statement = sa.update(v).where(v.c.id == found).values(**changes).returning(v)
             return self.claim_of(connection, _row(connection.execute(statement).mappings().one()))
+
+    def set_launched(self, row: VerificationRow, handle: str) -> None:
+        """Store by which handle a worker was started, for a server that is started after this one."""
+        with self.database.write() as connection:
+            connection.execute(sa.update(v).where(_held(row.id, row.tries)).values(launched=handle))
 
     def give_up(self, row: VerificationRow, message: str, *, most_tries: int) -> None:
         """Take a verification from a worker that was lost: it is queued again, or fails after so many tries."""

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
 import structlog
 
 from training_common.jobs.folders import verification_log_name
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.verifications import VerificationRow, VerificationStore
 from training_common.settings import WorkerSettings
+from training_common.store.database import now_us
 
 if TYPE_CHECKING:
     from training_common.jobs.scheduler import Engine
@@ -34,13 +36,16 @@ class Verifier:
         *,
         settings_file: Path | None,
         server: str = "",
+        may_start: Callable[[sa.Connection], bool] = lambda _connection: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """may_start: asked in the transaction that gives a replay a slot whether it may have one."""
         self._store = store
         self._engine = engine
         self._settings = settings
         self._settings_file = settings_file
         self._server = server
+        self._may_start = may_start
         self._life = SignsOfLife(clock)
         # Handles of workers that have not registered yet, by verification and try.
         self._launched: dict[tuple[int, int], str] = {}
@@ -57,9 +62,12 @@ class Verifier:
     def _look_at(self, row: VerificationRow) -> None:
         silent_s = self._life.silent_s(row.id)
         ours = row.server == self._server
-        handle = row.handle or self._launched.get(_key(row), "")
+        handle = row.handle or row.launched or self._launched.get(_key(row), "")
         if ours and handle and not self._engine.alive(handle):
             self._give_up(row, self._engine.ending(handle).words)
+        elif ours and not handle and now_us() - row.heartbeat_us > 1e6 * self._settings.start_timeout_s:
+            # The server that was to start it ended over it. By the wall clock, as that one may end again and again.
+            self._give_up(row, "its server ended before a worker had registered")
         elif ours and not row.handle and silent_s > self._settings.start_timeout_s:
             self._give_up(row, "no worker registered in time", kill=handle)
         elif silent_s > self._settings.silent_cut_s:
@@ -73,7 +81,7 @@ class Verifier:
 
     def start(self) -> bool:
         """Give the next verification a worker. Returns whether one was started."""
-        claim = self._store.begin(self._server)
+        claim = self._store.begin(self._server, may_start=self._may_start)
         if claim is None:
             return False
         row = claim.row
@@ -86,6 +94,7 @@ class Verifier:
         except OSError as error:
             self._give_up(row, f"the worker could not be started: {error.strerror}")
             return False
+        self._store.set_launched(row, self._launched[_key(row)])
         log.info("verification started", verification=row.name, job=claim.job.name, number=row.tries)
         return True
 

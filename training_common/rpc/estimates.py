@@ -12,6 +12,9 @@ from cognateforge.job.v1 import job_pb2
 from training_common.jobs.speed import speeds
 from training_common.settings import OfferSettings, PriceSettings
 
+# The part that only the first process of a job holds.
+_FIRST_ALONE = "checkpoint_copy"
+
 
 class Estimator:
     """Estimates jobs of one server. gpus: how many a worker takes."""
@@ -30,7 +33,7 @@ class Estimator:
         total_steps: int,
         processes: int = 1,
     ) -> job_pb2.Estimate:
-        """Return an estimate. memory: bytes of the parts of each process, none where there is no formula."""
+        """Return an estimate. memory: bytes of the parts of the first process, none where there is no formula."""
         parts = [job_pb2.MemoryPart(name=name, size_bytes=size) for name, size in memory.items()]
         result = job_pb2.Estimate(memory_bytes=sum(memory.values()), memory=parts)
         measured = speeds(connection, configuration=configuration, server=self._server)
@@ -40,7 +43,7 @@ class Estimator:
         result.steps_per_s = statistics.median(measured)
         seconds = total_steps / result.steps_per_s
         result.run_time.FromMilliseconds(round(1000 * seconds))
-        need = Need(memory_bytes=result.memory_bytes * processes, processes=processes, gpus=self._gpus * processes)
+        need = need_of(memory, processes=processes, gpus=self._gpus * processes)
         for spot, field in ((False, result.cost), (True, result.spot_cost)):
             choice = cheapest(self._price, need, spot=spot)
             if choice is not None:
@@ -56,6 +59,13 @@ class Need:
     memory_bytes: int
     processes: int
     gpus: int = 0
+
+
+def need_of(memory: Mapping[str, int], *, processes: int, gpus: int) -> Need:
+    """Return what a job takes whose first process has these parts of memory."""
+    first = sum(memory.values())
+    others = (processes - 1) * (first - memory.get(_FIRST_ALONE, 0))
+    return Need(memory_bytes=first + others, processes=processes, gpus=gpus)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,8 @@ verifications = Table(
     Column("tries", Integer, nullable=False, default=0),
     Column("server", String(255), nullable=False, default=""),
     Column("handle", String(255), nullable=False, default=""),
+    # By which handle its worker was started, until the worker registers itself.
+    Column("launched", String(255), nullable=False, default="", server_default=""),
     Column("heartbeat_us", BigInteger, nullable=False, default=0),
     Column("create_us", BigInteger, nullable=False),
     Column("start_us", BigInteger),

@@ -39,7 +39,8 @@ def register(app: typer.Typer) -> None:
         add(app)
 
 
-def _pages(call: Callable[[int, str], Any], rows: str, limit: int) -> Iterator[Any]:
+def pages(call: Callable[[int, str], Any], rows: str, limit: int) -> Iterator[Any]:
+    """Yield up to `limit` rows of a paged list. call: returns the page of a size at a token."""
     token = ""
     while limit > 0:
         page = call(min(limit, 500), token)
@@ -65,7 +66,7 @@ def _models(app: typer.Typer) -> None:
             state = enum_word(model_pb2.ModelState.DESCRIPTOR, item.state)
             return item.name, state, item.steps, item.tokens, item.size_bytes, item.digest
 
-        rows: list[Row] = [(item, {}, cells(item)) for item in _pages(page, "models", limit)]
+        rows: list[Row] = [(item, {}, cells(item)) for item in pages(page, "models", limit)]
         session.table(("name", "state", "steps", "tokens", "bytes", "digest"), rows)
 
     below = group(app, models)
@@ -127,7 +128,7 @@ def _agents(app: typer.Typer) -> None:
         def cells(item: Agent) -> tuple[object, ...]:
             return item.name, " ".join(item.aliases), item.task, item.foundation, item.size_bytes, item.digest
 
-        rows: list[Row] = [(item, {}, cells(item)) for item in _pages(page, "agents", limit)]
+        rows: list[Row] = [(item, {}, cells(item)) for item in pages(page, "agents", limit)]
         session.table(("name", "aliases", "task", "foundation", "bytes", "digest"), rows)
 
     @command(app)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # Options whose names are not their field's with dashes, by the field's path.
 _OPTIONS: Mapping[str, str] = {
     "page_size": "--limit",
+    "start_time": "--start",
+    "end_time": "--end",
     "plan.total_steps": "--steps",
     "plan.peak_learning_rate": "--lr",
     "plan.checkpoint_interval_steps": "--checkpoint-interval",
@@ -41,6 +43,10 @@ _OPTIONS: Mapping[str, str] = {
 _SAME_NAME = frozenset(
     {
         "request_id",
+        "reservation",
+        "slots",
+        "purpose",
+        "include_ended",
         "scheduling.priority",
         "scheduling.start_by",
         "scheduling.finish_by",

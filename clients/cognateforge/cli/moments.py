@@ -11,8 +11,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
-def moment(text: str) -> Timestamp:
-    """Return "2026-12-24T18:00:00Z" or "8h" as a time. Errors: BadParameter."""
+def moment(text: str, *, option: str) -> Timestamp:
+    """Return "2026-12-24T18:00:00Z" or "8h" as a time. Errors: BadParameter, about the option."""
     result = Timestamp()
     ahead = re.fullmatch(r"(\d{1,6})([smhd])", text)
     if ahead is not None:
@@ -22,6 +22,7 @@ def moment(text: str) -> Timestamp:
         result.FromJsonString(text)
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is no moment: give a time as 2026-12-24T18:00:00Z, or how long from now as 90s, 30m, 8h or 2d"
+            f"{text!r} is no moment: give a time as 2026-12-24T18:00:00Z, or how long from now as 90s, 30m, 8h or 2d",
+            param_hint=option,
         ) from None
     return result

@@ -10,13 +10,22 @@ import typer
 
 def full_job_name(name: str) -> str:
     """Return a job's full name. Errors: BadParameter, for what can be no job's."""
+    return _full_name(name, "job", "jobs", "forge jobs lists", "NAME")
+
+
+def full_reservation_name(name: str, option: str = "NAME") -> str:
+    """Return a reservation's full name. Errors: BadParameter, for what can be no reservation's."""
+    return _full_name(name, "reservation", "reservations", "forge reservations list shows", option)
+
+
+def _full_name(name: str, what: str, collection: str, listed: str, option: str) -> str:
     try:
-        number = uuid.UUID(name.removeprefix("jobs/"))
+        number = uuid.UUID(name.removeprefix(f"{collection}/"))
     except ValueError:
         raise typer.BadParameter(
-            f"{name!r} is no job's name: give jobs/UUID or the UUID, as forge jobs lists them", param_hint="NAME"
+            f"{name!r} is no {what}'s name: give {collection}/UUID or the UUID, as {listed} them", param_hint=option
         ) from None
-    return f"jobs/{number}"
+    return f"{collection}/{number}"
 
 
 def check_artifact_name(name: str) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import JobService, Progress, RequestId, Service
-from cognateforge.cli.names import check_artifact_name
+from cognateforge.cli.names import check_artifact_name, full_reservation_name
 from cognateforge.cli.session import Session, command, new_request_id, print_line, say
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def _scheduling(priority: int, start_by: str, finish_by: str) -> Scheduling | No
         return None
     return job_pb2.Scheduling(
         priority=priority,
-        start_by=moment(start_by) if start_by else None,
-        finish_by=moment(finish_by) if finish_by else None,
+        start_by=moment(start_by, option="--start-by") if start_by else None,
+        finish_by=moment(finish_by, option="--finish-by") if finish_by else None,
     )
 
 
@@ -159,7 +159,9 @@ def _pretrain(app: typer.Typer) -> None:
         initial_competence: Annotated[
             float, typer.Option(help="With --curriculum: share of documents to begin with. 0: 0.1.")
         ] = 0.0,
-        reservation: Annotated[str, typer.Option(help="Run in this reservation of slots.")] = "",
+        reservation: Annotated[
+            str, typer.Option(help="Run in this reservation of slots: its name, or its UUID alone.")
+        ] = "",
         priority: Priority = 0,
         start_by: StartBy = "",
         finish_by: FinishBy = "",
@@ -200,7 +202,7 @@ def _pretrain(app: typer.Typer) -> None:
             plan=plan,
             scheduling=_scheduling(priority, start_by, finish_by),
             validate_only=validate_only,
-            reservation=reservation,
+            reservation=full_reservation_name(reservation, "--reservation") if reservation else "",
         )
         answer = session.cognate_client.pretraining.StartPretraining(request)
         return _submitted(session, Service.COGNATE, answer, watch, progress)

@@ -359,7 +359,7 @@ class MemoryPart(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What it holds: "runtime", "weights", "gradients", "optimizer", "filter", "checkpoint_copy", "activations",
-    "control", "kernels".
+    "control", "kernels", "gathered".
     """
     size_bytes: _builtins.int
     """Bytes."""
@@ -423,7 +423,9 @@ class Estimate(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     SPOT_COST_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
-    """Memory of a worker process at its peak, in bytes: the sum of its parts. The formula follows from the plan alone."""
+    """Memory of a worker process at its peak, in bytes: the sum of its parts. The formula follows from the plan alone. Of
+    several processes that of the first: the others do without its "checkpoint_copy".
+    """
     steps_per_s: _builtins.float
     """Optimizer steps a second: the median of earlier attempts of the same configuration on this server. Absent where
     there was none.
