@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cognateforge.agent.v1 import agent_pb2
-from cognateforge.client.frames import Frame, Header, Piece, agent_frame, model_frame
+from cognateforge.client.frames import Frame, Header, Piece, Unknown, agent_frame, model_frame
 from cognateforge.exchange.v1 import model_pb2
 
 Read = Callable[[bytes], Frame]
@@ -24,7 +24,7 @@ def by_generated_class(response: Any, artifact: str) -> Frame:
         return Header(digest=getattr(response.header, artifact).digest, manifest=response.header.manifest)
     if response.HasField("chunk"):
         return Piece(offset_bytes=response.chunk.offset_bytes, data=memoryview(response.chunk.data))
-    return None
+    return Unknown()
 
 
 @BOTH
@@ -49,13 +49,13 @@ def test_the_bytes_of_a_chunk_are_not_copied(read: Read, kind: Any, artifact: st
 
 @BOTH
 def test_a_header_and_an_unknown_kind_are_told_apart(read: Read, kind: Any, artifact: str) -> None:
-    """A frame of a later release's kind is None."""
+    """A frame of a later release's kind is no error."""
     response = kind()
     response.header.manifest = b"{}"
     getattr(response.header, artifact).digest = "sha256:1"
     assert Header(digest="sha256:1", manifest=b"{}") == read(response.SerializeToString())
-    assert read(b"") is None
-    assert read(b"\xfa\x01\x01x") is None  # field 31
+    assert Unknown() == read(b"")
+    assert Unknown() == read(b"\xfa\x01\x01x")  # field 31
 
 
 @BOTH

@@ -16,6 +16,7 @@ from cognateforge.exceptions import (
     VerificationOpenError,
 )
 from tests.jobs.test_jobs import pid
+from tests.support import waiting
 from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.attempt import FencedOutError
@@ -74,9 +75,10 @@ async def test_a_replay_gives_the_same_bits_and_touches_nothing(service: ToyServ
     assert {"python", "threads", "cognateforge", "torch"} <= receipt["environment"].keys()
     assert before == files(service, job)
     assert job == service.store.get(job.name)
-    assert [] == list((jobs_dir(service.settings).parent / "verifications").iterdir())
+    # The receipt is stored before the worker has tidied up.
+    scratch = jobs_dir(service.settings).parent / "verifications"
     log = job_dir(service.settings, job.name) / "logs" / f"verify-{row.id}.log"
-    assert "verification done" in log.read_text()
+    await waiting.until(lambda: not list(scratch.iterdir()) and "verification done" in log.read_text(), timeout_s=20)
 
 
 async def test_a_step_that_is_not_the_same_is_found(local: ToyService) -> None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from cognateforge.client.deadline import remaining_budget_s
 from cognateforge.client.flush import EarlyFlush
-from cognateforge.client.frames import Frame, Header, Piece
+from cognateforge.client.frames import Frame, Header, Piece, Unknown
 from cognateforge.client.manifest import MANIFEST_NAME, Manifest, ManifestFile, check_digest, parse_manifest
 from cognateforge.client.patience import BREAKS, STREAM_LIFE_S, Patience
 from cognateforge.exceptions import (
@@ -385,7 +385,7 @@ class Reader:
 
     def take(self, frame: Frame) -> None:
         """Take one frame. Only bytes count as progress: a header comes with every attempt."""
-        if frame is None:
+        if isinstance(frame, Unknown):
             return  # what the manifest names must come in pieces all the same
         if isinstance(frame, Header):
             self._landing.accept_header(frame)

@@ -37,8 +37,12 @@ class Piece:
     data: memoryview
 
 
-# None is a kind of frame that this release does not know.
-Frame = Header | Piece | None
+@dataclass(frozen=True)
+class Unknown:
+    """A kind of frame that this release does not know. Not None, which gRPC takes for bytes that cannot be read."""
+
+
+Frame = Header | Piece | Unknown
 
 
 def _tag(message: Descriptor, field: str, kind: int) -> int:
@@ -58,7 +62,7 @@ def model_frame(raw: bytes) -> Frame:
     response = model_pb2.FetchModelResponse.FromString(raw)
     if response.HasField("header"):
         return Header(digest=response.header.model.digest, manifest=response.header.manifest)
-    return _copied(response.chunk) if response.HasField("chunk") else None
+    return _copied(response.chunk) if response.HasField("chunk") else Unknown()
 
 
 def agent_frame(raw: bytes) -> Frame:
@@ -68,7 +72,7 @@ def agent_frame(raw: bytes) -> Frame:
     response = agent_pb2.FetchAgentResponse.FromString(raw)
     if response.HasField("header"):
         return Header(digest=response.header.agent.digest, manifest=response.header.manifest)
-    return _copied(response.chunk) if response.HasField("chunk") else None
+    return _copied(response.chunk) if response.HasField("chunk") else Unknown()
 
 
 # What a channel's `unary_stream` is given for a call whose answers are read so.
