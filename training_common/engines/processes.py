@@ -13,6 +13,8 @@ import psutil
 
 # From sysexits.h, "try again later": the worker has told of a fault of its machine.
 EX_TEMPFAIL = 75
+# Signals that are sent from outside, as exit statuses tell of them. SIGKILL also for want of memory.
+OUTSIDE_STATUSES = frozenset({EX_TEMPFAIL, 128 + 1, 128 + 2, 128 + 3, 128 + 9, 128 + 15})
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 0.5
 
