@@ -17,9 +17,6 @@ from typing import Any
 
 import structlog
 
-# Read when Ray is loaded.
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-
 import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_placement_groups

@@ -15,11 +15,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 
-# Read when Ray is loaded.
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# Relative paths mean the same to all processes of a node.
-os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -37,6 +32,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
+    # Otherwise Ray Train moves each process into a folder of its own, and relative paths in settings with it.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     # Ray Train wants a place for results of its own, of which there are none.
     with tempfile.TemporaryDirectory(prefix="forge-ray-") as place:
         # Not the trainer for torch, which would make a process group in Ray's processes, and load torch for it.
