@@ -36,10 +36,10 @@ class RayCluster:
 
     def __init__(self) -> None:
         # Sockets lie below it, and their paths may have 107 characters.
-        self.folder = tempfile.mkdtemp(prefix="forge-ray-", dir="/tmp")
+        self.folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
-        with _environment():
+        with self._environment():
             from ray.cluster_utils import Cluster
 
             self._cluster = Cluster(
@@ -48,7 +48,6 @@ class RayCluster:
                     "include_dashboard": True,
                     "dashboard_host": "127.0.0.1",
                     "dashboard_port": self.port,
-                    "temp_dir": self.folder,
                     **self._node({}),
                 },
             )
@@ -70,7 +69,7 @@ class RayCluster:
 
     def add(self, **resources: float) -> Any:
         """Start a node."""
-        with _environment():
+        with self._environment():
             return self._cluster.add_node(**self._node(resources))
 
     def kill(self, node: Any) -> None:
@@ -87,24 +86,23 @@ class RayCluster:
                 return node
         return None
 
+    @contextmanager
+    def _environment(self) -> Iterator[None]:
+        """Let nodes inherit what they, and the drivers of their jobs, are to see."""
+        path = os.pathsep.join([str(ROOT / "clients"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        wanted = {**_ENVIRONMENT, "RAY_TMPDIR": self.folder, "PYTHONPATH": path, "PATH": binaries}
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
     def stop(self) -> None:
         self._cluster.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    """Let nodes inherit what they, and the drivers of their jobs, are to see."""
-    path = os.pathsep.join([str(ROOT / "clients"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    wanted = {**_ENVIRONMENT, "PYTHONPATH": path, "PATH": binaries}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
