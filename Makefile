@@ -71,7 +71,7 @@ docs: $(VENV)/.dev ## Write docs/reference.md and docs/metrics.md from contract 
 
 bench: $(VENV)/.dev ## One benchmark: make bench BENCH=train_step. Its last line is one JSON object.
 	@test -n "$(BENCH)" || { echo "name one: make bench BENCH=name, of:"; ls tests/benchmarks | sed -nE 's/^bench_(.*)\.py$$/  \1/p'; exit 2; }
-	@env $$($(BIN)/python -c 'from training_common.engines.local import WORKER_ENVIRONMENT as e; print(*map("=".join, e.items()))') $(BIN)/python tests/benchmarks/bench_$(BENCH).py
+	@env $$($(BIN)/python -c 'from training_common.engines.processes import WORKER_ENVIRONMENT as e; print(*map("=".join, e.items()))') $(BIN)/python tests/benchmarks/bench_$(BENCH).py
 
 clean: ## Remove what was installed and built; var/ with its models stays.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -29,7 +29,7 @@ from cognateforge.client import CognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from tests.benchmarks.cognate_process import clean_up_on_sigterm, cognate_process
 from tests.benchmarks.common import print_result
-from training_common.engines.local import WORKER_ENVIRONMENT
+from training_common.engines.processes import WORKER_ENVIRONMENT
 
 # Rows of a step, their tokens, rates of a control.
 COGNATE = ((4, 128, 0), (8, 256, 0), (4, 128, 1))

@@ -90,12 +90,13 @@ class RayEngine:
             *("--resources", json.dumps(self._settings.resources), "--log", str(path)),
             *(self._module, *arguments, *threads, "--handle", name),
         ]
-        environment = {"RAY_USAGE_STATS_ENABLED": "0", **self._settings.environment}
+        environment = self._settings.environment
         try:
             self._client().submit_job(
                 entrypoint=shlex.join(driver),
                 submission_id=name,
-                runtime_env={"env_vars": environment},
+                # Without an environment of its own it may use processes that Ray has at hand.
+                runtime_env={"env_vars": environment} if environment else {},
                 metadata={_OWNER: self._owner},
             )
         except _AWAY as error:

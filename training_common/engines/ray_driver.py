@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # Otherwise Ray Train moves each process into a folder of its own, and relative paths in settings with it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # It tells processes that their node will be taken away, which these do not ask.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     # Ray Train wants a place for results of its own, of which there are none.
     with tempfile.TemporaryDirectory(prefix="forge-ray-") as place:
         # Not the trainer for torch, which would make a process group in Ray's processes, and load torch for it.

@@ -18,7 +18,7 @@ import ray
 from ray.train import get_context
 from ray.train.collective import broadcast_from_rank_zero
 
-from training_common.engines.local import WORKER_ENVIRONMENT
+from training_common.engines.processes import WORKER_ENVIRONMENT
 
 
 class ProcessEndedError(Exception):
