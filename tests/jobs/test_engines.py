@@ -60,7 +60,5 @@ def test_rays_environment_may_not_lead_elsewhere(tmp_path: Path, monkeypatch: py
 def test_a_server_loads_the_library_of_its_own_engine_only() -> None:
     """Ray and Kubernetes take seconds to load, and are extras."""
     code = "import sys, cognate_server.server, agent_server.server; print({'ray', 'kubernetes'} & set(sys.modules))"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
-    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     assert ended.stdout.strip() == "set()"

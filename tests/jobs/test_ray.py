@@ -22,14 +22,14 @@ from training_common.settings import RaySettings
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
 pytest.importorskip("ray.train", reason="the extra [ray] is not installed")
 
-from tests.support.ray_cluster import RayCluster  # noqa: E402 - only where the extra is
-from tests.support.small_pretraining import losses  # noqa: E402
-from training_common.engines import ray as engine_module  # noqa: E402
-from training_common.engines.ray import RayEngine  # noqa: E402
-from training_common.engines.ray_driver import status_of  # noqa: E402
-from training_common.engines.ray_process import ProcessEndedError  # noqa: E402
-from training_common.jobs.folders import jobs_dir  # noqa: E402
-from training_common.team import ALONE  # noqa: E402
+from tests.support.ray_cluster import RayCluster
+from tests.support.small_pretraining import losses
+from training_common.engines import ray as engine_module
+from training_common.engines.ray import RayEngine
+from training_common.engines.ray_driver import status_of
+from training_common.engines.ray_process import ProcessEndedError
+from training_common.jobs.folders import jobs_dir
+from training_common.team import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ class ClusterService(ToyService):
             self.store, self.cluster_engine, workers, settings_file=self.settings_file, server=self.server
         )
 
-    async def until(self, job: JobRow, condition: Callable[[JobRow], bool], timeout_s: float = 90) -> JobRow:
+    async def until(self, job: JobRow, condition: Callable[[JobRow], bool], timeout_s: float = 120) -> JobRow:
         async with asyncio.timeout(timeout_s):
             while True:
                 await asyncio.to_thread(self.scheduler.tick)
@@ -130,6 +130,7 @@ async def test_a_worker_is_a_ray_job(service: ClusterService) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_what_is_lost_is_followed_by_another_attempt(service: ClusterService, cluster: RayCluster) -> None:
     """A killed process, Ray's over it, and a node: each time the job goes on from its checkpoint, at no cost."""
     job = service.submit(steps=60, step_s=0.05, checkpoint_every=5, processes=2)
@@ -162,26 +163,21 @@ async def test_what_is_lost_is_followed_by_another_attempt(service: ClusterServi
 @pytest.mark.slow
 async def test_a_worker_without_room_is_waited_for(tmp_path: Path, cluster: RayCluster) -> None:
     """However long the cluster has none: longer here than a start may take, and than silence may last."""
-    service = ClusterService(
-        tmp_path,
-        cluster.address,
-        ray={"resources": {"CPU": 1, "room": 1}},
-        start_timeout_s=2,
-        silent_cut_s=2,
-        lost_after_s=0.5,
-    )
+    service = ClusterService(tmp_path, cluster.address, ray={"resources": {"CPU": 1, "room": 1}})
     job = service.submit(steps=5)
     await service.until(job, lambda row: row.attempt == 1)
     handle = service.store.held()[0][1].launched
-    until = time.monotonic() + 8
+    await service.until(job, lambda _: service.cluster_engine.waits(handle))
+    patience = service.scheduler._settings
+    service.scheduler._settings = patience.model_copy(
+        update={"start_timeout_s": 0.5, "silent_cut_s": 0.5, "lost_after_s": 0.2}
+    )
+    until = time.monotonic() + 3
     while time.monotonic() < until:
         await asyncio.to_thread(service.scheduler.tick)
-        await asyncio.sleep(0.2)
-    assert service.cluster_engine.waits(handle)
+        await asyncio.sleep(0.1)
     assert (service.store.get(job.name).state, service.store.get(job.name).attempt) == (JobState.PREPARING, 1)
-    service.scheduler._settings = service.settings.workers.model_copy(
-        update={"start_timeout_s": 60, "silent_cut_s": 60}
-    )
+    service.scheduler._settings = patience
     cluster.add(room=1)
     job = await service.until(job, ended)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
@@ -230,7 +226,7 @@ async def test_two_processes_on_two_nodes_train_as_one(
     file = tmp_path / "losses"
     arguments = ["--attempt", "1", "--losses", str(file)]
     handle = engine.launch(arguments, log_name="training/logs/attempt-1.log", processes=2)
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(120):
         while engine.alive(handle):
             await asyncio.sleep(0.2)
             await asyncio.to_thread(engine.tidy)

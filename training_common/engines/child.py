@@ -1,6 +1,6 @@
-"""Runs a module in a process that ends with its parent: python -m training_common.engines.child PARENT MODULE ARGUMENT...
+"""Runs a module in a process that ends with its parent, for launchers whose own end would leave the worker behind.
 
-For launchers whose own end would leave the worker behind.
+python -m training_common.engines.child PARENT MODULE ARGUMENT...
 """
 
 from __future__ import annotations

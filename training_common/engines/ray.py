@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 import requests
+import structlog
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_placement_groups
 from ray.util.state.exception import RayStateApiException
@@ -62,7 +61,9 @@ class RayEngine:
 
     def __init__(self, settings: WorkerSettings, *, module: str, owner: str, log_dir: Path) -> None:
         self._settings, self._module, self._owner, self._log_dir = settings.ray, module, owner, log_dir
-        self._threads = [] if settings.threads else ["--threads", str(max(1, int(settings.ray.resources.get("CPU", 1))))]
+        self._threads = (
+            [] if settings.threads else ["--threads", str(max(1, int(settings.ray.resources.get("CPU", 1))))]
+        )
         for name in _OVERRIDES:
             if os.environ.get(name, settings.ray.address) != settings.ray.address:
                 raise OSError(f"workers.ray.address: {name} names another cluster: unset it, or let both be the same")
@@ -123,7 +124,9 @@ class RayEngine:
             log.warning("Ray jobs cannot be looked at", error=_told(error))
             return
         self._seen = {
-            job.submission_id: job for job in jobs if job.submission_id and (job.metadata or {}).get(_OWNER) == self._owner
+            job.submission_id: job
+            for job in jobs
+            if job.submission_id and (job.metadata or {}).get(_OWNER) == self._owner
         }
         self._launched -= self._seen.keys()
         for name, job in self._seen.items():

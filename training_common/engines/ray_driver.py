@@ -25,7 +25,9 @@ from training_common.engines.ray_process import ProcessEndedError, run_process
 
 def main(argv: list[str]) -> int:
     """Run the worker to its end. Returns its exit status, where a signal is 128 and its number."""
-    parser = argparse.ArgumentParser(description="Runs one worker on a Ray cluster. Started by an engine, as a Ray job.")
+    parser = argparse.ArgumentParser(
+        description="Runs one worker on a Ray cluster. Started by an engine, as a Ray job."
+    )
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--resources", type=json.loads, required=True, help="of each process, as Ray names them")
     parser.add_argument("--log", required=True, help="into which processes write, where it is there")
