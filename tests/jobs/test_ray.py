@@ -167,7 +167,9 @@ async def test_a_worker_without_room_is_waited_for(tmp_path: Path, cluster: RayC
     job = service.submit(steps=5)
     await service.until(job, lambda row: row.attempt == 1)
     handle = service.store.held()[0][1].launched
-    await service.until(job, lambda _: service.cluster_engine.waits(handle))
+    # Before, its driver has to start, which is no wait for room.
+    await service.until(job, lambda _: bool(service.cluster_engine._without_room()))
+    assert service.cluster_engine.waits(handle)
     patience = service.scheduler._settings
     service.scheduler._settings = patience.model_copy(
         update={"start_timeout_s": 0.5, "silent_cut_s": 0.5, "lost_after_s": 0.2}
