@@ -315,7 +315,8 @@ async def test_a_job_that_comes_while_slots_are_given_out_waits_for_what_is_lent
 ) -> None:
     """The job that gets the slot is the one that is asked about, also where nobody waited a moment before."""
     monkeypatch.setattr("cognate_server.resources.os.cpu_count", lambda: 4)
-    started, came = record_launches(monkeypatch), []
+    started = record_launches(monkeypatch)
+    came: list[str] = []
     begin = JobStore.begin_attempt
     async with (
         running_cognate(tmp_path, workers={"slots": 1, "threads": 2}, lending={"grace_s": 600}) as server,
