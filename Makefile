@@ -8,7 +8,7 @@ PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install -
 CODE := clients training_common cognate_server agent_server tests tools deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-run demo up test unit fuzz chaos lint format proto proto-breaking docs bench clean
+.PHONY: help install install-run demo up test unit test-ray fuzz chaos lint format proto proto-breaking docs bench clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +39,10 @@ test: lint unit ## Everything that CI runs: lint, then the tests, fast ones firs
 
 unit: $(VENV)/.dev ## The tests alone.
 	$(BIN)/python -m pytest $(TESTS)
+
+test-ray: $(VENV)/.dev ## The tests of the Ray engine, on a cluster of three nodes here. Installs Ray into .venv.
+	$(PIP) --editable '.[dev,ray]'
+	$(BIN)/python -m pytest tests/jobs/test_ray.py
 
 fuzz: $(VENV)/.dev ## Press every RPC with 20,000 requests out of its descriptor; make fuzz FUZZ="COUNT SEED".
 	$(BIN)/python -m tests.fuzz.run $(FUZZ)
@@ -71,7 +75,7 @@ docs: $(VENV)/.dev ## Write docs/reference.md and docs/metrics.md from contract 
 
 bench: $(VENV)/.dev ## One benchmark: make bench BENCH=train_step. Its last line is one JSON object.
 	@test -n "$(BENCH)" || { echo "name one: make bench BENCH=name, of:"; ls tests/benchmarks | sed -nE 's/^bench_(.*)\.py$$/  \1/p'; exit 2; }
-	@env $$($(BIN)/python -c 'from training_common.engines.local import WORKER_ENVIRONMENT as e; print(*map("=".join, e.items()))') $(BIN)/python tests/benchmarks/bench_$(BENCH).py
+	@env $$($(BIN)/python -c 'from training_common.engines.processes import WORKER_ENVIRONMENT as e; print(*map("=".join, e.items()))') $(BIN)/python tests/benchmarks/bench_$(BENCH).py
 
 clean: ## Remove what was installed and built; var/ with its models stays.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

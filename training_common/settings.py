@@ -7,6 +7,7 @@ Precedence: environment over file over default. A nested key is written with two
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -57,11 +58,41 @@ class KubernetesSettings(Section):
     context: str = Field(default="", description="context of kubeconfig; empty: its current one")
 
 
+class RaySettings(Section):
+    """Where and how workers run on a Ray cluster."""
+
+    address: str = Field(
+        default="http://127.0.0.1:8265",
+        pattern=r"^https?://[^/\s]+/?$",
+        description="Ray's job server, which is the dashboard of the cluster's head: http://HOST:PORT",
+    )
+    resources: dict[str, float] = Field(
+        default={"CPU": 1.0}, description="what each process asks for: CPU, GPU, and what the cluster itself names"
+    )
+    environment: dict[str, str] = Field(
+        default={}, description="variables of workers; Ray shows them to whoever sees its jobs, so no secrets"
+    )
+    settings_file: Path | None = Field(
+        default=None, description="settings file of workers where they run; none: their environment alone"
+    )
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        for name, amount in self.resources.items():
+            if not (math.isfinite(amount) and amount >= 0):
+                raise ValueError(f"resources.{name}: {amount} is no amount: give 0 or more")
+        if not any(self.resources.values()):
+            # Ray would put any number of them on one node.
+            raise ValueError("resources: a process that asks for nothing has no bound: give CPU, or another")
+        return self
+
+
 class WorkerSettings(Section):
     """How training processes are run."""
 
-    engine: Literal["local", "kubernetes"] = Field(default="local", description="what starts the processes")
+    engine: Literal["local", "kubernetes", "ray"] = Field(default="local", description="what starts the processes")
     kubernetes: KubernetesSettings = KubernetesSettings()
+    ray: RaySettings = RaySettings()
     slots: int = Field(
         default=1, ge=0, le=64, description="processes that train at the same time; 0 takes jobs in and runs none"
     )

@@ -30,7 +30,7 @@ from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.job.v1 import job_pb2
 from tests.benchmarks.cognate_process import clean_up_on_sigterm, cognate_process
 from tests.benchmarks.common import print_result
-from training_common.engines.local import WORKER_ENVIRONMENT
+from training_common.engines.processes import WORKER_ENVIRONMENT
 
 # Rows of a step, their tokens, rates of a control, processes, whether they part the model.
 COGNATE = (

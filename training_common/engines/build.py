@@ -13,22 +13,30 @@ from training_common.settings import ServiceSettings, SettingsError
 
 def build_engine(settings: ServiceSettings, *, module: str) -> Engine:
     """Return what starts this server's workers. Errors: SettingsError, when its library or its cluster is not there."""
-    if settings.workers.engine == "local":
-        return LocalEngine(module=module, log_dir=jobs_dir(settings))
-    try:
-        from training_common.engines.kubernetes import KubernetesEngine
-    except ImportError as error:
-        raise SettingsError(
-            "workers.engine: kubernetes needs its client library: pip install 'cognateforge[kubernetes]'"
-        ) from error
+    workers = settings.workers
     # Label values hold 63 letters, digits, '-', '_' and '.'; a server's name may have others, and more.
     owner = hashlib.sha256(settings.server_name.encode()).hexdigest()[:16]
     try:
-        return KubernetesEngine(settings.workers.kubernetes, module=module, owner=owner)
+        # A server loads the libraries of its own engine only.
+        if workers.engine == "kubernetes":
+            from training_common.engines.kubernetes import KubernetesEngine
+
+            return KubernetesEngine(workers.kubernetes, module=module, owner=owner)
+        if workers.engine == "ray":
+            from training_common.engines.ray import RayEngine
+
+            return RayEngine(workers, module=module, owner=owner, log_dir=jobs_dir(settings))
+    except ImportError as error:
+        raise SettingsError(
+            f"workers.engine: {workers.engine} needs its client library: pip install 'cognateforge[{workers.engine}]'"
+        ) from error
     except OSError as error:
         raise SettingsError(str(error)) from error
+    return LocalEngine(module=module, log_dir=jobs_dir(settings))
 
 
 def worker_settings_file(settings: ServiceSettings, own: Path | None) -> Path | None:
     """Return the settings file that workers read: the server's own, or the one where they run."""
-    return settings.workers.kubernetes.settings_file if settings.workers.engine == "kubernetes" else own
+    workers = settings.workers
+    there = {"kubernetes": workers.kubernetes.settings_file, "ray": workers.ray.settings_file}
+    return there.get(workers.engine, own)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Any
 
 import structlog
@@ -21,7 +20,8 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from training_common.engines.processes import EX_TEMPFAIL
+from training_common.engines.naming import name_of
+from training_common.engines.processes import OUTSIDE_STATUSES
 from training_common.jobs.scheduler import Ending
 from training_common.settings import KubernetesSettings
 
@@ -40,8 +40,6 @@ _CALL_TIMEOUT_S = 10
 _OUTSIDE_REASONS = frozenset(
     {"Evicted", "Preempted", "Preempting", "NodeLost", "NodeShutdown", "Terminated", "Shutdown"}
 )
-# Signals that are sent from outside, as a container's exit code tells of them. SIGKILL also for want of memory.
-_OUTSIDE_CODES = frozenset({EX_TEMPFAIL, 128 + 1, 128 + 2, 128 + 3, 128 + 9, 128 + 15})
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,7 @@ class KubernetesEngine:
 
     def launch(self, arguments: Sequence[str], *, log_name: str, processes: int = 1) -> str:
         """Create a worker's TrainJob and return its name. Its output is its pods' log. Errors: OSError."""
-        # An attempt is launched once; a name that is there was created by a call whose answer was lost.
-        name = _name(PurePosixPath(log_name), arguments[arguments.index("--attempt") + 1])
+        name = name_of(log_name, arguments)
         try:
             self._objects.create_namespaced_custom_object(
                 _GROUP,
@@ -199,7 +196,7 @@ class KubernetesEngine:
         codes = [end.exit_code for end in ends if end.exit_code != 0]
         reasons = {state.reason for state in states if state.reason}
         # Where one process fails by itself, the others fail for its sake.
-        own = [code for code in codes if code not in _OUTSIDE_CODES]
+        own = [code for code in codes if code not in OUTSIDE_STATUSES]
         if own:
             return False, f"exit code {own[0]}"
         return bool(codes or reasons & _OUTSIDE_REASONS), ", ".join(
@@ -224,12 +221,6 @@ class KubernetesEngine:
         except HTTPError as error:
             # Its worker writes nothing any more, since its fencing token is not current.
             log.warning("TrainJob not deleted", name=handle, error=_told(error))
-
-
-def _name(log: PurePosixPath, number: str) -> str:
-    """Return a DNS label for one worker: of a job's attempt, or of a try at a verification."""
-    what, _, of = log.stem.partition("-")
-    return f"forge-{log.parts[0]}-{number}" if what == "attempt" else f"forge-{what}-{of}-{number}"
 
 
 def _seen(item: Mapping[str, Any]) -> _Seen:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from training_common.attempt_log import open_log
-from training_common.engines.processes import EX_TEMPFAIL, find, handle_of, kill_tree
+from training_common.engines.processes import EX_TEMPFAIL, WORKER_ENVIRONMENT, find, handle_of, kill_tree
 from training_common.jobs.scheduler import Ending
 
 NAME = "local"
@@ -25,16 +25,6 @@ _TORCHRUN = "training_common.engines.torchrun"
 _REMEMBERED = 100
 # Sent from outside. A process that fails by itself raises others, such as SIGSEGV.
 _FROM_OUTSIDE = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM})
-# Torch's threads wait for each other many times a step. By default they spin for milliseconds, which slows a step
-# several times as soon as anything else runs: the server itself, a second worker. Never to spin costs a tenth on an
-# idle machine. Some ten microseconds cost nothing in either case (docs/log.md has the figures).
-# By default glibc gives a freed tensor of megabytes back to the kernel, and every step faults its pages in anew: a step
-# of Cognate-25M took a quarter longer. These keep up to 2 GiB, and let tensors of up to 32 MiB come from what is kept.
-WORKER_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "20000",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2 * 2**30),
-}
 
 
 class LocalEngine:

@@ -1,4 +1,4 @@
-"""Processes and how they end: names that outlive a server, and children that do not outlive their parent."""
+"""Workers' processes: names that outlive a server, children that do not outlive their parent, what they run under."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ import psutil
 
 # From sysexits.h, "try again later": the worker has told of a fault of its machine.
 EX_TEMPFAIL = 75
+# Signals that are sent from outside, as exit statuses tell of them. SIGKILL also for want of memory.
+OUTSIDE_STATUSES = frozenset({EX_TEMPFAIL, 128 + 1, 128 + 2, 128 + 3, 128 + 9, 128 + 15})
+# Torch's threads wait for each other many times a step. By default they spin for milliseconds, which slows a step
+# several times as soon as anything else runs: the server itself, a second worker. Never to spin costs a tenth on an
+# idle machine. Some ten microseconds cost nothing in either case (docs/log.md has the figures).
+# By default glibc gives a freed tensor of megabytes back to the kernel, and every step faults its pages in anew: a step
+# of Cognate-25M took a quarter longer. These keep up to 2 GiB, and let tensors of up to 32 MiB come from what is kept.
+WORKER_ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "20000",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2 * 2**30),
+}
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 0.5
 
