@@ -55,6 +55,7 @@ class Callers:
             with CognateClient(address, breaker=breaker, timeout_s=TIMEOUT_S) as client:
                 pool = ThreadPoolExecutor(CALLERS)
                 loop = asyncio.get_running_loop()
+                await loop.run_in_executor(pool, self._connect, lambda: call(client))
                 running = [loop.run_in_executor(pool, self._in_thread, lambda: call(client)) for _ in range(CALLERS)]
                 yield
                 self._stopping.set()
@@ -70,6 +71,14 @@ class Callers:
     def count(self, outcome: str) -> None:
         with self._lock:
             self.outcomes[outcome] += 1
+
+    def _connect(self, call: Callable[[], Any]) -> None:
+        """Make one call before all of them begin at once: a channel's first takes longer than the others may."""
+        try:
+            call()
+            self.count("OK")
+        except exceptions.ForgeError as error:
+            self.count(error.reason_name())
 
     def _in_thread(self, call: Callable[[], Any]) -> None:
         while not self._stopping.is_set():
@@ -198,9 +207,10 @@ async def test_a_lost_link_costs_few_calls_and_one_probe_finds_it_again(
             f"Cognate during the outage; closed by {closing[2] - probes} probe; slowest own user {max(waits_s):.2f} s"
         )
     assert changes.told[0][:2] == ("closed", "open")
-    # Five open it. Those that were under way beside them are lost too, and so are what the first ones tried next.
-    assert FAIL_MAX <= lost_calls <= CALLERS + FAIL_MAX
-    assert during.admitted - before.admitted - during.probes <= CALLERS + FAIL_MAX
+    # Five in a row open it. Those that were under way beside them are lost too, and so is what the first ones tried
+    # next; an answer that comes between them lets it count anew.
+    assert FAIL_MAX <= lost_calls <= 2 * CALLERS
+    assert during.admitted - before.admitted - during.probes <= 2 * CALLERS
     assert during.refused > 10 * CALLERS
     assert calls_during == 0
     # Probes' own tries, and those of the agent service's three questions, which have channels of their own.
