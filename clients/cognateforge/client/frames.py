@@ -57,22 +57,29 @@ _AGENT_CHUNK = _tag(agent_pb2.FetchAgentResponse.DESCRIPTOR, "chunk", _BYTES)
 
 def model_frame(raw: bytes) -> Frame:
     """Read a frame of FetchModel. Errors: google.protobuf.message.DecodeError."""
-    if piece := _piece(raw, _MODEL_CHUNK):
-        return piece
-    response = model_pb2.FetchModelResponse.FromString(raw)
-    if response.HasField("header"):
-        return Header(digest=response.header.model.digest, manifest=response.header.manifest)
-    return _copied(response.chunk) if response.HasField("chunk") else Unknown()
+    return _frame(raw, model_pb2.FetchModelResponse, "model", _MODEL_CHUNK)
 
 
 def agent_frame(raw: bytes) -> Frame:
     """Read a frame of FetchAgent. Errors: google.protobuf.message.DecodeError."""
-    if piece := _piece(raw, _AGENT_CHUNK):
+    return _frame(raw, agent_pb2.FetchAgentResponse, "agent", _AGENT_CHUNK)
+
+
+def _frame(
+    raw: bytes,
+    kind: type[model_pb2.FetchModelResponse | agent_pb2.FetchAgentResponse],
+    artifact: str,
+    chunk_tag: int,
+) -> Frame:
+    """artifact: the header's field that holds the digest. chunk_tag: what a frame begins with that is all chunk."""
+    if piece := _piece(raw, chunk_tag):
         return piece
-    response = agent_pb2.FetchAgentResponse.FromString(raw)
+    response = kind.FromString(raw)
     if response.HasField("header"):
-        return Header(digest=response.header.agent.digest, manifest=response.header.manifest)
-    return _copied(response.chunk) if response.HasField("chunk") else Unknown()
+        return Header(digest=getattr(response.header, artifact).digest, manifest=response.header.manifest)
+    if response.HasField("chunk"):
+        return Piece(offset_bytes=response.chunk.offset_bytes, data=memoryview(response.chunk.data))
+    return Unknown()
 
 
 # What a channel's `unary_stream` is given for a call whose answers are read so.
@@ -86,10 +93,6 @@ FETCH_AGENT: Mapping[str, Any] = {
     "request_serializer": agent_pb2.FetchAgentRequest.SerializeToString,
     "response_deserializer": agent_frame,
 }
-
-
-def _copied(chunk: artifact_pb2.Chunk) -> Piece:
-    return Piece(offset_bytes=chunk.offset_bytes, data=memoryview(chunk.data))
 
 
 def _piece(raw: bytes, tag: int) -> Piece | None:
