@@ -3,18 +3,17 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.support.toy_service import ToyService, ended
+from tests.support.toy_service import ClusterToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.jobs.scheduler import Scheduler
 from training_common.jobs.states import JobState
-from training_common.jobs.store import JobRow
 from training_common.settings import KubernetesSettings
 
 for library in ("kubernetes", "kubeflow_trainer_api"):
@@ -34,7 +33,7 @@ def cluster(tmp_path: Path) -> Iterator[KubernetesDouble]:
     cluster.stop()
 
 
-class ClusterService(ToyService):
+class ClusterService(ClusterToyService):
     """A toy service whose workers run on the cluster."""
 
     def __init__(self, folder: Path, cluster: KubernetesDouble, *, queue: str = "", **workers: Any) -> None:
@@ -51,21 +50,6 @@ class ClusterService(ToyService):
         self.scheduler = Scheduler(
             self.store, self.cluster_engine, self.settings.workers, settings_file=self.settings_file, server=self.server
         )
-
-    async def until(self, job: JobRow, condition: Callable[[JobRow], bool], timeout_s: float = 60) -> JobRow:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                await asyncio.to_thread(self.scheduler.tick)
-                now = self.store.get(job.name)
-                if condition(now):
-                    return now
-                await asyncio.sleep(0.02)
-
-    def result(self, job: JobRow) -> list[str]:
-        return [e.payload["message"] for e in self.events(job) if e.payload.get("kind") == "result"]
-
-    def cuts(self, job: JobRow) -> list[str]:
-        return [e.payload["message"] for e in self.events(job) if e.payload.get("to") == "RECOVERING"]
 
 
 @pytest.fixture

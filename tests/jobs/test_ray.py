@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.support.proxy import FaultyProxy
-from tests.support.toy_service import ToyService, ended
+from tests.support.toy_service import ClusterToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.engines.processes import EX_TEMPFAIL
 from training_common.jobs.scheduler import Scheduler
@@ -39,8 +39,11 @@ def cluster() -> Iterator[RayCluster]:
     cluster.stop()
 
 
-class ClusterService(ToyService):
-    """A toy service whose workers run on the cluster."""
+class ClusterService(ClusterToyService):
+    """A toy service whose workers run on the Ray cluster."""
+
+    look_every_s = 0.1
+    patience_s = 120.0
 
     def __init__(self, folder: Path, address: str, *, ray: dict[str, Any] | None = None, **workers: Any) -> None:
         self.ray = RaySettings.model_validate({"address": address, **(ray or {})})
@@ -55,18 +58,6 @@ class ClusterService(ToyService):
         self.scheduler = Scheduler(
             self.store, self.cluster_engine, workers, settings_file=self.settings_file, server=self.server
         )
-
-    async def until(self, job: JobRow, condition: Callable[[JobRow], bool], timeout_s: float = 120) -> JobRow:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                await asyncio.to_thread(self.scheduler.tick)
-                now = self.store.get(job.name)
-                if condition(now):
-                    return now
-                await asyncio.sleep(0.1)
-
-    def cuts(self, job: JobRow) -> list[str]:
-        return [e.payload["message"] for e in self.events(job) if e.payload.get("to") == "RECOVERING"]
 
 
 @pytest.fixture

@@ -124,3 +124,24 @@ class ToyService:
                 if condition(now):
                     return now
                 await asyncio.sleep(0.02)
+
+
+class ClusterToyService(ToyService):
+    """Its workers run on a cluster, whose API is called by the scheduler: it looks in a thread."""
+
+    # Between two looks, and the longest wait.
+    look_every_s = 0.02
+    patience_s = 60.0
+
+    async def until(self, job: JobRow, condition: Callable[[JobRow], bool], timeout_s: float | None = None) -> JobRow:
+        async with asyncio.timeout(timeout_s or self.patience_s):
+            while True:
+                await asyncio.to_thread(self.scheduler.tick)
+                now = self.store.get(job.name)
+                if condition(now):
+                    return now
+                await asyncio.sleep(self.look_every_s)
+
+    def cuts(self, job: JobRow) -> list[str]:
+        """Return why the job was taken away from its workers, one text for each of them."""
+        return [event.payload["message"] for event in self.events(job) if event.payload.get("to") == "RECOVERING"]
