@@ -16,15 +16,20 @@ from pathlib import Path
 import psutil
 
 from training_common.attempt_log import open_log
-from training_common.engines.processes import EX_TEMPFAIL, WORKER_ENVIRONMENT, find, handle_of, kill_tree
+from training_common.engines.processes import (
+    EX_TEMPFAIL,
+    OUTSIDE_SIGNALS,
+    WORKER_ENVIRONMENT,
+    find,
+    handle_of,
+    kill_tree,
+)
 from training_common.jobs.scheduler import Ending
 
 NAME = "local"
 _TORCHRUN = "training_common.engines.torchrun"
 # Workers that have ended are kept so long that whoever looks at their jobs can still ask how.
 _REMEMBERED = 100
-# Sent from outside. A process that fails by itself raises others, such as SIGSEGV.
-_FROM_OUTSIDE = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM})
 
 
 class LocalEngine:
@@ -98,7 +103,7 @@ class LocalEngine:
         words = f"the worker process was ended by {number.name}"
         if number is signal.SIGKILL:
             words += ", which a machine short of memory sends too"
-        return Ending(words=words, from_outside=number in _FROM_OUTSIDE)
+        return Ending(words=words, from_outside=number in OUTSIDE_SIGNALS)
 
     def kill(self, handle: str) -> None:
         """End a worker that was given up, with all its processes, if it still runs."""

@@ -13,8 +13,10 @@ import psutil
 
 # From sysexits.h, "try again later": the worker has told of a fault of its machine.
 EX_TEMPFAIL = 75
-# Signals that are sent from outside, as exit statuses tell of them. SIGKILL also for want of memory.
-OUTSIDE_STATUSES = frozenset({EX_TEMPFAIL, 128 + 1, 128 + 2, 128 + 3, 128 + 9, 128 + 15})
+# Sent from outside, SIGKILL also for want of memory. A process that fails by itself raises others, such as SIGSEGV.
+OUTSIDE_SIGNALS = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM})
+# The same as exit statuses tell of them, and what a worker itself tells of its machine.
+OUTSIDE_STATUSES = frozenset({EX_TEMPFAIL, *(128 + sent for sent in OUTSIDE_SIGNALS)})
 # Torch's threads wait for each other many times a step. By default they spin for milliseconds, which slows a step
 # several times as soon as anything else runs: the server itself, a second worker. Never to spin costs a tenth on an
 # idle machine. Some ten microseconds cost nothing in either case (docs/log.md has the figures).
