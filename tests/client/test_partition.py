@@ -116,7 +116,14 @@ class Changes:
 
     async def until(self, before: str, after: str, *, times: int = 1) -> None:
         """Wait for a change to have come so often."""
-        await until(lambda: sum(change[:2] == (before, after) for change in self.told) >= times, timeout_s=30)
+        await until(lambda: self._count(before, after) >= times, timeout_s=30)
+
+    async def until_probes_failed(self, times: int) -> None:
+        """Wait for so many probes to have failed, and for none to be under way: it would find the link healed."""
+        await until(lambda: self._count("half-open", "open") >= times and self.told[-1][1] == "open", timeout_s=30)
+
+    def _count(self, before: str, after: str) -> int:
+        return sum(change[:2] == (before, after) for change in self.told)
 
 
 def get_model(client: Any) -> Any:
@@ -185,7 +192,7 @@ async def test_a_lost_link_costs_few_calls_and_one_probe_finds_it_again(
                 late = callers.outcomes["MODEL_NOT_FOUND"] - late
                 opened_s = time.monotonic() - lost
                 waits_s = [await served(operators, users) for _ in range(3)]
-                await changes.until("half-open", "open", times=2)
+                await changes.until_probes_failed(2)
                 during = changes.breaker.snapshot()
                 calls_during = sum(moment > lost + 0.1 for moment in reached)
                 connections = proxy.connections - connections

@@ -16,7 +16,8 @@ def moment(text: str, *, option: str) -> Timestamp:
     result = Timestamp()
     ahead = re.fullmatch(r"(\d{1,6})([smhd])", text)
     if ahead is not None:
-        result.FromSeconds(round(time.time()) + int(ahead[1]) * _UNITS_S[ahead[2]])
+        # Rounded down: "0s" is no moment ahead.
+        result.FromSeconds(int(time.time()) + int(ahead[1]) * _UNITS_S[ahead[2]])
         return result
     try:
         result.FromJsonString(text)
