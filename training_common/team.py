@@ -27,7 +27,8 @@ from cognateforge.job.v1 import job_pb2
 from training_common.attempt import TeamBrokenError
 
 # How long the others wait for the first one, which may prepare data, measure or save meanwhile. One that is gone is
-# noticed by its closed connections at once, so this only bounds a silent network.
+# noticed by its closed connections at once, so this only bounds a silent network. The first one waits for no other so:
+# what it says is taken from it at once.
 _PATIENCE = timedelta(days=1)
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Team:
         """
         with exchanging():
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
-            patient = dist.new_group(timeout=_PATIENCE)
+            patient = dist.new_group(timeout=_PATIENCE if dist.get_rank() else timedelta(seconds=timeout_s))
         return Team(rank=dist.get_rank(), size=dist.get_world_size(), patient=patient)
 
     def using(self, strategy: Strategy) -> Team:
