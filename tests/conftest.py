@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import psutil
 import pytest
 
 from tests.support.postgres import PostgresServer
+from tests.support.templates import copied_stores
 
 # As for workers: threads of torch that spin for milliseconds make small models many times slower when anything else
 # runs. Read when torch is loaded, so it stands before every import of it.
@@ -24,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_drain_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let servers stop at once: no balancer watches their health here."""
     monkeypatch.setattr("training_common.rpc.server._DRAIN_NOTICE_S", 0.0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _copied_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with copied_stores(tmp_path_factory.mktemp("stores")):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +55,13 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def no_worker_left_behind(tmp_path: Path) -> Iterator[None]:
     """End workers that a test has left running: they outlive their server by design."""
+    began = time.time() - 1  # when processes began is known to a hundredth of a second
     yield
     for process in psutil.process_iter():
         # Processes end while they are looked at; a zombie has neither.
         with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if process.create_time() < began:
+                continue
             given = [*process.cmdline(), *process.environ().values()]
             if process.pid != os.getpid() and any(str(tmp_path) in part for part in given):
                 process.kill()
