@@ -172,6 +172,7 @@ WORDS: Mapping[str, Callable[[object], str]] = {
     "bytes.max_len": lambda value: f"at most {_characters(value, 'bytes')}",
     "repeated.max_items": lambda value: f"at most {_characters(value, 'items')}",
     "repeated.min_items": lambda value: f"at least {_characters(value, 'items')}",
+    "double.finite": lambda value: "finite" if value else "",
     "repeated.unique": lambda value: "no item twice" if value else "",
     "map.max_pairs": lambda value: f"at most {_characters(value, 'pairs')}",
     "enum.defined_only": _enum_rule,
@@ -193,6 +194,9 @@ def rules_in_words(rules: Message, place: str = "") -> Iterator[str]:
         path = f"{place}.{field.name}" if place else field.name
         if field.name == "cel":
             yield from (one.message or one.expression for one in value)
+        elif path == "oneof":
+            for one in value:
+                yield f"{'exactly' if one.required else 'at most'} one of {', '.join(one.fields)}"
         elif path in PARTS:
             yield f"{PARTS[path]}: {', '.join(rules_in_words(value))}"
         elif path in WORDS:

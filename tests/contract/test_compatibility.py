@@ -33,6 +33,7 @@ from cognateforge.client import AgentClient, CognateClient, ModelSnapshot
 from cognateforge.client.services import health_word
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.exceptions import (
+    AgentNotFoundError,
     CheckpointNotFoundError,
     ClientSetupError,
     ForgeError,
@@ -241,6 +242,12 @@ async def test_a_client_of_every_version_is_served_by_the_agent_service(version:
         assert ["production"] == list((await call("AgentService/SetAlias", **alias)).agent.aliases)
         _, *chunks = await call.frames("AgentService/FetchAgent", name="intent-router@production")
         assert PAYLOAD == b"".join(frame.chunk.data for frame in chunks)
+        if "AgentService/SetLifecycle" in call.methods:
+            candidate = 2
+            move = {"request_id": new_id(), "name": row.name, "lifecycle": candidate}
+            assert candidate == (await call("AgentService/SetLifecycle", **move)).agent.lifecycle
+            moves = (await call("AgentService/ListMoves", family="intent-router")).moves
+            assert ["lifecycle", "alias"] == [one.WhichOneof("kind") for one in moves]
     assert {name for name in version.methods if name.partition("/")[0] not in COGNATE_SERVICES} == call.called
 
 
@@ -265,9 +272,9 @@ async def train(call: Caller) -> None:
     assert [] == list((await call(f"{service}/GetMetrics", name=name)).series)
     assert "cognate" in [one.name for one in (await call(f"{service}/ListArchitectures")).architectures]
     assert (await call(f"{service}/GetServerInfo")).info.version
-    evaluate = {"name": "intent-router@1", "classification": {"generated": {"seed": 5}}}
+    evaluate = {"name": "intent-router@9", "classification": {"generated": {"seed": 5}}}
     error = await refused(call(f"{service}/EvaluateAgent", request_id=new_id(), **evaluate))
-    assert type(error) is NotImplementedByServerError
+    assert type(error) is AgentNotFoundError
 
 
 # --- requests of a newer client, a server of today

@@ -9,6 +9,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,36 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Lifecycle:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LifecycleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Lifecycle.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LIFECYCLE_UNSPECIFIED: _Lifecycle.ValueType  # 0
+    LIFECYCLE_DRAFT: _Lifecycle.ValueType  # 1
+    """Published, and not looked at yet: where every version begins."""
+    LIFECYCLE_CANDIDATE: _Lifecycle.ValueType  # 2
+    """Thought fit for production, and under test."""
+    LIFECYCLE_PRODUCTION: _Lifecycle.ValueType  # 3
+    """In use."""
+    LIFECYCLE_RETIRED: _Lifecycle.ValueType  # 4
+    """No longer to be used. It stays fetchable."""
+
+class Lifecycle(_Lifecycle, metaclass=_LifecycleEnumTypeWrapper):
+    """How far an agent has come."""
+
+LIFECYCLE_UNSPECIFIED: Lifecycle.ValueType  # 0
+LIFECYCLE_DRAFT: Lifecycle.ValueType  # 1
+"""Published, and not looked at yet: where every version begins."""
+LIFECYCLE_CANDIDATE: Lifecycle.ValueType  # 2
+"""Thought fit for production, and under test."""
+LIFECYCLE_PRODUCTION: Lifecycle.ValueType  # 3
+"""In use."""
+LIFECYCLE_RETIRED: Lifecycle.ValueType  # 4
+"""No longer to be used. It stays fetchable."""
+Global___Lifecycle: _TypeAlias = Lifecycle  # noqa: Y015
 
 @_typing.final
 class Evaluation(_message.Message):
@@ -76,6 +107,8 @@ class Agent(_message.Message):
     TOTAL_PARAMETERS_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    LIFECYCLE_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Family and version, for instance "intent-router@3"."""
     digest: _builtins.str
@@ -96,6 +129,10 @@ class Agent(_message.Message):
     """Parameters that were trained."""
     total_parameters: _builtins.int
     """Parameters in all."""
+    lifecycle: Global___Lifecycle.ValueType
+    """How far it has come."""
+    parent: _builtins.str
+    """The agent it was made of, for instance "intent-router@2". Empty for one that was not made of an agent."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Aliases that point at it, sorted. At most 64."""
@@ -139,10 +176,12 @@ class Agent(_message.Message):
         total_parameters: _builtins.int = ...,
         evaluations: _abc.Iterable[Global___Evaluation] | None = ...,
         data: _abc.Iterable[_artifact_pb2.DataSource] | None = ...,
+        lifecycle: Global___Lifecycle.ValueType = ...,
+        parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "architecture", b"architecture", "create_time", b"create_time", "data", b"data", "digest", b"digest", "evaluations", b"evaluations", "files", b"files", "foundation", b"foundation", "foundation_digest", b"foundation_digest", "job", b"job", "labels", b"labels", "name", b"name", "size_bytes", b"size_bytes", "task", b"task", "total_parameters", b"total_parameters", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "architecture", b"architecture", "create_time", b"create_time", "data", b"data", "digest", b"digest", "evaluations", b"evaluations", "files", b"files", "foundation", b"foundation", "foundation_digest", b"foundation_digest", "job", b"job", "labels", b"labels", "lifecycle", b"lifecycle", "name", b"name", "parent", b"parent", "size_bytes", b"size_bytes", "task", b"task", "total_parameters", b"total_parameters", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -205,22 +244,32 @@ class ListAgentsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     FAMILY_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    LIFECYCLES_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most agents in the answer. 0 means 50, and what is above 500 counts as 500."""
     page_token: _builtins.str
     """next_page_token of the answer before, with every other field as it was."""
     family: _builtins.str
     """Only agents of this family. Empty means all."""
+    task: _builtins.str
+    """Only agents of this task, by its field name in TrainingPlan. Empty means all."""
+    @_builtins.property
+    def lifecycles(self) -> _containers.RepeatedScalarFieldContainer[Global___Lifecycle.ValueType]:
+        """Only agents in one of these states. Empty means all."""
+
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         family: _builtins.str = ...,
+        task: _builtins.str = ...,
+        lifecycles: _abc.Iterable[Global___Lifecycle.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["family", b"family", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["family", b"family", "lifecycles", b"lifecycles", "page_size", b"page_size", "page_token", b"page_token", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,3 +442,213 @@ class SetAliasResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
+
+@_typing.final
+class SetLifecycleRequest(_message.Message):
+    """Which version to move, and where to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LIFECYCLE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID, new for every new wish."""
+    name: _builtins.str
+    """Family and version, for instance "intent-router@3"."""
+    lifecycle: Global___Lifecycle.ValueType
+    """The new state."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        lifecycle: Global___Lifecycle.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lifecycle", b"lifecycle", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetLifecycleRequest: _TypeAlias = SetLifecycleRequest  # noqa: Y015
+
+@_typing.final
+class SetLifecycleResponse(_message.Message):
+    """The agent in its new state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def agent(self) -> Global___Agent:
+        """The agent."""
+
+    def __init__(
+        self,
+        *,
+        agent: Global___Agent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetLifecycleResponse: _TypeAlias = SetLifecycleResponse  # noqa: Y015
+
+@_typing.final
+class ListMovesRequest(_message.Message):
+    """Whose moves to list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAMILY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    family: _builtins.str
+    """The family, for instance "intent-router"."""
+    page_size: _builtins.int
+    """Most moves in the answer. 0 means 50, and what is above 500 counts as 500."""
+    page_token: _builtins.str
+    """next_page_token of the answer before, with every other field as it was."""
+    def __init__(
+        self,
+        *,
+        family: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["family", b"family", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMovesRequest: _TypeAlias = ListMovesRequest  # noqa: Y015
+
+@_typing.final
+class AliasMove(_message.Message):
+    """A move of an alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    FROM_VERSION_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    """The alias, for instance "production"."""
+    from_version: _builtins.int
+    """The version it pointed at. 0 for a new alias."""
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+        from_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "from_version", b"from_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasMove: _TypeAlias = AliasMove  # noqa: Y015
+
+@_typing.final
+class LifecycleMove(_message.Message):
+    """A move along the lifecycle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_LIFECYCLE_FIELD_NUMBER: _builtins.int
+    TO_LIFECYCLE_FIELD_NUMBER: _builtins.int
+    from_lifecycle: Global___Lifecycle.ValueType
+    """Where it was."""
+    to_lifecycle: Global___Lifecycle.ValueType
+    """Where it went."""
+    def __init__(
+        self,
+        *,
+        from_lifecycle: Global___Lifecycle.ValueType = ...,
+        to_lifecycle: Global___Lifecycle.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_lifecycle", b"from_lifecycle", "to_lifecycle", b"to_lifecycle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LifecycleMove: _TypeAlias = LifecycleMove  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """Who moved what, and when."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    LIFECYCLE_FIELD_NUMBER: _builtins.int
+    caller: _builtins.str
+    """Who."""
+    version: _builtins.int
+    """The version that was moved, or that the alias points at since."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    @_builtins.property
+    def alias(self) -> Global___AliasMove:
+        """An alias."""
+
+    @_builtins.property
+    def lifecycle(self) -> Global___LifecycleMove:
+        """The lifecycle."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        caller: _builtins.str = ...,
+        version: _builtins.int = ...,
+        alias: Global___AliasMove | None = ...,
+        lifecycle: Global___LifecycleMove | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "kind", b"kind", "lifecycle", b"lifecycle", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "caller", b"caller", "kind", b"kind", "lifecycle", b"lifecycle", "time", b"time", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["alias", "lifecycle"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
+
+@_typing.final
+class ListMovesResponse(_message.Message):
+    """A page of moves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]:
+        """At most page_size moves."""
+
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMovesResponse: _TypeAlias = ListMovesResponse  # noqa: Y015

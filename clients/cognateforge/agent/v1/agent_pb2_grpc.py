@@ -55,6 +55,16 @@ class AgentServiceStub:
                 request_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetAliasResponse.FromString,
                 _registered_method=True)
+        self.SetLifecycle = channel.unary_unary(
+                '/cognateforge.agent.v1.AgentService/SetLifecycle',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetLifecycleRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetLifecycleResponse.FromString,
+                _registered_method=True)
+        self.ListMoves = channel.unary_unary(
+                '/cognateforge.agent.v1.AgentService/ListMoves',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -101,6 +111,27 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetLifecycle(self, request, context):
+        """Moves a version along its lifecycle: DRAFT to CANDIDATE, CANDIDATE to PRODUCTION or back to DRAFT, PRODUCTION back to
+        CANDIDATE, and from everywhere to RETIRED, from where it returns to DRAFT. Every move is kept.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: AGENT_NOT_FOUND, ILLEGAL_TRANSITION, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMoves(self, request, context):
+        """Lists the moves of a family's aliases and lifecycles, newest first.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: AGENT_NOT_FOUND, INVALID_PAGE_TOKEN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -123,6 +154,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.SetAlias,
                     request_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetAliasRequest.FromString,
                     response_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'SetLifecycle': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLifecycle,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetLifecycleRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetLifecycleResponse.SerializeToString,
+            ),
+            'ListMoves': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMoves,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -234,6 +275,60 @@ class AgentService:
             '/cognateforge.agent.v1.AgentService/SetAlias',
             cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetAliasRequest.SerializeToString,
             cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLifecycle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentService/SetLifecycle',
+            cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetLifecycleRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_agent__pb2.SetLifecycleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMoves(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentService/ListMoves',
+            cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesResponse.FromString,
             options,
             channel_credentials,
             insecure,

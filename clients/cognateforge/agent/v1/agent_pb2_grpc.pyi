@@ -57,6 +57,19 @@ class AgentServiceStub:
     Callers: operator. Repeat: by request_id.
     Reasons: AGENT_NOT_FOUND, REQUEST_ID_REUSED.
     """
+    SetLifecycle: _grpc.UnaryUnaryMultiCallable[_agent_pb2.SetLifecycleRequest, _agent_pb2.SetLifecycleResponse]
+    """Moves a version along its lifecycle: DRAFT to CANDIDATE, CANDIDATE to PRODUCTION or back to DRAFT, PRODUCTION back to
+    CANDIDATE, and from everywhere to RETIRED, from where it returns to DRAFT. Every move is kept.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: AGENT_NOT_FOUND, ILLEGAL_TRANSITION, REQUEST_ID_REUSED.
+    """
+    ListMoves: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListMovesRequest, _agent_pb2.ListMovesResponse]
+    """Lists the moves of a family's aliases and lifecycles, newest first.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: AGENT_NOT_FOUND, INVALID_PAGE_TOKEN.
+    """
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -86,6 +99,19 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     Callers: operator. Repeat: by request_id.
     Reasons: AGENT_NOT_FOUND, REQUEST_ID_REUSED.
+    """
+    SetLifecycle: _aio.UnaryUnaryMultiCallable[_agent_pb2.SetLifecycleRequest, _agent_pb2.SetLifecycleResponse]  # type: ignore[assignment]
+    """Moves a version along its lifecycle: DRAFT to CANDIDATE, CANDIDATE to PRODUCTION or back to DRAFT, PRODUCTION back to
+    CANDIDATE, and from everywhere to RETIRED, from where it returns to DRAFT. Every move is kept.
+
+    Callers: operator. Repeat: by request_id.
+    Reasons: AGENT_NOT_FOUND, ILLEGAL_TRANSITION, REQUEST_ID_REUSED.
+    """
+    ListMoves: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListMovesRequest, _agent_pb2.ListMovesResponse]  # type: ignore[assignment]
+    """Lists the moves of a family's aliases and lifecycles, newest first.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: AGENT_NOT_FOUND, INVALID_PAGE_TOKEN.
     """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -137,6 +163,31 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: operator. Repeat: by request_id.
         Reasons: AGENT_NOT_FOUND, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def SetLifecycle(
+        self,
+        request: _agent_pb2.SetLifecycleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.SetLifecycleResponse, _abc.Awaitable[_agent_pb2.SetLifecycleResponse]]:
+        """Moves a version along its lifecycle: DRAFT to CANDIDATE, CANDIDATE to PRODUCTION or back to DRAFT, PRODUCTION back to
+        CANDIDATE, and from everywhere to RETIRED, from where it returns to DRAFT. Every move is kept.
+
+        Callers: operator. Repeat: by request_id.
+        Reasons: AGENT_NOT_FOUND, ILLEGAL_TRANSITION, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def ListMoves(
+        self,
+        request: _agent_pb2.ListMovesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ListMovesResponse, _abc.Awaitable[_agent_pb2.ListMovesResponse]]:
+        """Lists the moves of a family's aliases and lifecycles, newest first.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: AGENT_NOT_FOUND, INVALID_PAGE_TOKEN.
         """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -23,6 +23,32 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Coordination:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CoordinationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Coordination.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COORDINATION_UNSPECIFIED: _Coordination.ValueType  # 0
+    COORDINATION_INDEPENDENT: _Coordination.ValueType  # 1
+    """Each agent learns a policy of its own from what it sees and its own rewards."""
+    COORDINATION_SHARED_PARAMETERS: _Coordination.ValueType  # 2
+    """All agents learn one policy from all that any of them sees."""
+    COORDINATION_CENTRALIZED_CRITIC: _Coordination.ValueType  # 3
+    """Each agent acts on what it sees; the critic sees all. Source: Yu et al. 2021, arXiv:2103.01955."""
+
+class Coordination(_Coordination, metaclass=_CoordinationEnumTypeWrapper):
+    """Who learns what, where several agents act together."""
+
+COORDINATION_UNSPECIFIED: Coordination.ValueType  # 0
+COORDINATION_INDEPENDENT: Coordination.ValueType  # 1
+"""Each agent learns a policy of its own from what it sees and its own rewards."""
+COORDINATION_SHARED_PARAMETERS: Coordination.ValueType  # 2
+"""All agents learn one policy from all that any of them sees."""
+COORDINATION_CENTRALIZED_CRITIC: Coordination.ValueType  # 3
+"""Each agent acts on what it sees; the critic sees all. Source: Yu et al. 2021, arXiv:2103.01955."""
+Global___Coordination: _TypeAlias = Coordination  # noqa: Y015
+
 class _Schedule:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -36,6 +62,12 @@ class _ScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schedule.Val
     """Falls to 0 in a straight line."""
     SCHEDULE_COSINE: _Schedule.ValueType  # 3
     """Falls to a tenth along half a cosine."""
+    SCHEDULE_ONE_CYCLE: _Schedule.ValueType  # 4
+    """Rises along half a cosine over the first 30 % of the run and falls to a ten-thousandth of the peak along another. The
+    rise is its warm-up: warmup_steps is not read. Source: Smith & Topin 2017, arXiv:1708.07120.
+    """
+    SCHEDULE_PLATEAU: _Schedule.ValueType  # 5
+    """Falls to a tenth whenever three validations in a row were no better than the best one before."""
 
 class Schedule(_Schedule, metaclass=_ScheduleEnumTypeWrapper):
     """The learning rate over time, after the warm-up."""
@@ -47,7 +79,61 @@ SCHEDULE_LINEAR: Schedule.ValueType  # 2
 """Falls to 0 in a straight line."""
 SCHEDULE_COSINE: Schedule.ValueType  # 3
 """Falls to a tenth along half a cosine."""
+SCHEDULE_ONE_CYCLE: Schedule.ValueType  # 4
+"""Rises along half a cosine over the first 30 % of the run and falls to a ten-thousandth of the peak along another. The
+rise is its warm-up: warmup_steps is not read. Source: Smith & Topin 2017, arXiv:1708.07120.
+"""
+SCHEDULE_PLATEAU: Schedule.ValueType  # 5
+"""Falls to a tenth whenever three validations in a row were no better than the best one before."""
 Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
+
+class _Precision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Precision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRECISION_UNSPECIFIED: _Precision.ValueType  # 0
+    PRECISION_FLOAT32: _Precision.ValueType  # 1
+    """32 bits."""
+    PRECISION_BFLOAT16: _Precision.ValueType  # 2
+    """16 bits where that is safe (bfloat16 under autocast); weights and the optimizer's state keep 32."""
+
+class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper):
+    """What numbers a forward pass computes with."""
+
+PRECISION_UNSPECIFIED: Precision.ValueType  # 0
+PRECISION_FLOAT32: Precision.ValueType  # 1
+"""32 bits."""
+PRECISION_BFLOAT16: Precision.ValueType  # 2
+"""16 bits where that is safe (bfloat16 under autocast); weights and the optimizer's state keep 32."""
+Global___Precision: _TypeAlias = Precision  # noqa: Y015
+
+class _BaseKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BaseKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BaseKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BASE_KIND_UNSPECIFIED: _BaseKind.ValueType  # 0
+    BASE_KIND_FOUNDATION: _BaseKind.ValueType  # 1
+    """A foundation model out of Cognate's registry."""
+    BASE_KIND_MODEL_FOLDER: _BaseKind.ValueType  # 2
+    """A folder of `transformers`."""
+    BASE_KIND_SCRATCH: _BaseKind.ValueType  # 3
+    """Random values."""
+
+class BaseKind(_BaseKind, metaclass=_BaseKindEnumTypeWrapper):
+    """What an agent can be made of."""
+
+BASE_KIND_UNSPECIFIED: BaseKind.ValueType  # 0
+BASE_KIND_FOUNDATION: BaseKind.ValueType  # 1
+"""A foundation model out of Cognate's registry."""
+BASE_KIND_MODEL_FOLDER: BaseKind.ValueType  # 2
+"""A folder of `transformers`."""
+BASE_KIND_SCRATCH: BaseKind.ValueType  # 3
+"""Random values."""
+Global___BaseKind: _TypeAlias = BaseKind  # noqa: Y015
 
 @_typing.final
 class FoundationBase(_message.Message):
@@ -76,8 +162,71 @@ class FoundationBase(_message.Message):
 Global___FoundationBase: _TypeAlias = FoundationBase  # noqa: Y015
 
 @_typing.final
+class ModelFolderBase(_message.Message):
+    """A model folder in the form of `transformers`: config.json, safetensors and a tokenizer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path relative to the server's model folder, for instance "bert-mini". No part is ".."."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelFolderBase: _TypeAlias = ModelFolderBase  # noqa: Y015
+
+@_typing.final
+class ScratchBase(_message.Message):
+    """Nothing: every parameter begins with a random value, and every one is trained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScratchBase: _TypeAlias = ScratchBase  # noqa: Y015
+
+@_typing.final
+class AgentBase(_message.Message):
+    """A published agent, to go on with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Family and version, for instance "intent-router@3", or a family alone for its newest version at the time of the start."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentBase: _TypeAlias = AgentBase  # noqa: Y015
+
+@_typing.final
 class FileSource(_message.Message):
-    """Rows out of a JSONL file under the server's data folder."""
+    """Rows out of a file or a folder of files under the server's data folder: JSONL or a JSON array, plain or gzipped, or
+    Parquet.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -96,6 +245,36 @@ class FileSource(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FileSource: _TypeAlias = FileSource  # noqa: Y015
+
+@_typing.final
+class HubSource(_message.Message):
+    """Rows out of a set of the Hugging Face hub, at one revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    dataset: _builtins.str
+    """Name of the set, for instance "clinc/clinc_oos"."""
+    config: _builtins.str
+    """Name of its configuration. Empty means the only one."""
+    revision: _builtins.str
+    """Commit, so that the rows are the same tomorrow. 40 hex digits."""
+    def __init__(
+        self,
+        *,
+        dataset: _builtins.str = ...,
+        config: _builtins.str = ...,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "dataset", b"dataset", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HubSource: _TypeAlias = HubSource  # noqa: Y015
 
 @_typing.final
 class GeneratedSource(_message.Message):
@@ -127,6 +306,7 @@ class ClassificationTask(_message.Message):
 
     FILE_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
     INCLUDE_OUT_OF_SCOPE_FIELD_NUMBER: _builtins.int
     MAX_ROWS_PER_LABEL_FIELD_NUMBER: _builtins.int
     DOMAINS_FIELD_NUMBER: _builtins.int
@@ -136,11 +316,17 @@ class ClassificationTask(_message.Message):
     """Most training rows of each label. 0 means all."""
     @_builtins.property
     def file(self) -> Global___FileSource:
-        """Rows with "text", "intent" or "label", and "split" where the file has one."""
+        """Rows with "text", "intent" or "label", and "split" where the file has one; or rows of PubMedQA's form, whose label
+        is the final decision.
+        """
 
     @_builtins.property
     def generated(self) -> Global___GeneratedSource:
         """Generated rows."""
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """Rows of the same forms."""
 
     @_builtins.property
     def domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -151,43 +337,90 @@ class ClassificationTask(_message.Message):
         *,
         file: Global___FileSource | None = ...,
         generated: Global___GeneratedSource | None = ...,
+        hub: Global___HubSource | None = ...,
         include_out_of_scope: _builtins.bool = ...,
         max_rows_per_label: _builtins.int = ...,
         domains: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "generated", b"generated", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "generated", b"generated", "hub", b"hub", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domains", b"domains", "file", b"file", "generated", b"generated", "include_out_of_scope", b"include_out_of_scope", "max_rows_per_label", b"max_rows_per_label", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domains", b"domains", "file", b"file", "generated", b"generated", "hub", b"hub", "include_out_of_scope", b"include_out_of_scope", "max_rows_per_label", b"max_rows_per_label", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["file", "generated"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["file", "generated", "hub"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___ClassificationTask: _TypeAlias = ClassificationTask  # noqa: Y015
 
 @_typing.final
+class BehaviouralConstraints(_message.Message):
+    """What an agent's behaviour has to keep to. It is measured at every validation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOWED_ACTIONS_FIELD_NUMBER: _builtins.int
+    MAX_VIOLATION_SHARE_FIELD_NUMBER: _builtins.int
+    max_violation_share: _builtins.float
+    """Largest share of validation actions that may break them before training is corrected. 0 means 0.05; at most 1."""
+    @_builtins.property
+    def allowed_actions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Kinds of actions that are allowed, for instance "search". Empty: those that the demonstrations show."""
+
+    def __init__(
+        self,
+        *,
+        allowed_actions: _abc.Iterable[_builtins.str] | None = ...,
+        max_violation_share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_actions", b"allowed_actions", "max_violation_share", b"max_violation_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BehaviouralConstraints: _TypeAlias = BehaviouralConstraints  # noqa: Y015
+
+@_typing.final
 class BehaviouralTask(_message.Message):
-    """Learn from demonstrated trajectories."""
+    """Learn from demonstrated trajectories: messages in which the agent thinks and acts. The loss is on the agent's turns.
+    Metrics: accuracy of the action's kind, exact match of the action, share of violations.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FILE_FIELD_NUMBER: _builtins.int
     SUCCESSES_ONLY_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_REWARD_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
     successes_only: _builtins.bool
     """Leave out trajectories that did not reach their goal."""
+    weight_by_reward: _builtins.bool
+    """Weigh the loss of each trajectory by its reward, from 0 for the lowest in the set to 1 for the highest."""
     @_builtins.property
     def file(self) -> Global___FileSource:
         """The trajectories."""
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """The trajectories, from the hub."""
+
+    @_builtins.property
+    def constraints(self) -> Global___BehaviouralConstraints:
+        """Absent: none is measured."""
 
     def __init__(
         self,
         *,
         file: Global___FileSource | None = ...,
         successes_only: _builtins.bool = ...,
+        hub: Global___HubSource | None = ...,
+        weight_by_reward: _builtins.bool = ...,
+        constraints: Global___BehaviouralConstraints | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "file", b"file", "hub", b"hub"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "successes_only", b"successes_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "file", b"file", "hub", b"hub", "successes_only", b"successes_only", "weight_by_reward", b"weight_by_reward"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -195,23 +428,29 @@ Global___BehaviouralTask: _TypeAlias = BehaviouralTask  # noqa: Y015
 
 @_typing.final
 class DialogueTask(_message.Message):
-    """Learn to speak in a dialogue. The loss is on the agent's turns only."""
+    """Learn to speak in a dialogue. The loss is on the agent's turns only. Metric: loss for each token of these turns."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FILE_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def file(self) -> Global___FileSource:
-        """The dialogues."""
+        """The dialogues: rows with "messages" of "role" and "content", or rows of the Schema-Guided Dialogue's form."""
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """The dialogues, from the hub."""
 
     def __init__(
         self,
         *,
         file: Global___FileSource | None = ...,
+        hub: Global___HubSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -219,49 +458,289 @@ Global___DialogueTask: _TypeAlias = DialogueTask  # noqa: Y015
 
 @_typing.final
 class DomainTask(_message.Message):
-    """Learn a domain's language from its documents."""
+    """Learn a domain's language from its documents. Metric: loss for each token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FILE_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def file(self) -> Global___FileSource:
-        """The documents."""
+        """The documents: rows with "text", or rows of PubMedQA's form, whose contexts are read."""
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """The documents, from the hub."""
 
     def __init__(
         self,
         *,
         file: Global___FileSource | None = ...,
+        hub: Global___HubSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DomainTask: _TypeAlias = DomainTask  # noqa: Y015
 
 @_typing.final
+class ExtractionTask(_message.Message):
+    """Find the spans of a text that fill slots. Metrics: precision, recall and F1 of whole spans."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> Global___FileSource:
+        """Rows with "text" and "spans" of "start", "end" (exclusive, in characters) and "label", or rows of the Schema-Guided
+        Dialogue's form, whose utterances and slots are read.
+        """
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """Rows of the same forms."""
+
+    def __init__(
+        self,
+        *,
+        file: Global___FileSource | None = ...,
+        hub: Global___HubSource | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtractionTask: _TypeAlias = ExtractionTask  # noqa: Y015
+
+@_typing.final
+class QuestionAnsweringTask(_message.Message):
+    """Answer a question, with a context where the row has one. The loss is on the answer. Metrics: exact match and token F1."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> Global___FileSource:
+        """Rows with "question", "answer" (a text or a list of texts) and, where they have one, "context"."""
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """Rows of the same form."""
+
+    def __init__(
+        self,
+        *,
+        file: Global___FileSource | None = ...,
+        hub: Global___HubSource | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuestionAnsweringTask: _TypeAlias = QuestionAnsweringTask  # noqa: Y015
+
+@_typing.final
+class ToolCallingTask(_message.Message):
+    """Answer a request with calls of the tools that the row offers. The loss is on the calls. Metric: share of rows whose calls
+    match one of the accepted answers as a syntax tree.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> Global___FileSource:
+        """Rows of the Berkeley Function Calling Leaderboard's form."""
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """Rows of the same form."""
+
+    def __init__(
+        self,
+        *,
+        file: Global___FileSource | None = ...,
+        hub: Global___HubSource | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCallingTask: _TypeAlias = ToolCallingTask  # noqa: Y015
+
+@_typing.final
+class PreferenceTask(_message.Message):
+    """Learn which of two answers is preferred: direct preference optimization against the base. Metrics: accuracy and margin
+    of the implied rewards. Source: Rafailov et al. 2023, arXiv:2305.18290.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
+    BETA_FIELD_NUMBER: _builtins.int
+    beta: _builtins.float
+    """How strongly the agent is held to its base. 0 means 0.1; at most 10."""
+    @_builtins.property
+    def file(self) -> Global___FileSource:
+        """Rows with "prompt", "chosen" and "rejected"."""
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """Rows of the same form."""
+
+    def __init__(
+        self,
+        *,
+        file: Global___FileSource | None = ...,
+        hub: Global___HubSource | None = ...,
+        beta: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hub", b"hub"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beta", b"beta", "file", b"file", "hub", b"hub"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreferenceTask: _TypeAlias = PreferenceTask  # noqa: Y015
+
+@_typing.final
+class PolicyOptimization(_message.Message):
+    """Proximal policy optimization. Source: Schulman et al. 2017, arXiv:1707.06347. batch_size and total_steps of the plan are
+    not read: a step is a gradient step on a minibatch, and their number follows from what is said here.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLLOUT_STEPS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENTS_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    MINIBATCHES_FIELD_NUMBER: _builtins.int
+    DISCOUNT_FIELD_NUMBER: _builtins.int
+    ADVANTAGE_DECAY_FIELD_NUMBER: _builtins.int
+    CLIP_RANGE_FIELD_NUMBER: _builtins.int
+    ENTROPY_WEIGHT_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_STEPS_FIELD_NUMBER: _builtins.int
+    rollout_steps: _builtins.int
+    """Steps of each environment between two updates. 0 means 128."""
+    environments: _builtins.int
+    """Environments side by side. 0 means 8."""
+    epochs: _builtins.int
+    """Passes over each rollout. 0 means 4."""
+    minibatches: _builtins.int
+    """Parts that a rollout is split into in each pass. 0 means 4."""
+    discount: _builtins.float
+    """Discount of future rewards. 0 means 0.99."""
+    advantage_decay: _builtins.float
+    """Decay of generalized advantage estimates. 0 means 0.95. Source: Schulman et al. 2016, arXiv:1506.02438."""
+    clip_range: _builtins.float
+    """How far the ratio of probabilities may leave 1 before it is clipped. 0 means 0.2."""
+    entropy_weight: _builtins.float
+    """Weight of the entropy that keeps the policy curious. 0 means none."""
+    environment_steps: _builtins.int
+    """Steps in the environment, of all environments together. 0 means 100,000."""
+    def __init__(
+        self,
+        *,
+        rollout_steps: _builtins.int = ...,
+        environments: _builtins.int = ...,
+        epochs: _builtins.int = ...,
+        minibatches: _builtins.int = ...,
+        discount: _builtins.float = ...,
+        advantage_decay: _builtins.float = ...,
+        clip_range: _builtins.float = ...,
+        entropy_weight: _builtins.float = ...,
+        environment_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage_decay", b"advantage_decay", "clip_range", b"clip_range", "discount", b"discount", "entropy_weight", b"entropy_weight", "environment_steps", b"environment_steps", "environments", b"environments", "epochs", b"epochs", "minibatches", b"minibatches", "rollout_steps", b"rollout_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyOptimization: _TypeAlias = PolicyOptimization  # noqa: Y015
+
+@_typing.final
+class ReinforcementTask(_message.Message):
+    """Learn to act in an environment by trying. Metrics: mean return over whole episodes, before and after."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    POLICY_OPTIMIZATION_FIELD_NUMBER: _builtins.int
+    EVALUATION_EPISODES_FIELD_NUMBER: _builtins.int
+    environment: _builtins.str
+    """Registered name of a Gymnasium environment, for instance "CartPole-v1"."""
+    evaluation_episodes: _builtins.int
+    """Whole episodes of each evaluation. 0 means 20."""
+    @_builtins.property
+    def policy_optimization(self) -> Global___PolicyOptimization:
+        """How. Absent: the defaults."""
+
+    def __init__(
+        self,
+        *,
+        environment: _builtins.str = ...,
+        policy_optimization: Global___PolicyOptimization | None = ...,
+        evaluation_episodes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy_optimization", b"policy_optimization"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "evaluation_episodes", b"evaluation_episodes", "policy_optimization", b"policy_optimization"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReinforcementTask: _TypeAlias = ReinforcementTask  # noqa: Y015
+
+@_typing.final
 class MultiAgentTask(_message.Message):
-    """Learn to act together in an environment."""
+    """Learn to act together in an environment. Metrics: mean shared return before and after, and coordination: how much of the
+    return is lost when each agent acts on another episode's observations.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
     AGENTS_FIELD_NUMBER: _builtins.int
+    COORDINATION_FIELD_NUMBER: _builtins.int
+    POLICY_OPTIMIZATION_FIELD_NUMBER: _builtins.int
+    EVALUATION_EPISODES_FIELD_NUMBER: _builtins.int
     environment: _builtins.str
-    """Registered name of the environment."""
+    """Registered name of a PettingZoo parallel environment, for instance "mpe/simple_spread_v3"."""
     agents: _builtins.int
     """How many agents act. 2 to 64."""
+    coordination: Global___Coordination.ValueType
+    """Who learns what. UNSPECIFIED means shared parameters."""
+    evaluation_episodes: _builtins.int
+    """Whole episodes of each evaluation. 0 means 20."""
+    @_builtins.property
+    def policy_optimization(self) -> Global___PolicyOptimization:
+        """How. Absent: the defaults."""
+
     def __init__(
         self,
         *,
         environment: _builtins.str = ...,
         agents: _builtins.int = ...,
+        coordination: Global___Coordination.ValueType = ...,
+        policy_optimization: Global___PolicyOptimization | None = ...,
+        evaluation_episodes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy_optimization", b"policy_optimization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "environment", b"environment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "coordination", b"coordination", "environment", b"environment", "evaluation_episodes", b"evaluation_episodes", "policy_optimization", b"policy_optimization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -293,26 +772,91 @@ class LoraAdaptation(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     ALPHA_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECOMPOSED_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank. 0 means 8; at most 256."""
     alpha: _builtins.float
     """Scale of the update is alpha / rank. 0 means twice the rank."""
     dropout: _builtins.float
     """Dropout before the update. 0 to 0.9."""
+    weight_decomposed: _builtins.bool
+    """Learn the magnitude of every output beside its direction (DoRA). Source: Liu et al. 2024, arXiv:2402.09353."""
     def __init__(
         self,
         *,
         rank: _builtins.int = ...,
         alpha: _builtins.float = ...,
         dropout: _builtins.float = ...,
+        weight_decomposed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "weight_decomposed", b"weight_decomposed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoraAdaptation: _TypeAlias = LoraAdaptation  # noqa: Y015
+
+@_typing.final
+class HeadAdaptation(_message.Message):
+    """Train the task head alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadAdaptation: _TypeAlias = HeadAdaptation  # noqa: Y015
+
+@_typing.final
+class FreezingAdaptation(_message.Message):
+    """Train the last blocks of the base and the task head; the blocks before them and the embeddings are frozen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINED_BLOCKS_FIELD_NUMBER: _builtins.int
+    trained_blocks: _builtins.int
+    """How many blocks are trained, counted from the last. 0 means 1."""
+    def __init__(
+        self,
+        *,
+        trained_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trained_blocks", b"trained_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FreezingAdaptation: _TypeAlias = FreezingAdaptation  # noqa: Y015
+
+@_typing.final
+class BottleneckAdaptation(_message.Message):
+    """Train small two-layer maps behind every block, and the task head. Source: Houlsby et al. 2019, arXiv:1902.00751."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDTH_FIELD_NUMBER: _builtins.int
+    width: _builtins.int
+    """Width of the hidden layer. 0 means 32."""
+    def __init__(
+        self,
+        *,
+        width: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BottleneckAdaptation: _TypeAlias = BottleneckAdaptation  # noqa: Y015
 
 @_typing.final
 class Adaptation(_message.Message):
@@ -322,6 +866,9 @@ class Adaptation(_message.Message):
 
     FULL_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    FREEZING_FIELD_NUMBER: _builtins.int
+    BOTTLENECK_FIELD_NUMBER: _builtins.int
     UNFREEZE_ACT_LTM_FIELD_NUMBER: _builtins.int
     unfreeze_act_ltm: _builtins.bool
     """Train the halting unit and the long-term memory too. They are frozen otherwise."""
@@ -333,18 +880,33 @@ class Adaptation(_message.Message):
     def lora(self) -> Global___LoraAdaptation:
         """Low-rank updates."""
 
+    @_builtins.property
+    def head(self) -> Global___HeadAdaptation:
+        """The task head alone."""
+
+    @_builtins.property
+    def freezing(self) -> Global___FreezingAdaptation:
+        """The last blocks."""
+
+    @_builtins.property
+    def bottleneck(self) -> Global___BottleneckAdaptation:
+        """Small maps behind every block."""
+
     def __init__(
         self,
         *,
         full: Global___FullAdaptation | None = ...,
         lora: Global___LoraAdaptation | None = ...,
+        head: Global___HeadAdaptation | None = ...,
+        freezing: Global___FreezingAdaptation | None = ...,
+        bottleneck: Global___BottleneckAdaptation | None = ...,
         unfreeze_act_ltm: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "lora", b"lora", "method", b"method"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "freezing", b"freezing", "full", b"full", "head", b"head", "lora", b"lora", "method", b"method"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "lora", b"lora", "method", b"method", "unfreeze_act_ltm", b"unfreeze_act_ltm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "freezing", b"freezing", "full", b"full", "head", b"head", "lora", b"lora", "method", b"method", "unfreeze_act_ltm", b"unfreeze_act_ltm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["full", "lora"]  # noqa: Y015
+    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["full", "lora", "head", "freezing", "bottleneck"]  # noqa: Y015
     _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_method) -> _WhichOneofReturnType_method | None: ...
 
@@ -412,6 +974,32 @@ class Sgd(_message.Message):
 Global___Sgd: _TypeAlias = Sgd  # noqa: Y015
 
 @_typing.final
+class EarlyStopping(_message.Message):
+    """Ends a run that no longer gets better."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    MIN_IMPROVEMENT_FIELD_NUMBER: _builtins.int
+    patience: _builtins.int
+    """Validations in a row that may be no better than the best one. 0 means 3."""
+    min_improvement: _builtins.float
+    """By how much a validation must be better than the best one to count. 0 means by anything."""
+    def __init__(
+        self,
+        *,
+        patience: _builtins.int = ...,
+        min_improvement: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_improvement", b"min_improvement", "patience", b"patience"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
+
+@_typing.final
 class Optimization(_message.Message):
     """Which standard optimizer updates the weights, and how fast."""
 
@@ -424,6 +1012,9 @@ class Optimization(_message.Message):
     SCHEDULE_FIELD_NUMBER: _builtins.int
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
     GRADIENT_CLIP_NORM_FIELD_NUMBER: _builtins.int
+    ACCUMULATION_STEPS_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_FIELD_NUMBER: _builtins.int
     peak_learning_rate: _builtins.float
     """Highest learning rate. 0 means 0.001; at most 1."""
     schedule: Global___Schedule.ValueType
@@ -432,6 +1023,10 @@ class Optimization(_message.Message):
     """Steps of linear warm-up. 0 means a tenth of total_steps."""
     gradient_clip_norm: _builtins.float
     """Gradients are scaled down to this norm. 0 means 1."""
+    accumulation_steps: _builtins.int
+    """Parts that each step's rows are taken in, one after the other, to need less memory. 0 means 1."""
+    precision: Global___Precision.ValueType
+    """UNSPECIFIED means 32 bits."""
     @_builtins.property
     def adamw(self) -> Global___AdamW:
         """AdamW."""
@@ -444,6 +1039,10 @@ class Optimization(_message.Message):
     def sgd(self) -> Global___Sgd:
         """SGD."""
 
+    @_builtins.property
+    def early_stopping(self) -> Global___EarlyStopping:
+        """Absent: a run takes all its steps. The best validation's weights are the agent's."""
+
     def __init__(
         self,
         *,
@@ -454,16 +1053,113 @@ class Optimization(_message.Message):
         schedule: Global___Schedule.ValueType = ...,
         warmup_steps: _builtins.int = ...,
         gradient_clip_norm: _builtins.float = ...,
+        accumulation_steps: _builtins.int = ...,
+        precision: Global___Precision.ValueType = ...,
+        early_stopping: Global___EarlyStopping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adam", b"adam", "adamw", b"adamw", "optimizer", b"optimizer", "sgd", b"sgd"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adam", b"adam", "adamw", b"adamw", "early_stopping", b"early_stopping", "optimizer", b"optimizer", "sgd", b"sgd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adam", b"adam", "adamw", b"adamw", "gradient_clip_norm", b"gradient_clip_norm", "optimizer", b"optimizer", "peak_learning_rate", b"peak_learning_rate", "schedule", b"schedule", "sgd", b"sgd", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation_steps", b"accumulation_steps", "adam", b"adam", "adamw", b"adamw", "early_stopping", b"early_stopping", "gradient_clip_norm", b"gradient_clip_norm", "optimizer", b"optimizer", "peak_learning_rate", b"peak_learning_rate", "precision", b"precision", "schedule", b"schedule", "sgd", b"sgd", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_optimizer: _TypeAlias = _typing.Literal["adamw", "adam", "sgd"]  # noqa: Y015
     _WhichOneofArgType_optimizer: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_optimizer) -> _WhichOneofReturnType_optimizer | None: ...
 
 Global___Optimization: _TypeAlias = Optimization  # noqa: Y015
+
+@_typing.final
+class ArchitectureSetting(_message.Message):
+    """A setting of the architecture, one that it declares: ListArchitectures tells names, kinds and bounds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    INTEGER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    FLAG_FIELD_NUMBER: _builtins.int
+    WORD_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, for instance "hidden_size"."""
+    integer: _builtins.int
+    """A whole number."""
+    number: _builtins.float
+    """A number."""
+    flag: _builtins.bool
+    """Yes or no."""
+    word: _builtins.str
+    """One of the words that the setting allows."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        integer: _builtins.int = ...,
+        number: _builtins.float = ...,
+        flag: _builtins.bool = ...,
+        word: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["flag", b"flag", "integer", b"integer", "number", b"number", "value", b"value", "word", b"word"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flag", b"flag", "integer", b"integer", "name", b"name", "number", b"number", "value", b"value", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["integer", "number", "flag", "word"]  # noqa: Y015
+    _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
+
+Global___ArchitectureSetting: _TypeAlias = ArchitectureSetting  # noqa: Y015
+
+@_typing.final
+class Rehearsal(_message.Message):
+    """Rows of an earlier set, mixed in so that what they taught is not forgotten. Forgetting is measured on that set's test
+    rows: how much worse the agent is after training than before.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Share of each step's rows that come from it. 0 means none, and only forgetting is measured; at most 0.9."""
+    @_builtins.property
+    def file(self) -> Global___FileSource:
+        """The earlier set, in the form of the plan's task."""
+
+    def __init__(
+        self,
+        *,
+        file: Global___FileSource | None = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rehearsal: _TypeAlias = Rehearsal  # noqa: Y015
+
+@_typing.final
+class DataLimits(_message.Message):
+    """Bounds on what is wrong with the rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_REFUSED_SHARE_FIELD_NUMBER: _builtins.int
+    max_refused_share: _builtins.float
+    """Largest share of rows that may be refused before the job fails. Absent: 0.1."""
+    def __init__(
+        self,
+        *,
+        max_refused_share: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_refused_share", b"_max_refused_share", "max_refused_share", b"max_refused_share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_refused_share", b"_max_refused_share", "max_refused_share", b"max_refused_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_refused_share: _TypeAlias = _typing.Literal["max_refused_share"]  # noqa: Y015
+    _WhichOneofArgType__max_refused_share: _TypeAlias = _typing.Literal["_max_refused_share", b"_max_refused_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_refused_share) -> _WhichOneofReturnType__max_refused_share | None: ...
+
+Global___DataLimits: _TypeAlias = DataLimits  # noqa: Y015
 
 @_typing.final
 class TrainingPlan(_message.Message):
@@ -474,11 +1170,19 @@ class TrainingPlan(_message.Message):
     AGENT_FIELD_NUMBER: _builtins.int
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     FOUNDATION_FIELD_NUMBER: _builtins.int
+    MODEL_FOLDER_FIELD_NUMBER: _builtins.int
+    SCRATCH_FIELD_NUMBER: _builtins.int
+    AGENT_VERSION_FIELD_NUMBER: _builtins.int
     CLASSIFICATION_FIELD_NUMBER: _builtins.int
     BEHAVIOURAL_FIELD_NUMBER: _builtins.int
     DIALOGUE_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
     MULTI_AGENT_FIELD_NUMBER: _builtins.int
+    EXTRACTION_FIELD_NUMBER: _builtins.int
+    QUESTION_ANSWERING_FIELD_NUMBER: _builtins.int
+    TOOL_CALLING_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
+    REINFORCEMENT_FIELD_NUMBER: _builtins.int
     ADAPTATION_FIELD_NUMBER: _builtins.int
     OPTIMIZATION_FIELD_NUMBER: _builtins.int
     TOTAL_STEPS_FIELD_NUMBER: _builtins.int
@@ -487,6 +1191,11 @@ class TrainingPlan(_message.Message):
     CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_POLICY_FIELD_NUMBER: _builtins.int
     COMPUTE_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    VALIDATION_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    REHEARSAL_FIELD_NUMBER: _builtins.int
+    DATA_LIMITS_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     """Family of the agent that is made, for instance "intent-router". Its versions are numbered."""
     architecture: _builtins.str
@@ -499,9 +1208,25 @@ class TrainingPlan(_message.Message):
     """Seed of the head, the row order and dropout."""
     checkpoint_interval_steps: _builtins.int
     """Steps between checkpoints. 0 means 100."""
+    validation_interval_steps: _builtins.int
+    """Steps between validations. 0 means a quarter of the run."""
+    max_tokens: _builtins.int
+    """Longer texts are cut off after so many tokens. 0 means 128; at most 8,192, and at most what the base can read."""
     @_builtins.property
     def foundation(self) -> Global___FoundationBase:
         """A foundation model, fetched across the exchange."""
+
+    @_builtins.property
+    def model_folder(self) -> Global___ModelFolderBase:
+        """A folder of `transformers`."""
+
+    @_builtins.property
+    def scratch(self) -> Global___ScratchBase:
+        """Random values."""
+
+    @_builtins.property
+    def agent_version(self) -> Global___AgentBase:
+        """A published agent."""
 
     @_builtins.property
     def classification(self) -> Global___ClassificationTask:
@@ -524,6 +1249,26 @@ class TrainingPlan(_message.Message):
         """Acting together."""
 
     @_builtins.property
+    def extraction(self) -> Global___ExtractionTask:
+        """Spans that fill slots."""
+
+    @_builtins.property
+    def question_answering(self) -> Global___QuestionAnsweringTask:
+        """Answers to questions."""
+
+    @_builtins.property
+    def tool_calling(self) -> Global___ToolCallingTask:
+        """Calls of tools."""
+
+    @_builtins.property
+    def preference(self) -> Global___PreferenceTask:
+        """Preferred answers."""
+
+    @_builtins.property
+    def reinforcement(self) -> Global___ReinforcementTask:
+        """Acting in an environment."""
+
+    @_builtins.property
     def adaptation(self) -> Global___Adaptation:
         """How much of the base is trained."""
 
@@ -539,17 +1284,37 @@ class TrainingPlan(_message.Message):
     def compute(self) -> _job_pb2.Compute:
         """On how many processes. Absent: one."""
 
+    @_builtins.property
+    def settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArchitectureSetting]:
+        """Settings that the architecture declares, each at most once. Others have their defaults."""
+
+    @_builtins.property
+    def rehearsal(self) -> Global___Rehearsal:
+        """Rows of an earlier set. Absent: none."""
+
+    @_builtins.property
+    def data_limits(self) -> Global___DataLimits:
+        """Absent: the defaults."""
+
     def __init__(
         self,
         *,
         agent: _builtins.str = ...,
         architecture: _builtins.str = ...,
         foundation: Global___FoundationBase | None = ...,
+        model_folder: Global___ModelFolderBase | None = ...,
+        scratch: Global___ScratchBase | None = ...,
+        agent_version: Global___AgentBase | None = ...,
         classification: Global___ClassificationTask | None = ...,
         behavioural: Global___BehaviouralTask | None = ...,
         dialogue: Global___DialogueTask | None = ...,
         domain: Global___DomainTask | None = ...,
         multi_agent: Global___MultiAgentTask | None = ...,
+        extraction: Global___ExtractionTask | None = ...,
+        question_answering: Global___QuestionAnsweringTask | None = ...,
+        tool_calling: Global___ToolCallingTask | None = ...,
+        preference: Global___PreferenceTask | None = ...,
+        reinforcement: Global___ReinforcementTask | None = ...,
         adaptation: Global___Adaptation | None = ...,
         optimization: Global___Optimization | None = ...,
         total_steps: _builtins.int = ...,
@@ -558,14 +1323,19 @@ class TrainingPlan(_message.Message):
         checkpoint_interval_steps: _builtins.int = ...,
         checkpoint_policy: _job_pb2.CheckpointPolicy | None = ...,
         compute: _job_pb2.Compute | None = ...,
+        settings: _abc.Iterable[Global___ArchitectureSetting] | None = ...,
+        validation_interval_steps: _builtins.int = ...,
+        max_tokens: _builtins.int = ...,
+        rehearsal: Global___Rehearsal | None = ...,
+        data_limits: Global___DataLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "base", b"base", "behavioural", b"behavioural", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "compute", b"compute", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "agent_version", b"agent_version", "base", b"base", "behavioural", b"behavioural", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "compute", b"compute", "data_limits", b"data_limits", "dialogue", b"dialogue", "domain", b"domain", "extraction", b"extraction", "foundation", b"foundation", "model_folder", b"model_folder", "multi_agent", b"multi_agent", "optimization", b"optimization", "preference", b"preference", "question_answering", b"question_answering", "rehearsal", b"rehearsal", "reinforcement", b"reinforcement", "scratch", b"scratch", "task", b"task", "tool_calling", b"tool_calling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "agent", b"agent", "architecture", b"architecture", "base", b"base", "batch_size", b"batch_size", "behavioural", b"behavioural", "checkpoint_interval_steps", b"checkpoint_interval_steps", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "compute", b"compute", "dialogue", b"dialogue", "domain", b"domain", "foundation", b"foundation", "multi_agent", b"multi_agent", "optimization", b"optimization", "seed", b"seed", "task", b"task", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "agent", b"agent", "agent_version", b"agent_version", "architecture", b"architecture", "base", b"base", "batch_size", b"batch_size", "behavioural", b"behavioural", "checkpoint_interval_steps", b"checkpoint_interval_steps", "checkpoint_policy", b"checkpoint_policy", "classification", b"classification", "compute", b"compute", "data_limits", b"data_limits", "dialogue", b"dialogue", "domain", b"domain", "extraction", b"extraction", "foundation", b"foundation", "max_tokens", b"max_tokens", "model_folder", b"model_folder", "multi_agent", b"multi_agent", "optimization", b"optimization", "preference", b"preference", "question_answering", b"question_answering", "rehearsal", b"rehearsal", "reinforcement", b"reinforcement", "scratch", b"scratch", "seed", b"seed", "settings", b"settings", "task", b"task", "tool_calling", b"tool_calling", "total_steps", b"total_steps", "validation_interval_steps", b"validation_interval_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_base: _TypeAlias = _typing.Literal["foundation"]  # noqa: Y015
+    _WhichOneofReturnType_base: _TypeAlias = _typing.Literal["foundation", "model_folder", "scratch", "agent_version"]  # noqa: Y015
     _WhichOneofArgType_base: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
-    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["classification", "behavioural", "dialogue", "domain", "multi_agent"]  # noqa: Y015
+    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["classification", "behavioural", "dialogue", "domain", "multi_agent", "extraction", "question_answering", "tool_calling", "preference", "reinforcement"]  # noqa: Y015
     _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_base) -> _WhichOneofReturnType_base | None: ...
@@ -658,6 +1428,7 @@ class StartTrainingResponse(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     ESTIMATE_FIELD_NUMBER: _builtins.int
+    DATA_REPORT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> Global___TrainingJob:
         """The job. With validate_only it holds the plan as it would be, and its own `job` is absent."""
@@ -666,19 +1437,140 @@ class StartTrainingResponse(_message.Message):
     def estimate(self) -> _job_pb2.Estimate:
         """What it is expected to need."""
 
+    @_builtins.property
+    def data_report(self) -> Global___DataReport:
+        """With validate_only: what became of the rows. Absent where none were read."""
+
     def __init__(
         self,
         *,
         job: Global___TrainingJob | None = ...,
         estimate: _job_pb2.Estimate | None = ...,
+        data_report: Global___DataReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate", "job", b"job"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data_report", b"data_report", "estimate", b"estimate", "job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate", "job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_report", b"data_report", "estimate", b"estimate", "job", b"job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartTrainingResponse: _TypeAlias = StartTrainingResponse  # noqa: Y015
+
+@_typing.final
+class DataFinding(_message.Message):
+    """A row that was refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    """The file, without its folder."""
+    line: _builtins.int
+    """The row, counted from 1. 0 for the file as a whole."""
+    field: _builtins.str
+    """The field that is wrong. Empty for the whole row."""
+    reason: _builtins.str
+    """A stable word, for instance "missing_field"."""
+    detail: _builtins.str
+    """What is wrong."""
+    remedy: _builtins.str
+    """What to do."""
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        line: _builtins.int = ...,
+        field: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "field", b"field", "file", b"file", "line", b"line", "reason", b"reason", "remedy", b"remedy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DataFinding: _TypeAlias = DataFinding  # noqa: Y015
+
+@_typing.final
+class RowCount(_message.Message):
+    """How many rows, for one reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """A stable word, for instance "repeated_text"."""
+    rows: _builtins.int
+    """Rows."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowCount: _TypeAlias = RowCount  # noqa: Y015
+
+@_typing.final
+class DataReport(_message.Message):
+    """What became of every row of a set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: _builtins.int
+    ROWS_READ_FIELD_NUMBER: _builtins.int
+    ROWS_KEPT_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    dataset: _builtins.str
+    """The set, for instance "clinc150/data_full"."""
+    rows_read: _builtins.int
+    """Rows that were found."""
+    rows_kept: _builtins.int
+    """Rows that are used."""
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCount]:
+        """Rows that cannot be used, by reason."""
+
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCount]:
+        """Sound rows that the plan excludes, by reason."""
+
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___DataFinding]:
+        """The first refused rows in full."""
+
+    def __init__(
+        self,
+        *,
+        dataset: _builtins.str = ...,
+        rows_read: _builtins.int = ...,
+        rows_kept: _builtins.int = ...,
+        refused: _abc.Iterable[Global___RowCount] | None = ...,
+        left_out: _abc.Iterable[Global___RowCount] | None = ...,
+        findings: _abc.Iterable[Global___DataFinding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "findings", b"findings", "left_out", b"left_out", "refused", b"refused", "rows_kept", b"rows_kept", "rows_read", b"rows_read"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DataReport: _TypeAlias = DataReport  # noqa: Y015
 
 @_typing.final
 class EvaluateAgentRequest(_message.Message):
@@ -689,13 +1581,60 @@ class EvaluateAgentRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     CLASSIFICATION_FIELD_NUMBER: _builtins.int
+    BEHAVIOURAL_FIELD_NUMBER: _builtins.int
+    DIALOGUE_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    EXTRACTION_FIELD_NUMBER: _builtins.int
+    QUESTION_ANSWERING_FIELD_NUMBER: _builtins.int
+    TOOL_CALLING_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
+    REINFORCEMENT_FIELD_NUMBER: _builtins.int
+    MULTI_AGENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """UUID, new for every new wish."""
     name: _builtins.str
     """Family and version, for instance "intent-router@3"."""
     @_builtins.property
     def classification(self) -> Global___ClassificationTask:
-        """The set."""
+        """The set, for a classifier. The other fields are for the other tasks, and one of them all is given: that of the task
+        which the agent was trained for.
+        """
+
+    @_builtins.property
+    def behavioural(self) -> Global___BehaviouralTask:
+        """Trajectories."""
+
+    @_builtins.property
+    def dialogue(self) -> Global___DialogueTask:
+        """Dialogues."""
+
+    @_builtins.property
+    def domain(self) -> Global___DomainTask:
+        """Documents."""
+
+    @_builtins.property
+    def extraction(self) -> Global___ExtractionTask:
+        """Texts with spans."""
+
+    @_builtins.property
+    def question_answering(self) -> Global___QuestionAnsweringTask:
+        """Questions."""
+
+    @_builtins.property
+    def tool_calling(self) -> Global___ToolCallingTask:
+        """Requests with tools."""
+
+    @_builtins.property
+    def preference(self) -> Global___PreferenceTask:
+        """Pairs of answers."""
+
+    @_builtins.property
+    def reinforcement(self) -> Global___ReinforcementTask:
+        """An environment."""
+
+    @_builtins.property
+    def multi_agent(self) -> Global___MultiAgentTask:
+        """An environment of several."""
 
     def __init__(
         self,
@@ -703,10 +1642,19 @@ class EvaluateAgentRequest(_message.Message):
         request_id: _builtins.str = ...,
         name: _builtins.str = ...,
         classification: Global___ClassificationTask | None = ...,
+        behavioural: Global___BehaviouralTask | None = ...,
+        dialogue: Global___DialogueTask | None = ...,
+        domain: Global___DomainTask | None = ...,
+        extraction: Global___ExtractionTask | None = ...,
+        question_answering: Global___QuestionAnsweringTask | None = ...,
+        tool_calling: Global___ToolCallingTask | None = ...,
+        preference: Global___PreferenceTask | None = ...,
+        reinforcement: Global___ReinforcementTask | None = ...,
+        multi_agent: Global___MultiAgentTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["behavioural", b"behavioural", "classification", b"classification", "dialogue", b"dialogue", "domain", b"domain", "extraction", b"extraction", "multi_agent", b"multi_agent", "preference", b"preference", "question_answering", b"question_answering", "reinforcement", b"reinforcement", "tool_calling", b"tool_calling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behavioural", b"behavioural", "classification", b"classification", "dialogue", b"dialogue", "domain", b"domain", "extraction", b"extraction", "multi_agent", b"multi_agent", "name", b"name", "preference", b"preference", "question_answering", b"question_answering", "reinforcement", b"reinforcement", "request_id", b"request_id", "tool_calling", b"tool_calling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -754,6 +1702,94 @@ class ListArchitecturesRequest(_message.Message):
 Global___ListArchitecturesRequest: _TypeAlias = ListArchitecturesRequest  # noqa: Y015
 
 @_typing.final
+class ArchitectureSettingSpec(_message.Message):
+    """A setting that an architecture declares."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    INTEGER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    FLAG_FIELD_NUMBER: _builtins.int
+    WORD_FIELD_NUMBER: _builtins.int
+    MINIMUM_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    description: _builtins.str
+    """What it does, in one sentence."""
+    integer: _builtins.int
+    """A whole number."""
+    number: _builtins.float
+    """A number."""
+    flag: _builtins.bool
+    """Yes or no."""
+    word: _builtins.str
+    """A word."""
+    minimum: _builtins.float
+    """Least value of a number."""
+    maximum: _builtins.float
+    """Largest value of a number."""
+    @_builtins.property
+    def words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words that are allowed."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        integer: _builtins.int = ...,
+        number: _builtins.float = ...,
+        flag: _builtins.bool = ...,
+        word: _builtins.str = ...,
+        minimum: _builtins.float = ...,
+        maximum: _builtins.float = ...,
+        words: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["default_value", b"default_value", "flag", b"flag", "integer", b"integer", "number", b"number", "word", b"word"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_value", b"default_value", "description", b"description", "flag", b"flag", "integer", b"integer", "maximum", b"maximum", "minimum", b"minimum", "name", b"name", "number", b"number", "word", b"word", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_default_value: _TypeAlias = _typing.Literal["integer", "number", "flag", "word"]  # noqa: Y015
+    _WhichOneofArgType_default_value: _TypeAlias = _typing.Literal["default_value", b"default_value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_default_value) -> _WhichOneofReturnType_default_value | None: ...
+
+Global___ArchitectureSettingSpec: _TypeAlias = ArchitectureSettingSpec  # noqa: Y015
+
+@_typing.final
+class ArchitectureProblem(_message.Message):
+    """An entry point that gave no usable architecture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the entry point."""
+    value: _builtins.str
+    """What it points at."""
+    reason: _builtins.str
+    """Why it was not loaded."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArchitectureProblem: _TypeAlias = ArchitectureProblem  # noqa: Y015
+
+@_typing.final
 class AgentArchitecture(_message.Message):
     """An agent architecture."""
 
@@ -763,6 +1799,9 @@ class AgentArchitecture(_message.Message):
     TASKS_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     FOUNDATION_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    BASES_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    ADAPTATIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that a plan refers to."""
     description: _builtins.str
@@ -773,6 +1812,18 @@ class AgentArchitecture(_message.Message):
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tasks it serves, by their field names in TrainingPlan."""
 
+    @_builtins.property
+    def bases(self) -> _containers.RepeatedScalarFieldContainer[Global___BaseKind.ValueType]:
+        """What it can be built on, besides agents of its own kind."""
+
+    @_builtins.property
+    def settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArchitectureSettingSpec]:
+        """Settings that a plan may give."""
+
+    @_builtins.property
+    def adaptations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Methods of adaptation, by their field names in Adaptation."""
+
     def __init__(
         self,
         *,
@@ -780,10 +1831,13 @@ class AgentArchitecture(_message.Message):
         tasks: _abc.Iterable[_builtins.str] | None = ...,
         description: _builtins.str = ...,
         foundation_fingerprint: _builtins.str = ...,
+        bases: _abc.Iterable[Global___BaseKind.ValueType] | None = ...,
+        settings: _abc.Iterable[Global___ArchitectureSettingSpec] | None = ...,
+        adaptations: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "foundation_fingerprint", b"foundation_fingerprint", "name", b"name", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptations", b"adaptations", "bases", b"bases", "description", b"description", "foundation_fingerprint", b"foundation_fingerprint", "name", b"name", "settings", b"settings", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -796,18 +1850,24 @@ class ListArchitecturesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ARCHITECTURES_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def architectures(self) -> _containers.RepeatedCompositeFieldContainer[Global___AgentArchitecture]:
         """Sorted by name."""
+
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArchitectureProblem]:
+        """Plugins that are installed and could not be loaded."""
 
     def __init__(
         self,
         *,
         architectures: _abc.Iterable[Global___AgentArchitecture] | None = ...,
+        problems: _abc.Iterable[Global___ArchitectureProblem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architectures", b"architectures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architectures", b"architectures", "problems", b"problems"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

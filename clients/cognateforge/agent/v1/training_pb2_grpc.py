@@ -133,7 +133,7 @@ class AgentForgeTrainingServiceServicer:
 
         Callers: operator. Repeat: by request_id.
         Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
-        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL.
+        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL, AGENT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -277,7 +277,7 @@ class AgentForgeTrainingServiceServicer:
         """Evaluates a published agent on a set.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: AGENT_NOT_FOUND, NOT_IMPLEMENTED.
+        Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

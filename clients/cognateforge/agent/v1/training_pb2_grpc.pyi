@@ -42,7 +42,7 @@ class AgentForgeTrainingServiceStub:
 
     Callers: operator. Repeat: by request_id.
     Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
-    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL.
+    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL, AGENT_NOT_FOUND.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetJobRequest, _training_pb2.GetJobResponse]
     """Returns one job.
@@ -130,7 +130,7 @@ class AgentForgeTrainingServiceStub:
     """Evaluates a published agent on a set.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: AGENT_NOT_FOUND, NOT_IMPLEMENTED.
+    Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
     """
     ListArchitectures: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListArchitecturesRequest, _training_pb2.ListArchitecturesResponse]
     """Lists the agent architectures that this server can build.
@@ -157,7 +157,7 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
 
     Callers: operator. Repeat: by request_id.
     Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
-    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL.
+    FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL, AGENT_NOT_FOUND.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_training_pb2.GetJobRequest, _training_pb2.GetJobResponse]  # type: ignore[assignment]
     """Returns one job.
@@ -245,7 +245,7 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
     """Evaluates a published agent on a set.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: AGENT_NOT_FOUND, NOT_IMPLEMENTED.
+    Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
     """
     ListArchitectures: _aio.UnaryUnaryMultiCallable[_training_pb2.ListArchitecturesRequest, _training_pb2.ListArchitecturesResponse]  # type: ignore[assignment]
     """Lists the agent architectures that this server can build.
@@ -275,7 +275,7 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: operator. Repeat: by request_id.
         Reasons: INVALID_FIELD, UNKNOWN_FIELD, REQUEST_ID_REUSED, ARCHITECTURE_NOT_FOUND, DATA_UNAVAILABLE, NOT_IMPLEMENTED,
-        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL.
+        FOUNDATION_NOT_FOUND, MODEL_EXPERIMENTAL, INCOMPATIBLE, QUOTA_TOO_SMALL, AGENT_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -447,7 +447,7 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Evaluates a published agent on a set.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: AGENT_NOT_FOUND, NOT_IMPLEMENTED.
+        Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
         """
 
     @_abc_1.abstractmethod

@@ -134,11 +134,13 @@ class DataSource(_message.Message):
     name: _builtins.str
     """Name of the set, for instance "gsm8k" or "forge-arithmetic". Generated problems never bear a real set's name."""
     kind: _builtins.str
-    """"folder", "hub" or "generated"."""
+    """"folder", "hub", "generated" or "environment"."""
     rows: _builtins.int
-    """Rows that were used."""
+    """Rows that were used. Of an environment, the steps that were taken in it."""
     digest: _builtins.str
-    """Digest over the source's files or, for generated data, over the generated rows. "sha256:" and 64 hex digits."""
+    """Digest over the source's files; for generated data over the generated rows, for an environment over its name and the
+    versions of the packages that it is made of. "sha256:" and 64 hex digits.
+    """
     def __init__(
         self,
         *,

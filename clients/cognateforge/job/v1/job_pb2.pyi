@@ -784,26 +784,34 @@ Global___CheckpointPolicy: _TypeAlias = CheckpointPolicy  # noqa: Y015
 @_typing.final
 class Compute(_message.Message):
     """On how many processes a job trains. Each batch is split among them, so that what is trained is the same for any number.
-    Every process takes one of the server's slots.
+    Every process on the server's machine takes one of the server's slots.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROCESSES_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     processes: _builtins.int
-    """Processes. 0 means 1; at most 64, and at most the plan's batch_size and the server's slots."""
+    """Processes. 0 means 1; at most 64, and at most the plan's batch_size. Those on the server's machine, which are all of
+    them on one node, are at most the server's slots.
+    """
     strategy: Global___ComputeStrategy.ValueType
     """What each of them holds. Unspecified means DDP; of no effect on one process."""
+    nodes: _builtins.int
+    """Machines that the processes are spread over as evenly as they can be: the server's, and others on which a node of
+    the service runs. 0 means 1; at most `processes`. More than 1 is refused where the server has no such nodes.
+    """
     def __init__(
         self,
         *,
         processes: _builtins.int = ...,
         strategy: Global___ComputeStrategy.ValueType = ...,
+        nodes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["processes", b"processes", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "processes", b"processes", "strategy", b"strategy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
