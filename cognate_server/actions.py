@@ -11,9 +11,10 @@ from cognate_server.construct import HALTING_START, HALTING_STD
 from cognate_server.detectors import Detector
 from cognate_server.grokfast import LAMBDA, LAMBDA_FLOOR
 from cognate_server.losses import PONDER_WEIGHT
-from cognate_server.recovery import Action, Change, Finding
+from cognate_server.recovery import Action
 from cognate_server.run import PretrainingRun
 from cognate_server.tracker import contents_rms
+from training_common.recovery import Change, Finding
 from training_common.team import whole
 
 # A halved learning rate is the usual answer to divergence; an eighth of the plan's hardly trains any more.

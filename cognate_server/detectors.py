@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Evidence = dict[str, float | str]
+from training_common.recovery import Evidence, RunHistory
 
 
 class Detector(enum.StrEnum):
@@ -94,7 +94,7 @@ class Measurement:
 
 
 @dataclass(kw_only=True)
-class History:
+class History(RunHistory):
     """What was observed, as far back as a detector looks.
 
     not_finite: what the newest step found that is not finite; empty when there is nothing.

@@ -1,20 +1,13 @@
-"""The recovery manager: from trouble in training to a bounded action, with everything on record.
-
-ADR 0007. Detectors tell what is wrong (`cognate_server.detectors`), LADDER what is done about it, the budget how often.
-The trainer applies an action; what it changed comes back here, and goes into the job's events, the checkpoint and the
-model's manifest.
-"""
+"""Pretraining's recovery manager (`training_common.recovery`): its detectors' ladders and their budget."""
 
 from __future__ import annotations
 
 import enum
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cognate_server.detectors import DETECTORS, Detector, Evidence, History, Measurement, RecoveryLimits
-from training_common.attempt import Json
+from cognate_server.detectors import DETECTORS, Detector, History, Measurement, RecoveryLimits
+from training_common.recovery import Finding, Ladder, RecoveryManager
 
 
 class Action(enum.StrEnum):
@@ -25,14 +18,12 @@ class Action(enum.StrEnum):
     ROLL_BACK = "roll_back"
     ADJUST_PONDERING = "adjust_pondering"
     RESET_MEMORY = "reset_memory"
-    # Back to the mandated lambda and ponder weight. It costs no budget.
-    RETURN = "return"
     # A matter of quality that no action has mended: training goes on, and the gate judges the model.
     LEAVE_TO_GATE = "leave_to_gate"
 
 
 # The mildest action first; the next one when the same trouble comes again before training was stable.
-LADDER: Mapping[Detector, tuple[Action, ...]] = {
+LADDER: Mapping[str, Sequence[str]] = {
     # Twice: one bad batch may be followed by its neighbour. Three in a row are not the data's fault.
     Detector.NOT_FINITE: (Action.SKIP_BATCH, Action.SKIP_BATCH, Action.ROLL_BACK, Action.ROLL_BACK),
     Detector.LOSS_TREND: (Action.LOWER_LAMBDA, Action.ROLL_BACK, Action.ROLL_BACK, Action.ROLL_BACK),
@@ -47,7 +38,7 @@ LADDER: Mapping[Detector, tuple[Action, ...]] = {
 QUALITY = (Detector.HALTING_COLLAPSE, Detector.READ_COLLAPSE, Detector.REASONING_LOSS)
 
 # Of a whole job, over all its attempts. A run that needs more is another run than the one that was asked for.
-BUDGET: Mapping[Action, int] = {
+BUDGET: Mapping[str, int] = {
     Action.SKIP_BATCH: 10,
     Action.LOWER_LAMBDA: 4,
     Action.ROLL_BACK: 3,
@@ -57,71 +48,13 @@ BUDGET: Mapping[Action, int] = {
 BUDGET_IN_ALL = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """Trouble, and the evidence for it."""
-
-    detector: Detector
-    evidence: Evidence
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What an action changed: the parameters before and after it."""
-
-    before: dict[str, float]
-    after: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoveryEvent:
-    """One action, as it stands in the job's events and in the manifest.
-
-    budget_left: of this action; budget_left_in_all: of all together.
-    """
-
-    step: int
-    detector: str
-    evidence: Evidence
-    action: str
-    before: dict[str, float]
-    after: dict[str, float]
-    budget_left: int
-    budget_left_in_all: int
-
-    def payload(self) -> dict[str, Json]:
-        """Return the event's facts; nested ones as JSON text, as facts of a job's event are strings."""
-        return {
-            "message": f"step {self.step}: {self.detector or 'stable again'}, {self.action}",
-            "step": self.step,
-            "detector": self.detector,
-            "evidence": json.dumps(self.evidence),
-            "action": self.action,
-            "before": json.dumps(self.before),
-            "after": json.dumps(self.after),
-            "budget_left": self.budget_left,
-            "budget_left_in_all": self.budget_left_in_all,
-        }
-
-
-class CognateRecoveryManager:
-    """Watches a run, chooses actions within the budget, and remembers them.
-
-    Its state belongs into every checkpoint: a resumed run decides as the uninterrupted one would.
-    """
+class CognateRecoveryManager(RecoveryManager[History]):
+    """Watches a pretraining run."""
 
     def __init__(self, limits: RecoveryLimits) -> None:
+        ladder = Ladder(rungs=LADDER, budget=BUDGET, budget_in_all=BUDGET_IN_ALL, stable_steps=limits.stable_steps)
+        super().__init__(ladder, History())
         self.limits = limits
-        self.history = History()
-        self._events: list[RecoveryEvent] = []
-        self._spent = dict.fromkeys(BUDGET, 0)
-        self._rungs = dict.fromkeys(Detector, 0)
-        self._last_trouble_step = 0
-
-    @property
-    def events(self) -> tuple[RecoveryEvent, ...]:
-        """Every action so far."""
-        return tuple(self._events)
 
     def measures(self, step: int) -> bool:
         """Whether the step that will be finished as number `step` must be measured. No setting of a plan moves it."""
@@ -130,7 +63,7 @@ class CognateRecoveryManager:
     def observe_step(self, step: int, loss: float, measurement: Measurement | None) -> Finding | None:
         """Take in a finished step and return the gravest trouble that is seen after it."""
         self.history.step, self.history.not_finite = step, ""
-        self._rungs[Detector.NOT_FINITE] = 0  # trouble in a row is what climbs this ladder
+        self.begin_ladder(Detector.NOT_FINITE)  # trouble in a row is what climbs this one
         self.history.add_loss(loss, self.limits)
         if measurement is not None:
             self.history.add_measurement(measurement, self.limits)
@@ -147,15 +80,14 @@ class CognateRecoveryManager:
         self.history.add_validation(loss, score)
         return self._look()
 
-    def _look(self) -> Finding | None:
+    def _signs(self) -> Iterator[Finding]:
         for detector, look in DETECTORS.items():
             evidence = look(self.history, self.limits)
-            if evidence is None:
-                continue
-            self._last_trouble_step = self.history.step
-            if self._rungs[detector] <= len(LADDER[detector]):
-                return Finding(detector=detector, evidence=evidence)
-        return None
+            if evidence is not None:
+                yield Finding(detector=detector, evidence=evidence)
+
+    def _restored(self, value: Mapping[str, Any]) -> History:
+        return History.from_json(value)
 
     @property
     def healthy(self) -> bool:
@@ -170,72 +102,6 @@ class CognateRecoveryManager:
             return False  # its harm to the validation loss comes later
         return all(look(self.history, strict) is None for look in DETECTORS.values())
 
-    @property
-    def stable(self) -> bool:
-        """Whether the last action is long enough ago to be undone."""
-        return self.history.step - self._last_trouble_step >= self.limits.stable_steps
-
-    def choices(self, finding: Finding) -> tuple[Action, ...]:
-        """Return the actions that are left for this trouble, in order; none when the budget is spent."""
-        ladder = LADDER[finding.detector][self._rungs[finding.detector] :]
-        if sum(self._spent.values()) >= BUDGET_IN_ALL:
-            return ()
-        return tuple(action for action in ladder if self._spent[action] < BUDGET[action])
-
-    def record(self, finding: Finding, action: Action, change: Change) -> RecoveryEvent:
-        """Book an action that was applied."""
-        ladder = LADDER[finding.detector]
-        if action in BUDGET:
-            self._spent[action] += 1
-            rung = self._rungs[finding.detector]
-            self._rungs[finding.detector] = ladder.index(action, rung) + 1
-        else:
-            self._rungs[finding.detector] = len(ladder) + 1  # this detector is not asked again until training is stable
-        self._last_trouble_step = self.history.step
-        self.history.forget_signs()
-        return self._book(finding.detector, finding.evidence, action, change)
-
-    def record_return(self, change: Change) -> RecoveryEvent:
-        """Book the return to the mandated values, and let every ladder begin anew."""
-        self.start_anew()
-        return self._book("", {"steps_without_trouble": float(self.limits.stable_steps)}, Action.RETURN, change)
-
-    def start_anew(self) -> None:
-        """Let every ladder begin with its mildest action; for a run that is stable. The budget stays spent."""
-        self._rungs = dict.fromkeys(Detector, 0)
-
     def restarted_slow_gradient(self) -> None:
         """Say that the EMA starts anew, so that its ratio means nothing for a while."""
         self.history.slow_gradient_start = self.history.step
-
-    def _book(self, detector: str, evidence: Evidence, action: Action, change: Change) -> RecoveryEvent:
-        event = RecoveryEvent(
-            step=self.history.step,
-            detector=str(detector),
-            evidence=evidence,
-            action=action.value,
-            before=change.before,
-            after=change.after,
-            budget_left=BUDGET[action] - self._spent[action] if action in BUDGET else 0,
-            budget_left_in_all=BUDGET_IN_ALL - sum(self._spent.values()),
-        )
-        self._events.append(event)
-        return event
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that a decision depends on, as JSON."""
-        return {
-            "history": self.history.to_json(),
-            "events": [vars(event) for event in self._events],
-            "spent": dict(self._spent),
-            "rungs": dict(self._rungs),
-            "last_trouble_step": self._last_trouble_step,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        self.history = History.from_json(state["history"])
-        self._events = [RecoveryEvent(**event) for event in state["events"]]
-        self._spent = {Action(name): count for name, count in state["spent"].items()}
-        self._rungs = {Detector(name): count for name, count in state["rungs"].items()}
-        self._last_trouble_step = state["last_trouble_step"]

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -26,16 +25,17 @@ import torch
 from cognate_server.acceleration import AccelerationControl
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.detectors import RecoveryLimits
-from cognate_server.grokfast import EMA_RAMP_STEPS, GrokFastAdamW, parameter_groups, sharding
+from cognate_server.grokfast import EMA_RAMP_STEPS, GrokFastAdamW, parameter_groups
 from cognate_server.losses import PONDER_MEAN, PONDER_WEIGHT, ObjectiveModule, truncated_geometric
 from cognate_server.precision import Precision
 from cognate_server.recovery import CognateRecoveryManager
 from cognate_server.stream import Batch, DealtStream, TokenStream
 from cognate_server.tracker import StepOutcome, memory_use
 from training_common.attempt import Attempt, CheckpointRef, Json
+from training_common.good_checkpoint import GoodCheckpoint, good_of
 from training_common.memory_copy import MemoryCopy
 from training_common.models.cognate_v1 import CognateV1, CognateV1Config, MemoryState, load_state, save_tensors
-from training_common.team import ALONE, Strategy, Team, exchanging, load_parts, parts_of_state, whole
+from training_common.team import ALONE, Strategy, Team, exchanging, load_parts, local, parts_of_state, whole
 
 # The cosine ends here, as a share of the peak.
 FINAL_LR_SHARE = 0.1
@@ -202,7 +202,7 @@ class PretrainingRun:
         Every process has to ask for it.
         """
         if self._saving is not None:
-            self._good, self._saving = _good_of(self._saving.result().path), None
+            self._good, self._saving = good_of(self._saving.result().path, _POSITION), None
         found = self.team.agree(lambda: None if self._good is None else (self._good.step, str(self._good.folder)))
         self._good = None if found is None else GoodCheckpoint(found[0], Path(found[1]))
         return self._good
@@ -289,13 +289,13 @@ class PretrainingRun:
         def write(folder: Path) -> None:
             _write(folder, tensors, trainer, self.config.model)
             if kept is not None:
-                kept.link_into(folder)
+                kept.link_into(folder, _GOOD_FILES)
 
         self._saving = attempt.save_checkpoint(step=self.step, write=write, score=self.validation_loss)
         return self.step
 
     def _is_finite(self) -> bool:
-        broken = sum(not bool(sharding.local(p).isfinite().all()) for p in self.model.parameters())
+        broken = sum(not bool(local(p).isfinite().all()) for p in self.model.parameters())
         return not bool(self.team.total(torch.tensor(broken)))
 
     def _tensors(self) -> dict[str, Any]:
@@ -334,7 +334,7 @@ class PretrainingRun:
 
         Errors: CheckpointMismatchError.
         """
-        state = json.loads((folder / "trainer.json").read_text())
+        state = json.loads((folder / _POSITION).read_text())
         if state["config_digest"] != self.config.digest():
             raise CheckpointMismatchError(f"the checkpoint of step {state['step']} was written under another config")
         tensors = torch.load(folder / "optimizer.pt", weights_only=True)
@@ -350,7 +350,7 @@ class PretrainingRun:
         self.lr_factor, self.ponder_weight = state["lr_factor"], state["ponder_weight"]
         self.recovery.load_state_dict(state["recovery"])
         self.validation_loss = state.get("validation_loss")  # unknown to checkpoints of before
-        self._good, self._saving = _good_of(folder), None
+        self._good, self._saving = good_of(folder, _POSITION), None
 
     def _load(self, weights: Path, optimizer: Mapping[str, Any]) -> None:
         """Take over stored weights and the optimizer's stored state, as far as this process holds them."""
@@ -383,35 +383,10 @@ def _write(folder: Path, tensors: Mapping[str, Any], trainer: str, config: Cogna
     torch.save(tensors["optimizer"], folder / "optimizer.pt")
     if "control" in tensors:
         torch.save(tensors["control"], folder / "control.pt")
-    (folder / "trainer.json").write_text(trainer)
+    (folder / _POSITION).write_text(trainer)
 
 
 _KEPT_IN_ROLL_BACK = ("lambda_limit", "lambda_departures")
-_GOOD = "good"
-
-
-@dataclass(frozen=True)
-class GoodCheckpoint:
-    """Weights and optimizer of a step at which no detector saw a sign of trouble.
-
-    Its files are a checkpoint's own, or lie in the folder `good` of a later one.
-    """
-
-    step: int
-    folder: Path
-
-    def link_into(self, checkpoint: Path) -> None:
-        """Let a newer checkpoint hold these files too, without another copy of their bytes."""
-        target = checkpoint / _GOOD
-        target.mkdir()
-        for name in ("model.safetensors", "optimizer.pt"):
-            os.link(self.folder / name, target / name)
-        (target / "step.json").write_text(json.dumps(self.step))
-
-
-def _good_of(checkpoint: Path) -> GoodCheckpoint | None:
-    own: int | None = json.loads((checkpoint / "trainer.json").read_text())["good_step"]
-    if own is not None:
-        return GoodCheckpoint(own, checkpoint)
-    folder = checkpoint / _GOOD
-    return GoodCheckpoint(json.loads((folder / "step.json").read_text()), folder) if folder.exists() else None
+_POSITION = "trainer.json"
+# What a roll-back takes.
+_GOOD_FILES = ("model.safetensors", "optimizer.pt")

@@ -14,7 +14,7 @@ from cognate_server.flops import peak_flops_per_s
 from cognate_server.grokfast import GrokFastDiverged, LambdaDeparture
 from cognate_server.metrics import checked
 from cognate_server.precision import Precision
-from cognate_server.recovery import QUALITY, Action, Change, Finding, RecoveryEvent
+from cognate_server.recovery import QUALITY, Action
 from cognate_server.run import (
     CheckpointMismatchError,
     PretrainConfig,
@@ -27,6 +27,7 @@ from cognate_server.tracker import CognateProgressTracker, StepOutcome, measurem
 from cognate_server.validation import ValidationReport, first_rows, row_losses, validate
 from training_common.attempt import Attempt, AttemptStopped, Json
 from training_common.models.cognate_v1 import CognateV1, CognateV1Config, config_to_json, save_state
+from training_common.recovery import Change, Finding, RecoveryEvent
 from training_common.team import ALONE, Team
 
 __all__ = [
@@ -198,14 +199,13 @@ class _Pretraining:
             return
         manager = self.run.recovery
         for action in manager.choices(finding):
-            change = apply(action, self.run, finding)
+            change = apply(Action(action), self.run, finding)
             if change is not None:
                 self._tell(manager.record(finding, action, change))
                 return
         if finding.detector not in QUALITY:
-            evidence = ", ".join(f"{name} {value}" for name, value in finding.evidence.items())
             raise TrainingDivergedError(
-                f"{finding.detector} at step {self.run.step} ({evidence}); {len(manager.events)} recovery "
+                f"{finding.detector} at step {self.run.step} ({finding.text}); {len(manager.events)} recovery "
                 "actions were taken and none is left for it"
             )
         self._tell(manager.record(finding, Action.LEAVE_TO_GATE, Change(before={}, after={})))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cognate_server.grokfast import sharding
 from cognate_server.grokfast.update import Factors, Share, choose
+from training_common.team import local
 
 ALPHA = 0.98
 LAMBDA = 2.0
@@ -245,7 +246,7 @@ class GrokFastAdamW(torch.optim.Optimizer):
         return list(batches.values())
 
     def _squares(self, batch: _Batch) -> float:
-        mine = self._update.squares([sharding.local(p.grad) for p in batch.parameters if p.grad is not None])
+        mine = self._update.squares([local(p.grad) for p in batch.parameters if p.grad is not None])
         return sharding.summed([mine], batch.parameters[0])[0]
 
     def _share(self, batch: _Batch, scale: float, lamb: float) -> Share:
@@ -267,23 +268,23 @@ class GrokFastAdamW(torch.optim.Optimizer):
         )
         return Share(
             factors=factors,
-            parameters=[sharding.local(p) for p in batch.parameters],
-            gradients=[sharding.local(p.grad) for p in batch.parameters if p.grad is not None],
-            slow=[sharding.local(state["slow_gradient"]) for state in states],
-            mean=[sharding.local(state["exp_avg"]) for state in states],
-            mean_square=[sharding.local(state["exp_avg_sq"]) for state in states],
+            parameters=[local(p) for p in batch.parameters],
+            gradients=[local(p.grad) for p in batch.parameters if p.grad is not None],
+            slow=[local(state["slow_gradient"]) for state in states],
+            mean=[local(state["exp_avg"]) for state in states],
+            mean_square=[local(state["exp_avg_sq"]) for state in states],
         )
 
     def _ensure_state(self, parameters: Iterable[Tensor]) -> None:
         new = [parameter for parameter in parameters if not self.state[parameter]]
-        made = self._update.states_like([sharding.local(parameter) for parameter in new])
+        made = self._update.states_like([local(parameter) for parameter in new])
         for parameter, tensors in zip(new, made, strict=True):
             named = zip(STATE_TENSORS, (sharding.like(tensor, parameter) for tensor in tensors), strict=True)
             self.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **dict(named)}
         for parameter in parameters:
             if "slow_gradient" not in self.state[parameter]:
                 spare = self._spare.pop(parameter)
-                sharding.local(spare).zero_()
+                local(spare).zero_()
                 self.state[parameter]["slow_gradient"] = spare
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -301,7 +302,7 @@ class GrokFastAdamW(torch.optim.Optimizer):
             state["step"].copy_(values["step"])
             for name in STATE_TENSORS:
                 if name in values:
-                    sharding.local(state[name]).copy_(sharding.local(values[name]))
+                    local(state[name]).copy_(local(values[name]))
             if "slow_gradient" not in values:
                 self._spare[parameter] = state.pop("slow_gradient")
 

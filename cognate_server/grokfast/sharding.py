@@ -7,11 +7,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def layout(tensor: Tensor) -> object:
     """Return a key: sums over tensors of one layout may be added before they are reduced."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else tensor.device

@@ -14,7 +14,7 @@ from cognate_server import losses as losses_module
 from cognate_server import run as run_module
 from cognate_server.detectors import DETECTORS, Detector, History, Measurement, RecoveryLimits
 from cognate_server.losses import Predictions, summed_cross_entropy
-from cognate_server.recovery import BUDGET, LADDER, Action, Change, CognateRecoveryManager, Finding
+from cognate_server.recovery import BUDGET, LADDER, Action, CognateRecoveryManager
 from cognate_server.run import PretrainConfig, PretrainingRun
 from cognate_server.stream import TokenStream
 from cognate_server.tracker import StepOutcome
@@ -23,6 +23,7 @@ from cognate_server.validation import row_losses
 from tests.cognate._support import CONFIG, CountingStream, MemoryAttempt, weights
 from training_common.attempt import AttemptStopped, StopKind
 from training_common.models.cognate_v1 import CognateV1
+from training_common.recovery import Change, Finding
 
 LIMITS = RecoveryLimits(
     measure_interval_steps=2,
@@ -377,7 +378,7 @@ def test_a_matter_of_quality_is_left_to_the_gate_once() -> None:
     collapsed = Measurement(
         halting_shares=(1.0, 0, 0, 0), slow_gradient_norm_ratio=0.3, read_entropy_share=0.9, contents_rms=1.0
     )
-    actions: list[Action] = []
+    actions: list[str] = []
     for step in range(1, 400):
         finding = manager.observe_step(step, 3.0, collapsed)
         if finding is not None:
