@@ -1,4 +1,4 @@
-"""Rows of JSONL files and JSON arrays, plain or gzipped, read one by one in bounded memory.
+"""Rows of JSONL files and JSON arrays, plain or gzipped, and of Parquet files, read one by one in bounded memory.
 
 A row that cannot be read (too long, not UTF-8, not JSON, a number that is not finite) comes out as a row whose `load`
 raises `RowRefusedError`; the rows after it are read all the same.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from training_common.findings import RowRefusedError, quote
+from training_common.parquet import parquet_rows
 
 # The longest row of the real sets takes about 60 kB; 1 MiB leaves room and bounds what a hostile file can cost.
 MAX_ROW_BYTES = 1024 * 1024
@@ -42,10 +43,13 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield every row of a JSONL file or a JSON array; `.gz` is unpacked on the way.
+    """Yield every row of a JSONL file, a JSON array or a Parquet file; `.gz` is unpacked on the way.
 
-    `.jsonl` holds lines, whatever the first one is. Elsewhere the first byte decides.
+    `.jsonl` holds lines, whatever the first one is, and `.parquet` is Parquet. Elsewhere the first byte decides.
     """
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+        return
     line = 0
     try:
         with cast("IO[bytes]", gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as file:
@@ -61,6 +65,24 @@ def read_rows(path: Path) -> Iterator[Row]:
             remedy="fetch the file again and compare its digest",
         )
         yield Row(path.name, line + 1, problem)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    line = 0
+    try:
+        for line, content in enumerate(parquet_rows(path), start=1):
+            yield Row(path.name, line, content if _size(content) <= MAX_ROW_BYTES else _too_large())
+    except RowRefusedError as problem:
+        yield Row(path.name, line + 1, problem)
+
+
+def _size(value: object) -> int:
+    """Return about how many bytes a value takes as JSON, from below."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(name) + _size(part) for name, part in value.items())
+    return sum(map(_size, value)) if isinstance(value, list) else 1
 
 
 def parse_object(data: bytes) -> Mapping[str, object]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from cognate_server.data.generate import generate_rows
 from cognateforge.exceptions import DataUnavailableError, FieldViolation, InvalidFieldError
 from training_common.digests import canonical_json, sha256_bytes, sha256_file
+from training_common.hub import unbroken
 from training_common.rows import Row, read_rows
 
 
@@ -243,6 +244,7 @@ def _generated(dataset: DatasetId, settings: SourceSettings) -> Source:
 def _hub(dataset: DatasetId) -> Source:
     """Open a set on the hub through `datasets`, which streams it: no row is kept. Code from the hub is never run."""
     path, configuration, split = _HUB[dataset]
+    remedy = f"put the set into the data folder as {_FILES[dataset][0]}"
     try:
         import datasets
 
@@ -250,35 +252,14 @@ def _hub(dataset: DatasetId) -> Source:
             path, configuration, split=split, streaming=True
         )
     except Exception as error:  # whatever a network and a foreign library can raise
-        raise DataUnavailableError(
-            f"the hub did not give {path} ({type(error).__name__}); put the set into the data folder as "
-            f"{_FILES[dataset][0]}"
-        ) from error
+        raise DataUnavailableError(f"the hub did not give {path} ({type(error).__name__}); {remedy}") from error
     return Source(
         dataset=dataset,
         kind=SourceKind.HUB,
         licence=_LICENCES[dataset],
         origin=f"{path}/{configuration}/{split}",
-        open_rows=lambda: _numbered(path, _unbroken(path, _FILES[dataset][0], streamed)),
+        open_rows=lambda: _numbered(path, unbroken(path, streamed, remedy=remedy)),
     )
-
-
-def _unbroken(path: str, file: str, rows: Iterable[Mapping[str, object]]) -> Iterator[Mapping[str, object]]:
-    """Yield rows of the hub; half a set is no set, so a break ends the job. Errors: DataUnavailableError."""
-    number = 0
-    iterator = iter(rows)
-    while True:
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:  # as above
-            raise DataUnavailableError(
-                f"the hub broke off {path} after {number} rows ({type(error).__name__}); start the job again, or put "
-                f"the set into the data folder as {file}"
-            ) from error
-        number += 1
-        yield row
 
 
 def _numbered(name: str, rows: Iterable[Mapping[str, object]]) -> Iterator[Row]:

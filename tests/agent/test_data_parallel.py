@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 import torch.multiprocessing as mp
 
+from agent_server.data.examples import texts_of
+from agent_server.evaluation import Evaluation
 from tests.agent._support import write_foundation
 from tests.agent.training_processes import CONFIGS, CUT_AT, DATA, KINDS, PROCESSES, STEPS, run, train
 from training_common.team import Strategy
@@ -22,7 +24,7 @@ Seen = Mapping[str, Any]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes, and one before them, have left what they saw."""
     folder = tmp_path_factory.mktemp("processes")
-    foundation = write_foundation(folder / "foundation", [text for text, _ in DATA.train])
+    foundation = write_foundation(folder / "foundation", list(texts_of(DATA.train)))
     train(foundation, folder / "begun-alone", "full", stop_at=CUT_AT)
     for kind in KINDS:
         (folder / kind).mkdir()
@@ -50,6 +52,10 @@ def _rows(seen: Seen, name: str) -> list[float]:
     return [metrics[name] for _, metrics in seen["rows"] if name in metrics]
 
 
+def _what(evaluation: Evaluation) -> tuple[str, str, int]:
+    return evaluation.metric, evaluation.dataset, evaluation.rows
+
+
 def assert_same(expected: Seen, actual: Seen, *, since: int = 0) -> None:
     assert len(_rows(actual, "loss")) == STEPS - since
     assert _rows(actual, "loss") == pytest.approx(_rows(expected, "loss")[since:], rel=1e-4)
@@ -67,13 +73,17 @@ def test_two_processes_train_as_one(kind: Strategy, name: str, folder: Path, alo
     assert_same(alone[name], two)
     for metric in ("train_accuracy", "validation_accuracy"):
         assert _rows(two, metric) == pytest.approx(_rows(alone[name], metric))
-    assert alone[name]["evaluations"] == two["evaluations"]
+    assert [_what(one) for one in alone[name]["evaluations"]] == [_what(one) for one in two["evaluations"]]
+    assert [one.value for one in two["evaluations"]] == pytest.approx(
+        [one.value for one in alone[name]["evaluations"]], rel=1e-3
+    )
 
 
+@pytest.mark.parametrize(("name", "cut_name"), [("full", "cut"), ("best", "best-cut")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_resume_bit_for_bit(kind: Strategy, folder: Path) -> None:
-    """Paused after ten steps and gone on with, and not paused: the same bits."""
-    whole, cut = _load(folder / kind / "full.pt"), _load(folder / kind / "cut.pt")
+def test_two_processes_resume_bit_for_bit(kind: Strategy, folder: Path, name: str, cut_name: str) -> None:
+    """Paused after ten steps and gone on with, and not paused: the same bits, of the best validation too."""
+    whole, cut = _load(folder / kind / f"{name}.pt"), _load(folder / kind / f"{cut_name}.pt")
     assert cut["rows"][0][0] == CUT_AT + 1
     assert whole["weights"] == cut["weights"]
 
