@@ -28,7 +28,7 @@ _COLUMNS = (
     t.jobs.c.total_steps,
     t.jobs.c.configuration,
     t.jobs.c.reservation,
-    t.jobs.c.processes,
+    t.jobs.c.slots,
 )
 
 
@@ -52,11 +52,11 @@ class Forecast:
             if measured is None:
                 play.unknown(row.reservation)
             else:
-                play.runs(row.reservation, row.processes, now + _left_us(row.step, row.total_steps, measured))
+                play.runs(row.reservation, row.slots, now + _left_us(row.step, row.total_steps, measured))
         rates: dict[str, float | None] = {}
         found = {}
         for row in connection.execute(sa.select(*_COLUMNS).where(is_due()).order_by(*ORDER).limit(_MOST)):
-            start = play.start(row.reservation, row.processes)
+            start = play.start(row.reservation, row.slots)
             if start is not None and row.id in wanted:
                 found[row.id] = start
             if row.configuration not in rates:
@@ -66,7 +66,7 @@ class Forecast:
             if rate is None or start is None:
                 play.unknown(row.reservation)
             else:
-                play.runs(row.reservation, row.processes, start + _left_us(row.step, row.total_steps, rate))
+                play.runs(row.reservation, row.slots, start + _left_us(row.step, row.total_steps, rate))
         return found
 
 

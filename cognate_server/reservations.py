@@ -128,7 +128,9 @@ class Calendar:
         query = sa.select(r).where(_is_open(now)).order_by(r.c.start_us, r.c.id)
         return [ReservationRow(**row) for row in connection.execute(query).mappings()]
 
-    def next_due(self, connection: sa.Connection, *, most: int | None = None) -> JobRow | None:
+    def next_due(
+        self, connection: sa.Connection, *, most: int | None = None, most_nodes: int | None = None
+    ) -> JobRow | None:
         """Return the job that is the next to get a worker: of a running reservation, or the first that may have a slot.
 
         Servers take turns while there are reservations, so that no two of them fill the last slot of one.
@@ -136,18 +138,22 @@ class Calendar:
         now = now_us()
         open_ = self.open(connection, now)
         if not open_:
-            return first_due(connection, most=most)
+            return first_due(connection, most=most, most_nodes=most_nodes)
         if connection.get_execution_options().get("forge_write"):
             self.database.in_turn(connection, Turn.CAPACITY)
         held = self.held(connection)
         for one in running(open_, now):
-            job = first_due(connection, t.jobs.c.reservation == one.name, most=_least(most, one.slots))
-            if job is not None and held.get(one.name, 0) + job.processes <= one.slots:
+            job = first_due(
+                connection, t.jobs.c.reservation == one.name, most=_least(most, one.slots), most_nodes=most_nodes
+            )
+            if job is not None and held.get(one.name, 0) + job.slots <= one.slots:
                 return job
         # Jobs that need more than reservations leave would stop all others until their ends.
         most = _least(most, self.slots - sum(one.slots for one in running(open_, now)))
-        job = first_due(connection, t.jobs.c.reservation.not_in([one.name for one in open_]), most=most)
-        return None if job is None or self.left(open_, held, now) < job.processes else job
+        job = first_due(
+            connection, t.jobs.c.reservation.not_in([one.name for one in open_]), most=most, most_nodes=most_nodes
+        )
+        return None if job is None or self.left(open_, held, now) < job.slots else job
 
     def held_back(self, connection: sa.Connection, jobs: Sequence[JobRow]) -> Mapping[int, HeldBack]:
         """Return which of the waiting jobs reservations keep from free slots: their own, or others."""
@@ -162,10 +168,10 @@ class Calendar:
             own = open_.get(job.reservation)
             if own is not None and own.start_us > now:
                 found[job.id] = _told(f"its {own.name} begins at {_moment(own.start_us)}")
-            elif own is not None and held.get(own.name, 0) + job.processes > own.slots:
+            elif own is not None and held.get(own.name, 0) + job.slots > own.slots:
                 taken = held.get(own.name, 0)
                 found[job.id] = _told(f"{taken} of the {own.slots} slots of its {own.name} are taken")
-            elif own is None and free >= job.processes > left:
+            elif own is None and free >= job.slots > left:
                 names = ", ".join(
                     f"{one.name} until {_moment(one.end_us)}" for one in running(list(open_.values()), now)
                 )
@@ -183,9 +189,7 @@ class Calendar:
 
     def held(self, connection: sa.Connection) -> dict[str, int]:
         """Return how many slots the jobs of every reservation take, by its name; "" for those of none, and replays."""
-        query = (
-            sa.select(t.jobs.c.reservation, sa.func.sum(t.jobs.c.processes)).where(_HELD).group_by(t.jobs.c.reservation)
-        )
+        query = sa.select(t.jobs.c.reservation, sa.func.sum(t.jobs.c.slots)).where(_HELD).group_by(t.jobs.c.reservation)
         found = {str(name): int(count) for name, count in connection.execute(query)}
         return {**found, "": found.get("", 0) + count_running(connection)}
 
@@ -213,13 +217,13 @@ class RoomForReservations:
         with self._store.database.read() as connection:
             wanted, names = self._wanted(connection)
         if wanted:
-            missing = wanted - free - sum(job.processes for job, _ in yielding.being_asked(held))
+            missing = wanted - free - sum(job.slots for job, _ in yielding.being_asked(held))
             for job in yielding.candidates(held):
                 if missing <= 0:
                     break
                 if job.reservation in names:
                     continue
-                missing -= job.processes
+                missing -= job.slots
                 with self._store.database.write() as connection:
                     message = f"makes room for {', '.join(sorted(names))}"[:1500]
                     if yielding.ask(self._store, connection, job, kind="preempted", message=message, facts={}):
@@ -231,8 +235,8 @@ class RoomForReservations:
         now = now_us()
         held, wanted, names = self._calendar.held(connection), 0, set()
         for one in running(self._calendar.open(connection, now), now):
-            asked = sa.func.coalesce(sa.func.sum(t.jobs.c.processes), 0)
-            query = sa.select(asked).where(is_due(), t.jobs.c.reservation == one.name, t.jobs.c.processes <= one.slots)
+            asked = sa.func.coalesce(sa.func.sum(t.jobs.c.slots), 0)
+            query = sa.select(asked).where(is_due(), t.jobs.c.reservation == one.name, t.jobs.c.slots <= one.slots)
             wanted += min(max(0, one.slots - held.get(one.name, 0)), int(connection.execute(query).scalar_one()))
             names.add(one.name)
         return wanted, names

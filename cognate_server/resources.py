@@ -114,7 +114,7 @@ class CognateResourceManager:
         self.database.in_turn(connection, Turn.CAPACITY)
         now = now_us()
         lent = self.leases.active(connection, Resource.CPU, now)
-        missing = self._missing(connection, lent, job.processes)
+        missing = self._missing(connection, lent, job.slots)
         if missing <= 0:
             return ""
         wanted = f"{missing} cores are missing, which are lent to {', '.join(sorted({one.holder for one in lent}))}"
@@ -133,13 +133,13 @@ class CognateResourceManager:
         self.database.in_turn(connection, Turn.CAPACITY)
         return self._missing(connection, self.leases.active(connection, Resource.CPU, now_us()), 1) <= 0
 
-    def _missing(self, connection: sa.Connection, lent: Sequence[LeaseRow], processes: int) -> int:
-        """Return how many of the cores that so many processes take are lent; none or fewer where nothing is missing."""
+    def _missing(self, connection: sa.Connection, lent: Sequence[LeaseRow], slots: int) -> int:
+        """Return how many of the cores that so many slots take are lent; none or fewer where nothing is missing."""
         if not lent:
             return 0
         total = self._total(Resource.CPU)
         free = total - self._own(connection, Resource.CPU) - sum(one.amount for one in lent)
-        return min(total, processes * self._cores_per_slot()) - free
+        return min(total, slots * self._cores_per_slot()) - free
 
     def _tell(self, connection: sa.Connection, job_id: int, lease: LeaseRow, now: int) -> None:
         left_s = max(0.0, (lease.until_us - now) / 1e6)

@@ -32,12 +32,12 @@ from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import IntegrityCheckFailedError, TrainingDivergedError
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
-from training_common.compute import threads_of
+from training_common.compute import processes_here, threads_of
 from training_common.jobs.states import JobState
 from training_common.models import cognate_v1
 from training_common.models.cognate_v1 import CognateV1
 from training_common.retention import retention_of
-from training_common.team import Team, team_for
+from training_common.team import team_for
 from training_common.team_attempt import TeamAttempt
 from training_common.worker import AssistantContext, WorkerContext, run
 
@@ -57,7 +57,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     settings, attempt = context.settings, context.attempt
     plan = pb.PretrainingPlan.FromString(attempt.store.job.plan)
     team = team_for(plan.compute, context.team)
-    _set_threads(settings, team)
+    _set_threads(settings)
     attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=False))
     tokenizer_file = context.job_dir / "tokenizer.json"
     stream, data = build_stream(
@@ -115,7 +115,7 @@ def assist(context: AssistantContext[CognateSettings]) -> None:
     """Take part in training, in a process that is not the first."""
     plan = pb.PretrainingPlan.FromString(context.plan)
     team = team_for(plan.compute, context.team)
-    _set_threads(context.settings, team)
+    _set_threads(context.settings)
     precision = team.agree(lambda: Precision.FLOAT32)  # what the first one says
     attempt = TeamAttempt(team, None, job=context.job, workdir=context.job_dir)
     try:
@@ -124,8 +124,8 @@ def assist(context: AssistantContext[CognateSettings]) -> None:
         raise TrainingDivergedError(str(error)) from error
 
 
-def _set_threads(settings: CognateSettings, team: Team) -> None:
-    torch.set_num_threads(threads_of(settings.workers.threads, os.cpu_count() or 1, team.size))
+def _set_threads(settings: CognateSettings) -> None:
+    torch.set_num_threads(threads_of(settings.workers.threads, os.cpu_count() or 1, processes_here()))
 
 
 def _reason(stream: CognateTokenStream, sequence_length: int, problems: int, model: CognateV1) -> list[ReasoningScore]:

@@ -137,6 +137,13 @@ class WorkerSettings(Section):
         le=MOST_SHARES,
         description="how many processes may share a device; each gets an even part of its memory",
     )
+    rendezvous_host: str = Field(
+        default="",
+        description="engine local: this server's address for nodes, which jobs may be spread over; empty: no nodes",
+    )
+    node_lost_after_s: float = Field(
+        default=30.0, ge=2, le=3600, description="silence of a node in the shared folder after which it counts as lost"
+    )
     device_folder: Path | None = Field(
         default=None,
         description="folder of the devices' locks, the same for all services of a host; none: in the temporary folder",
@@ -145,6 +152,18 @@ class WorkerSettings(Section):
         default="async",
         description="async writes beside training and holds one more copy of its state in memory; sync stops training",
     )
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Self:
+        if self.rendezvous_host and self.engine != "local":
+            raise ValueError(
+                f"rendezvous_host: engine {self.engine} says itself where processes run: leave one of the two out"
+            )
+        if self.rendezvous_host in _WILDCARDS - {""}:
+            raise ValueError(
+                f"rendezvous_host: {self.rendezvous_host!r} is nothing that nodes can dial: give this machine's address"
+            )
+        return self
 
     @model_validator(mode="after")
     def _devices_suffice(self) -> Self:
@@ -343,6 +362,22 @@ class ServiceSettings(Section):
                 f"address {self.address!r} is not loopback, and plaintext stays on this machine: "
                 "use 127.0.0.1, [::1], localhost or unix:PATH, or set security.tls"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_reach_all(self) -> Self:
+        host = self.workers.rendezvous_host
+        if host and not is_local_address(f"{host}:0"):
+            if self.shared_dir is None:
+                raise ValueError(
+                    "shared_dir is missing, and nodes on other machines need it: give a folder that all of them reach, "
+                    "or leave workers.rendezvous_host out"
+                )
+            if not self.store_url.startswith("postgresql"):
+                raise ValueError(
+                    "store_url is no PostgreSQL, and SQLite is for one machine: give one that nodes reach, or leave "
+                    "workers.rendezvous_host out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ for which every method here does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -168,6 +169,13 @@ class Team:
                 part.set_force_sum_reduction_for_comms(True)
         return module
 
+    def unexchanged(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Let passes through what `parallel` returned add to gradients without exchanging them, but for the last one's.
+
+        Parted gradients are exchanged all the same, so that no process has to hold whole ones.
+        """
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
     def add_up_the_rest(self, parameters: Iterable[Tensor]) -> None:
         """Add up the gradients that no wrapper does: those of parameters that could not be parted, under FSDP2."""
         if not self.shards:
@@ -252,6 +260,11 @@ def whole(tree: Any, *, keep: bool = True) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(whole(item, keep=keep) for item in tree)
     return tree
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
                 total_steps=plan.total_steps,
                 memory=estimates.memory(plan, self._settings),
                 configuration=estimates.configuration(plan, self._settings),
-                demand=Demand(processes=max(1, plan.compute.processes)),
+                demand=Demand(processes=max(1, plan.compute.processes), nodes=max(1, plan.compute.nodes)),
                 reservation=request.reservation,
             )
 

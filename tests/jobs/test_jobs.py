@@ -225,7 +225,7 @@ async def test_workers_that_cannot_be_started_cost_jobs_nothing(
     job = service.submit(steps=3)
     launch, tries = service.engine.launch, list[float]()
 
-    def broken(arguments: Sequence[str], *, log_name: str, processes: int) -> str:
+    def broken(arguments: Sequence[str], *, log_name: str, processes: int, nodes: int) -> str:
         tries.append(now)
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -253,7 +253,7 @@ def test_a_launch_that_failed_is_forgotten_with_an_empty_queue(
         service.store, service.engine, service.settings.workers, settings_file=service.settings_file, clock=lambda: now
     )
 
-    def broken(arguments: Sequence[str], *, log_name: str, processes: int) -> str:
+    def broken(arguments: Sequence[str], *, log_name: str, processes: int, nodes: int) -> str:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(service.engine, "launch", broken)

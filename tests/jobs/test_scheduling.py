@@ -301,7 +301,7 @@ async def test_the_scheduler_knows_where_it_stands(service: ToyService, monkeypa
     assert Standing(slots=1, lent="2 cores are lent") == scheduler.standing
     obstacle = ""
 
-    def broken(arguments: Sequence[str], *, log_name: str, processes: int) -> str:
+    def broken(arguments: Sequence[str], *, log_name: str, processes: int, nodes: int) -> str:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from agent_server.agents import record_agent
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.store.database import Database
@@ -51,9 +52,14 @@ def open_registry(folder: Path) -> ArtifactRegistry:
 
 
 def publish_agent(
-    folder: Path, *, family: str = "intent-router", labels: Sequence[str] = ("greeting", "farewell")
+    folder: Path,
+    *,
+    family: str = "intent-router",
+    labels: Sequence[str] = ("greeting", "farewell"),
+    task: str = "classification",
+    recorded: bool = True,
 ) -> ArtifactRow:
-    """Publish the next version of an agent."""
+    """Publish the next version of an agent; where it is not recorded, as a release without lifecycles did."""
     registry = open_registry(folder)
     files = []
     for name, content in FILES.items():
@@ -62,7 +68,7 @@ def publish_agent(
         files.append(registry.blobs.put(source, name))
     body = {
         "architecture": "cognate",
-        "task": "classification",
+        "task": task,
         "labels": list(labels),
         "parent": {"name": "cognate-25m@1", "digest": FOUNDATION},
         "parameters": {"trainable": 7, "total": 11},
@@ -71,5 +77,7 @@ def publish_agent(
     }
     with registry.database.write() as connection:
         row = registry.publish(connection, family=family, state="PUBLISHED", job="jobs/x", files=files, body=body)
+        if recorded:
+            record_agent(connection, row)
     registry.database.close()
     return row

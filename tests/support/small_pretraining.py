@@ -45,7 +45,7 @@ def losses(team: Team, folder: Path) -> list[float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--losses", type=Path, required=True)
+    parser.add_argument("--losses", type=Path, help="needed where the first process is")
     options, _ = parser.parse_known_args()
     team = Team.join(timeout_s=60) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ALONE
     with tempfile.TemporaryDirectory() as folder:

@@ -9,8 +9,8 @@ from typing import Any
 
 import cognate_server.migrations
 from tests.support.toy_worker import ToySettings
-from training_common.engines.local import LocalEngine
-from training_common.jobs.folders import jobs_dir, log_name
+from training_common.engines.local import LocalEngine, Spread
+from training_common.jobs.folders import jobs_dir, log_name, nodes_dir
 from training_common.jobs.queue import NOBODYS, USUAL, Demand, Scheduling
 from training_common.jobs.scheduler import Preempting, Scheduler
 from training_common.jobs.states import FINAL
@@ -54,7 +54,15 @@ class ToyService:
     def _start(self) -> None:
         self.database = Database(self.settings.database_url)
         self.store = JobStore(self.database)
-        self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=jobs_dir(self.settings))
+        workers, spread = self.settings.workers, None
+        if workers.rendezvous_host:
+            spread = Spread(
+                folder=nodes_dir(self.settings),
+                owner="toy",
+                host=workers.rendezvous_host,
+                lost_after_s=workers.node_lost_after_s,
+            )
+        self.engine = LocalEngine(module="tests.support.toy_worker", log_dir=jobs_dir(self.settings), spread=spread)
         self.verifications = VerificationStore(self.store)
         options: dict[str, Any] = {"settings_file": self.settings_file, "server": self.server}
         verifier = Verifier(self.verifications, self.engine, self.settings.workers, **options)
@@ -69,7 +77,13 @@ class ToyService:
         self._start()
 
     def submit(
-        self, scheduling: Scheduling = USUAL, demand: Demand = NOBODYS, *, processes: int = 1, **plan: Any
+        self,
+        scheduling: Scheduling = USUAL,
+        demand: Demand = NOBODYS,
+        *,
+        processes: int = 1,
+        nodes: int = 1,
+        **plan: Any,
     ) -> JobRow:
         with self.database.write() as connection:
             return self.store.submit(
@@ -78,7 +92,7 @@ class ToyService:
                 total_steps=plan["steps"],
                 caller="test",
                 scheduling=scheduling,
-                demand=replace(demand, processes=processes),
+                demand=replace(demand, processes=processes, nodes=nodes),
             )
 
     @staticmethod

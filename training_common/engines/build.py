@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from training_common.engines.local import LocalEngine
-from training_common.jobs.folders import jobs_dir
+from training_common.engines.local import LocalEngine, Spread
+from training_common.engines.network import listen
+from training_common.jobs.folders import jobs_dir, nodes_dir
 from training_common.jobs.scheduler import Engine
 from training_common.settings import ServiceSettings, SettingsError
 
@@ -32,7 +33,19 @@ def build_engine(settings: ServiceSettings, *, module: str) -> Engine:
         ) from error
     except OSError as error:
         raise SettingsError(str(error)) from error
-    return LocalEngine(module=module, log_dir=jobs_dir(settings))
+    spread = None
+    if workers.rendezvous_host:
+        try:
+            listen(workers.rendezvous_host).close()
+        except OSError as error:
+            raise SettingsError(f"workers.rendezvous_host: {error.strerror}") from error
+        spread = Spread(
+            folder=nodes_dir(settings),
+            owner=owner,
+            host=workers.rendezvous_host,
+            lost_after_s=workers.node_lost_after_s,
+        )
+    return LocalEngine(module=module, log_dir=jobs_dir(settings), spread=spread)
 
 
 def worker_settings_file(settings: ServiceSettings, own: Path | None) -> Path | None:

@@ -77,7 +77,14 @@ class KubernetesEngine:
         # Launched here, and not seen since.
         self._launched: set[str] = set()
 
-    def launch(self, arguments: Sequence[str], *, log_name: str, processes: int = 1) -> str:
+    def launch(
+        self,
+        arguments: Sequence[str],
+        *,
+        log_name: str,
+        processes: int = 1,
+        nodes: int = 1,  # of no effect: the cluster has its own
+    ) -> str:
         """Create a worker's TrainJob and return its name. Its output is its pods' log. Errors: OSError."""
         name = name_of(log_name, arguments)
         try:

@@ -81,7 +81,14 @@ class RayEngine:
             self._connected = _Client(self._settings.address)
         return self._connected
 
-    def launch(self, arguments: Sequence[str], *, log_name: str, processes: int = 1) -> str:
+    def launch(
+        self,
+        arguments: Sequence[str],
+        *,
+        log_name: str,
+        processes: int = 1,
+        nodes: int = 1,  # of no effect: the cluster has its own
+    ) -> str:
         """Submit a worker's Ray job and return its id. Errors: OSError."""
         name, path = name_of(log_name, arguments), (self._log_dir / log_name).absolute()
         os.close(open_log(path))

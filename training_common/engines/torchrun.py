@@ -16,7 +16,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -26,7 +26,9 @@ from training_common.engines.processes import EX_TEMPFAIL
 
 _HERE = "127.0.0.1"
 # How long processes that are to end may take, before they are killed: they have nothing to save by then.
-_SHUTDOWN_S = 5
+SHUTDOWN_S = 5
+# Of processes that the agent has ended, and of those that missed another one.
+ENDED_FOR_ANOTHER = (-signal.SIGTERM, EX_TEMPFAIL)
 # How long agents wait for one more when they are enough, and after which silence of one they go on without it.
 _LAST_CALL_S = 5
 _KEEP_ALIVE_S, _KEEP_ALIVE_TRIES = 2, 3
@@ -58,14 +60,14 @@ def main(argv: list[str]) -> int:
         # newest checkpoint, under a new fencing token, and on record.
         max_restarts=options.restarts,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        shutdown_timeout=_SHUTDOWN_S,
+        shutdown_timeout=SHUTDOWN_S,
     )
     try:
         elastic_launch(config, sys.executable)("-m", options.module, *options.arguments)
     except ChildFailedError as error:
-        return _end_as(status_of(error.failures.values()))
+        return end_as(status_of(error.failures.values()))
     except SignalException as error:
-        return _end_as(-error.sigval)
+        return end_as(-error.sigval)
     return 0
 
 
@@ -101,12 +103,16 @@ def status_of(failures: Iterable[ProcessFailure]) -> int:
 
     The others fail because it is gone: they are ended by the agent, or say themselves that a partner is lost.
     """
-    statuses = [failure.exitcode for failure in failures]
-    ended_by_the_agent = (-signal.SIGTERM, EX_TEMPFAIL)
-    return next((status for status in statuses if status not in ended_by_the_agent), statuses[0])
+    return first_cause([failure.exitcode for failure in failures])
 
 
-def _end_as(status: int) -> int:
+def first_cause(statuses: Sequence[int]) -> int:
+    """Return the one of some failures' exit statuses that tells why they failed; 0 where there was no failure."""
+    causes = (status for status in statuses if status not in ENDED_FOR_ANOTHER)
+    return next(causes, statuses[0] if statuses else 0)
+
+
+def end_as(status: int) -> int:
     """Return an exit status, or end by the signal that a negative one stands for."""
     if status < 0:
         signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None

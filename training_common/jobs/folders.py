@@ -12,6 +12,11 @@ def jobs_dir(settings: ServiceSettings) -> Path:
     return settings.files_dir / "jobs"
 
 
+def nodes_dir(settings: ServiceSettings) -> Path:
+    """Return the folder by which nodes are asked to take part in runs."""
+    return settings.files_dir / "nodes"
+
+
 def folder_name(job_name: str) -> str:
     """Return the name of one job's folder: what follows "jobs/"."""
     return job_name.removeprefix("jobs/")

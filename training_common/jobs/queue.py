@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from training_common.compute import share_of
 from training_common.store import tables as t
 from training_common.store.database import now_us
 
@@ -56,12 +57,18 @@ class Scheduling:
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What a job takes while it runs, and whose share that counts for. processes: each takes a slot of its own."""
+    """What a job takes while it runs, and whose share that counts for. cores, memory_bytes: of its server's machine."""
 
     tenant: str = ""
     processes: int = 1
+    nodes: int = 1
     cores: int = 0
     memory_bytes: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Each process on the server's machine takes a slot."""
+        return share_of(self.processes, self.nodes, 0)
 
 
 USUAL = Scheduling()

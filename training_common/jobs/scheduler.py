@@ -18,7 +18,7 @@ import structlog
 
 from training_common.jobs.folders import log_name
 from training_common.jobs.life import SignsOfLife
-from training_common.jobs.store import AttemptRow, JobRow, JobStore, Loan, Loss, first_due
+from training_common.jobs.store import STOPPING, AttemptRow, JobRow, JobStore, Loan, Loss, first_due
 from training_common.jobs.verifier import Verifier
 from training_common.jobs.waits import Standing
 from training_common.settings import WorkerSettings
@@ -48,8 +48,8 @@ class Engine(Protocol):
     def name(self) -> str:
         """Short name, recorded with every attempt."""
 
-    def launch(self, arguments: Sequence[str], *, log_name: str, processes: int) -> str:
-        """Start a worker of so many processes and return its handle. Errors: OSError."""
+    def launch(self, arguments: Sequence[str], *, log_name: str, processes: int, nodes: int = 1) -> str:
+        """Start a worker of so many processes on so many machines, and return its handle. Errors: OSError."""
 
     def alive(self, handle: str) -> bool:
         """Whether the worker still runs."""
@@ -109,6 +109,7 @@ class Scheduler:
         # Handles of workers that were launched here and have not registered yet, by attempt id.
         self._launched: dict[int, str] = {}
         self.last_launch_failed = False
+        self._most_nodes = None if settings.rendezvous_host else 1
         self._clock = clock
         self._launch_again_at = 0.0
         self._launch_pause_s = LAUNCH_PAUSE_S
@@ -163,7 +164,7 @@ class Scheduler:
                 self._look_at_anothers(job, attempt)
         self._end_overdue(every)
         replays = self._verifier.look() if self._verifier else 0
-        self._taken, self._lent = sum(job.processes for job, _ in held if not job.lease) + replays, ""
+        self._taken, self._lent = sum(job.slots for job, _ in held if not job.lease) + replays, ""
         self._fill()
         if self._preempting is not None:
             for job, attempt, message in self._preempting.look(held, free=self._settings.slots - self._taken):
@@ -176,7 +177,7 @@ class Scheduler:
                 return
             if started is None and not self._start_replay():
                 return
-            self._taken += 1 if started is None else started.processes
+            self._taken += 1 if started is None else started.slots
 
     def _nothing_in_the_way(self, connection: sa.Connection, job: JobRow) -> bool:
         self._lent = self._in_the_way(connection, job)
@@ -187,7 +188,7 @@ class Scheduler:
         if self._verifier is None or not self._launch_works():
             return False
         with self._store.database.read() as connection:
-            if first_due(connection, most=self._settings.slots) is not None:
+            if first_due(connection, most=self._settings.slots, most_nodes=self._most_nodes) is not None:
                 return False
         return self._verifier.start()
 
@@ -208,7 +209,11 @@ class Scheduler:
         if attempt.handle:
             self._launched.pop(attempt.id, None)
         silent_s = self._life.silent_s(attempt.id)
-        if handle and silent_s > self._settings.lost_after_s / 2 and self._engine.waits(handle):
+        if handle and not attempt.handle and job.state in STOPPING and self._engine.waits(handle):
+            # It would learn of the wish only when it has capacity.
+            self._engine.kill(handle)
+            self._cut(job, attempt, f"attempt {attempt.number}: stopped while it waited for capacity")
+        elif handle and silent_s > self._settings.lost_after_s / 2 and self._engine.waits(handle):
             if attempt.handle:
                 # It has run, and the engine took its capacity away: another attempt goes on from the checkpoint.
                 self._engine.kill(handle)
@@ -282,6 +287,7 @@ class Scheduler:
             loan,
             most=self._settings.slots if loan is None else 1,
             free=free,
+            most_nodes=self._most_nodes if loan is None else 1,
             may_start=may_start,
         )
         if job is None:
@@ -295,7 +301,10 @@ class Scheduler:
         _, attempt = next(pair for pair in self._store.held() if pair[0].id == job.id)
         try:
             self._launched[attempt.id] = self._engine.launch(
-                arguments, log_name=log_name(job.name, job.attempt), processes=job.processes
+                arguments,
+                log_name=log_name(job.name, job.attempt),
+                processes=job.processes,
+                nodes=job.nodes,
             )
         except OSError as error:
             self.last_launch_failed = True

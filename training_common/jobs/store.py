@@ -40,7 +40,7 @@ from training_common.store.one_row import OneRow
 MAX_TEXT_CHARS = 2000
 
 # A worker is on its way out for another reason.
-_STOPPING = frozenset({JobState.PAUSING, JobState.CANCELLING})
+STOPPING = frozenset({JobState.PAUSING, JobState.CANCELLING})
 
 _BY_NAME = OneRow(sa.select(t.jobs).where(t.jobs.c.name == sa.bindparam("name")))
 
@@ -60,6 +60,8 @@ class JobRow:
     step: int
     total_steps: int
     processes: int
+    nodes: int
+    slots: int
     last_sequence: int
     observed: bool
     retries_without_progress: int
@@ -278,20 +280,36 @@ def once(
     The answer is stored in the caller's transaction, so change and answer are one.
     Errors: RequestIdReusedError, when the id came before with another method or payload.
     """
-    digest = hashlib.sha256(payload).hexdigest()
     key = {"caller": caller, "request_id": request_id.lower()}
     # The row comes first: whoever brings the same id at the same time waits for it, and then finds the answer.
-    values = {**key, "method": method, "payload_sha256": digest, "answer": b"", "create_us": now_us()}
-    if not _insert_if_absent(connection, t.requests, values):
-        seen = connection.execute(sa.select(t.requests).filter_by(**key)).mappings().one()
-        if (seen["method"], seen["payload_sha256"]) != (method, digest):
-            raise RequestIdReusedError(
-                f"request_id {request_id} was used before for {seen['method']} with another payload: use a new UUID"
-            )
-        return cast("bytes", seen["answer"])
+    values = {**key, "method": method, "payload_sha256": hashlib.sha256(payload).hexdigest(), "answer": b""}
+    if not _insert_if_absent(connection, t.requests, {**values, "create_us": now_us()}):
+        answer = answer_to(connection, caller=caller, request_id=request_id, method=method, payload=payload)
+        return cast("bytes", answer)
     answer = work()
     connection.execute(sa.update(t.requests).filter_by(**key).values(answer=answer))
     return answer
+
+
+def answer_to(connection: sa.Connection, *, caller: str, request_id: str, method: str, payload: bytes) -> bytes | None:
+    """Return the answer that a request id has had, None where it is new.
+
+    Errors: RequestIdReusedError, when the id came before with another method or payload.
+    """
+    query = sa.select(t.requests).filter_by(caller=caller, request_id=request_id.lower())
+    seen = connection.execute(query).mappings().one_or_none()
+    if seen is None:
+        return None
+    if (seen["method"], seen["payload_sha256"]) != (method, hashlib.sha256(payload).hexdigest()):
+        raise reused(request_id, seen["method"])
+    return cast("bytes", seen["answer"])
+
+
+def reused(request_id: str, method: str) -> RequestIdReusedError:
+    """Return the error of an id that came before for this method, with another payload."""
+    return RequestIdReusedError(
+        f"request_id {request_id} was used before for {method} with another payload: use a new UUID"
+    )
 
 
 def _insert_if_absent(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any]) -> bool:
@@ -304,18 +322,27 @@ def _insert_if_absent(connection: sa.Connection, table: sa.Table, values: Mappin
 class Picking(Protocol):
     """Decides which of the waiting jobs is the next, where that is not the first of the queue."""
 
-    def next_due(self, connection: sa.Connection, *, most: int | None = None) -> JobRow | None:
+    def next_due(
+        self, connection: sa.Connection, *, most: int | None = None, most_nodes: int | None = None
+    ) -> JobRow | None:
         """Return the job that is the next to get a worker, by `first_due`."""
 
 
-def first_due(connection: sa.Connection, *conditions: sa.ColumnElement[bool], most: int | None = None) -> JobRow | None:
-    """Return the first job of the queue that fulfils the conditions and has no more processes than `most`.
+def first_due(
+    connection: sa.Connection,
+    *conditions: sa.ColumnElement[bool],
+    most: int | None = None,
+    most_nodes: int | None = None,
+) -> JobRow | None:
+    """Return the first job of the queue that fulfils the conditions, and takes no more slots and nodes than these.
 
     In a transaction that writes it is locked, and those that another server is just taking are passed over.
     """
     query = sa.select(t.jobs).where(queue.is_due(), *conditions).order_by(*queue.ORDER).limit(1)
     if most is not None:
-        query = query.where(t.jobs.c.processes <= most)
+        query = query.where(t.jobs.c.slots <= most)
+    if most_nodes is not None:
+        query = query.where(t.jobs.c.nodes <= most_nodes)
     if connection.get_execution_options().get("forge_write"):
         query = query.with_for_update(skip_locked=True)
     row = connection.execute(query).mappings().one_or_none()
@@ -362,6 +389,7 @@ class JobStore:
             "facts": {},
             "reservation": reservation,
             **asdict(demand),
+            "slots": demand.slots,
             **scheduling.columns(now),
         }
         job_id = connection.execute(sa.insert(t.jobs).values(**values).returning(t.jobs.c.id)).scalar_one()
@@ -478,17 +506,19 @@ class JobStore:
 
     @staticmethod
     def _slots(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> int:
-        query = sa.select(sa.func.coalesce(sa.func.sum(t.jobs.c.processes), 0)).where(condition)
+        query = sa.select(sa.func.coalesce(sa.func.sum(t.jobs.c.slots), 0)).where(condition)
         return int(connection.execute(query).scalar_one())
 
-    def next_due(self, connection: sa.Connection, *, most: int | None = None) -> JobRow | None:
+    def next_due(
+        self, connection: sa.Connection, *, most: int | None = None, most_nodes: int | None = None
+    ) -> JobRow | None:
         """Return the job that is the next to get a worker. Those that another server is just taking are passed over.
 
-        most: jobs of more processes are for other servers.
+        most, most_nodes: jobs of more slots or nodes are for other servers.
         """
         if self._picking is None:
-            return first_due(connection, most=most)
-        return self._picking.next_due(connection, most=most)
+            return first_due(connection, most=most, most_nodes=most_nodes)
+        return self._picking.next_due(connection, most=most, most_nodes=most_nodes)
 
     def held_handles(self, connection: sa.Connection) -> list[str]:
         """Return the handles of the workers that hold a job."""
@@ -519,7 +549,7 @@ class JobStore:
         """
         with self.database.write() as connection:
             job, now = self.lock(name, connection), now_us()
-            if job.deadline_us is None or job.deadline_us > now or job.state in _STOPPING:
+            if job.deadline_us is None or job.deadline_us > now or job.state in STOPPING:
                 return None
             if job.state not in HELD:
                 started = job.start_us is not None or job.start_by_us is None or job.start_by_us > now
@@ -564,6 +594,7 @@ class JobStore:
         *,
         most: int | None = None,
         free: int | None = None,
+        most_nodes: int | None = None,
         may_start: Callable[[sa.Connection, JobRow], bool] = lambda _connection, _job: True,
     ) -> JobRow | None:
         """Take the first job of the queue for a new attempt, or return None.
@@ -571,13 +602,14 @@ class JobStore:
         The worker is launched after the commit. server: who looks after it. loan: borrowed capacity that it runs on.
         most, free: slots that the server has, and of these, those that nobody takes. A job that would fit into the
         first but not yet into the second waits, and those behind it do too: small ones would never let it have a turn.
+        most_nodes: machines that one worker can be spread over.
         may_start: asked about that very job, in the transaction that takes it; it waits where the answer is no.
         """
         with self.database.write() as connection:
-            job = self.next_due(connection, most=most)
+            job = self.next_due(connection, most=most, most_nodes=most_nodes)
             if job is None:
                 return None
-            if free is not None and job.processes > free:
+            if free is not None and job.slots > free:
                 held = sa.update(t.jobs).where(t.jobs.c.id == job.id, t.jobs.c.queue_us >= 0)
                 connection.execute(held.values(queue_us=t.jobs.c.queue_us - queue.HOLD_US))
                 return None
@@ -871,6 +903,14 @@ class AttemptStore:
                     score=score,
                 )
             )
+
+    def earlier_seconds(self) -> float:
+        """Return how long the job's attempts before this one have run."""
+        query = sa.select(sa.func.sum(t.attempts.c.end_us - t.attempts.c.start_us)).where(
+            t.attempts.c.job_id == self.job.id, t.attempts.c.number < self.attempt.number
+        )
+        with self.database.read() as connection:
+            return float(connection.execute(query).scalar() or 0) / 1e6
 
     def checkpoints(self) -> Sequence[CheckpointRow]:
         """Return the job's checkpoints whose files are there, newest first."""

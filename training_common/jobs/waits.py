@@ -91,7 +91,7 @@ def _in_queue(job: JobRow, place: int, standing: Standing, kept: HeldBack | None
     if kept is not None:
         return Wait(reason=kept.reason, message=kept.message, position=place)
     # Those before it want a slot each at least.
-    if place - 1 + job.processes > standing.slots - standing.taken:
+    if place - 1 + job.slots > standing.slots - standing.taken:
         return Wait(reason=WaitReason.SLOT, message=_slots(place, standing), position=place)
     if standing.launch_again_s is not None:
         message = f"workers cannot be started on this server; it tries again in {standing.launch_again_s:.0f} s"

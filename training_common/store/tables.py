@@ -52,8 +52,10 @@ jobs = Table(
     Column("fencing_token", BigInteger, nullable=False, default=0),
     Column("step", BigInteger, nullable=False, default=0),
     Column("total_steps", BigInteger, nullable=False),
-    # On how many it trains; each takes a slot.
+    # On how many it trains, on how many machines, and how many of them take a slot: those on its server's machine.
     Column("processes", Integer, nullable=False, default=1, server_default="1"),
+    Column("nodes", Integer, nullable=False, default=1, server_default="1"),
+    Column("slots", Integer, nullable=False, default=1, server_default="1"),
     Column("last_sequence", BigInteger, nullable=False, default=0),
     Column("observed", Boolean, nullable=False, default=True),
     # Attempts in a row that brought no new checkpoint: lost by their own fault, and ended from outside.
