@@ -13,5 +13,9 @@ COGNATE_V1_25M: Final = "sha256:5ac00c7b9216302edaa9fafda335154ff61c7825e6bf5df0
 COGNATE_V1_25M_PARAMETERS: Final = 24_998_668
 COGNATE_V1_25M_ADAPTIVE: Final = 1_646_604
 COGNATE_V1_25M_HEAD: Final = 277_760
-# Inputs and outputs of the linear layers of its blocks, summed up: a low-rank update has so many parameters per rank.
-COGNATE_V1_25M_LINEAR_ENDS: Final = 39_680
+# Parameters of each of its blocks, in order, and the width of what they give.
+COGNATE_V1_25M_BLOCKS: Final = (3_015_680,) * 5
+COGNATE_V1_25M_WIDTH: Final = 512
+# Inputs and outputs of the linear layers of its blocks, summed up: what low-rank updates have parameters for.
+COGNATE_V1_25M_LINEAR_INPUTS: Final = 14_080
+COGNATE_V1_25M_LINEAR_OUTPUTS: Final = 25_600
