@@ -1,6 +1,6 @@
 """What a built agent can do, whatever its architecture. Plugins subclass `AgentModel`."""
 
-# B rows, T tokens of the longest row, L labels.
+# B rows, T tokens of the longest row, L labels, V vocabulary, F features that come beside the text.
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agent_server.tasks import Output
 from training_common.attempt import Json
 
 
@@ -20,49 +20,77 @@ from training_common.attempt import Json
 class AgentBatch:
     """Encoded texts, padded on the right to the longest one.
 
-    tokens_BT: int64. valid_BT: bool, False for padding. labels_B: int64, or None where nobody knows them.
+    tokens_BT: int64. valid_BT: bool, False for padding. features_BF: float32, what comes beside the text, or None.
     """
 
     tokens_BT: Tensor
     valid_BT: Tensor
-    labels_B: Tensor | None = None
+    features_BF: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentLoss:
-    """The loss of a batch, a scalar with gradient, and how many rows were answered rightly."""
+class Encoding:
+    """The tokens of one text, and where in it each begins and ends, in characters."""
 
-    mean: Tensor
-    correct: int
+    tokens: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
 
 
 class AgentModel(nn.Module, abc.ABC):
-    """A base model with a task head; `labels[i]` is what the answer i means."""
+    """A base model with what its task needs.
 
-    labels: tuple[str, ...]
+    labels: of classes or slots, in the order of their numbers; empty where there are none.
+    output: what `forward` gives.
+    context: most tokens that it can read; 0 for no bound.
+    """
+
+    labels: tuple[str, ...] = ()
+    output: Output
+    context: int = 0
 
     @abc.abstractmethod
-    def encode(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
-        """Return the tokens of each text, cut off after max_tokens."""
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Return the tokens of each text, whole, without special ones."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens. Only language models are asked."""
+        raise NotImplementedError(f"{type(self).__name__} does not write texts")
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text. Only language models are asked."""
+        raise NotImplementedError(f"{type(self).__name__} does not write texts")
+
+    @property
+    def begin_token(self) -> int:
+        """The token that every text begins with: the one that ends the text before, where a model has no other."""
+        return self.end_token
 
     def calibrate(self, batch: AgentBatch) -> None:
         """Measure, on training rows, what the head needs to know before its first step. It belongs into buffers."""
 
     @abc.abstractmethod
     def forward(self, batch: AgentBatch) -> Tensor:
-        """Return logits_BL."""
+        """Return what `output` says."""
 
-    @abc.abstractmethod
+    def logits_at(self, batch: AgentBatch, places_BT: Tensor) -> Tensor:
+        """Return what a language model's `forward` gives at the chosen places, [N, V]. Architectures can do with less
+        memory than this, which makes the logits of all places first."""
+        logits_BTV: Tensor = self(batch)
+        return logits_BTV[places_BT]
+
     def comparable_logits(self, batch: AgentBatch) -> Tensor:
-        """Return logits_BL along a path without thresholds.
+        """Return what `forward` does, along a path without thresholds.
 
         Two models that are equal but for rounding agree on these within rounding. A forward pass that branches on
         its activations, as ACT does, would not: a token on the threshold takes another branch.
         """
+        logits: Tensor = self(batch)
+        return logits
 
     @abc.abstractmethod
     def head_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the task head."""
+        """Return the parameters that start from random values; they have a learning rate of their own."""
 
     @abc.abstractmethod
     def base_model(self) -> nn.Module:
@@ -74,39 +102,34 @@ class AgentModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def save(self, folder: Path, *, extra: Mapping[str, Json]) -> None:
-        """Write model.safetensors, config.json and tokenizer.json; `extra` goes into config.json."""
-
-    def loss(self, batch: AgentBatch) -> AgentLoss:
-        """Return the mean cross-entropy of a labelled batch, in nats."""
-        if batch.labels_B is None:
-            raise ValueError("a loss needs labels")
-        logits_BL = self(batch)
-        correct = int((logits_BL.detach().argmax(-1) == batch.labels_B).sum())
-        return AgentLoss(mean=F.cross_entropy(logits_BL, batch.labels_B), correct=correct)
+        """Write model.safetensors, config.json and the tokenizer's files; `extra` goes into config.json."""
 
     @torch.no_grad()
-    def predict(self, batch: AgentBatch) -> Tensor:
-        """Return the answers_B: indices into `labels`."""
-        logits_BL: Tensor = self(batch)
-        return logits_BL.argmax(-1)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, stop: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Return the likeliest continuation of each prompt, without the token that ended it.
+
+        stop: tokens that end a text, beside `end_token`. Architectures with a key-value cache do better than this loop.
+        """
+        ends = {self.end_token, *stop}
+        written: list[list[int]] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        for _ in range(max_tokens):
+            if not going:
+                break
+            batch = collate([[*prompts[i], *written[i]] for i in going])
+            logits_BTV: Tensor = self(batch)
+            last = batch.valid_BT.sum(1) - 1
+            chosen = logits_BTV[torch.arange(len(going)), last].argmax(-1).tolist()
+            for i, token in zip(going, chosen, strict=True):
+                if token not in ends:
+                    written[i].append(token)
+            going = [i for i, token in zip(going, chosen, strict=True) if token not in ends]
+        return written
 
 
-class LossModule(nn.Module):
-    """An agent's loss as a module, for what wraps modules: its forward returns the loss, and `found` keeps the rest."""
-
-    found: AgentLoss
-
-    def __init__(self, model: AgentModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: AgentBatch) -> Tensor:
-        """Return the mean loss of the batch."""
-        self.found = self.model.loss(batch)
-        return self.found.mean
-
-
-def collate(rows: Sequence[Sequence[int]], labels: Sequence[int] | None = None) -> AgentBatch:
+def collate(rows: Sequence[Sequence[int]]) -> AgentBatch:
     """Pad rows of tokens to the longest one. A row without tokens is all padding."""
     longest = max(1, *map(len, rows)) if rows else 1
     tokens_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -114,8 +137,4 @@ def collate(rows: Sequence[Sequence[int]], labels: Sequence[int] | None = None) 
     for i, row in enumerate(rows):
         tokens_BT[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         valid_BT[i, : len(row)] = True
-    return AgentBatch(
-        tokens_BT=tokens_BT,
-        valid_BT=valid_BT,
-        labels_B=None if labels is None else torch.tensor(labels, dtype=torch.int64),
-    )
+    return AgentBatch(tokens_BT=tokens_BT, valid_BT=valid_BT)

@@ -1,13 +1,11 @@
-"""Architectures are found by entry point, listed without torch, and never bring pretraining's filter in."""
+"""What the built-in architectures say of themselves, and what Cognate's builds."""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from importlib import metadata
+import dataclasses
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,11 @@ import torch
 from torch import nn
 
 import agent_server
-from agent_server.adaptation import Adaptation, Lora, adapt, count_parameters
+from agent_server.adaptation import Adaptation, Bottleneck, Freezing, Lora, adapt, count_parameters
 from agent_server.architectures.cognate import COGNATE_25M, CognateArchitecture
-from agent_server.architectures.factory import GROUP, AgentArchitectureFactory
+from agent_server.architectures.factory import BUILT_IN, GROUP, AgentArchitectureFactory, BuildRequest
+from agent_server.data.examples import texts_of
 from cognateforge.exceptions import (
-    ArchitectureNotFoundError,
     ArtifactCorruptError,
     IncompatibleError,
     NotImplementedByServerError,
@@ -35,107 +33,26 @@ from training_common.models.cognate_v1 import (
 )
 from training_common.models.fingerprints import COGNATE_V1_25M
 
-BUILT_IN = "agent_server.architectures.cognate:CognateArchitecture"
-PLUGIN = """
-class Echo:
-    name = "echo"
-    tasks = ("classification",)
-    description = "Says what it heard."
-    required_architecture = None
-
-    def build(self, **_):
-        raise NotImplementedError
-
-    def load(self, folder):
-        raise NotImplementedError
-"""
-
-
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
-    """Return a function that makes entry points look installed, and a module `echo_plugin` with them."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def put(entry_points: Sequence[tuple[str, str]], plugin: str = "") -> None:
-        (tmp_path / "echo_plugin.py").write_text(plugin, encoding="utf-8")
-        monkeypatch.delitem(sys.modules, "echo_plugin", raising=False)
-        importlib.invalidate_caches()
-        found = [metadata.EntryPoint(name=name, value=value, group=GROUP) for name, value in entry_points]
-        monkeypatch.setattr(metadata, "entry_points", lambda *, group: found if group == GROUP else [])
-
-    return put
-
-
-def test_a_plugin_stands_beside_the_built_in(install: Install) -> None:
-    """What is installed is listed, sorted by name."""
-    install([("echo", "echo_plugin:Echo"), ("cognate", BUILT_IN)], PLUGIN)
-    made = AgentArchitectureFactory()
-    assert [architecture.name for architecture in made] == ["cognate", "echo"]
-    assert made.problems == []
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("import a_module_that_is_not_there", "ModuleNotFoundError"),
-        ("raise SystemError('boom')", "SystemError: boom"),
-        ("class Echo: pass", "is not an AgentArchitecture"),
-        (PLUGIN.replace('"echo"', '"other"'), "it calls itself 'other'"),
-        (PLUGIN.replace('("classification",)', "()"), "it serves no task"),
-        (PLUGIN.replace("Says what it heard.", ""), "its description must have"),
-    ],
+METHODS = (
+    Adaptation(),
+    Adaptation(lora=Lora(rank=8)),
+    Adaptation(lora=Lora(rank=2, weight_decomposed=True)),
+    Adaptation(head=True),
+    Adaptation(freezing=Freezing(trained_blocks=2)),
+    Adaptation(bottleneck=Bottleneck(width=7)),
 )
-def test_a_broken_plugin_is_reported_and_leaves_the_others_alone(install: Install, source: str, reason: str) -> None:
-    """A plugin's fault is named with the plugin; the built-in still works, and asking for the plugin says why not."""
-    install([("echo", "echo_plugin:Echo"), ("cognate", BUILT_IN)], source)
+
+
+def request(base_dir: Path, adaptation: Adaptation, *, task: str = "classification", seed: int = 0) -> BuildRequest:
+    return BuildRequest(task=task, adaptation=adaptation, seed=seed, base_dir=base_dir, labels=("a", "b"))
+
+
+def test_what_is_built_in_is_listed_for_other_programs_too() -> None:
+    """The entry points of pyproject.toml are those of the factory, and each gives an architecture of its name."""
+    project = tomllib.loads((Path(agent_server.__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["entry-points"][GROUP] == BUILT_IN
     made = AgentArchitectureFactory()
-    assert list(made.architectures) == ["cognate"]
-    assert [problem.name for problem in made.problems] == ["echo"]
-    assert reason in made.problems[0].reason
-    with pytest.raises(ArchitectureNotFoundError, match="there is: cognate; its plugin failed"):
-        made.get("echo")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "source"),
-    [
-        ("grokfast", "echo_plugin:Echo", PLUGIN),
-        ("echo", "echo_plugin:GrokFastEcho", PLUGIN),
-        ("echo", "echo_plugin:Echo", PLUGIN.replace("Says what", "Uses Grok-Fast on what")),
-        ("echo", "echo_plugin:Echo", "from cognate_server import grokfast\nraise SystemExit('it ran')"),
-    ],
-)
-def test_a_plugin_with_grokfast_is_refused_before_it_runs(install: Install, name: str, value: str, source: str) -> None:
-    """Pretraining's filter cannot come in by a plugin: by name, by text or by import."""
-    install([(name, value)], source)
-    made = AgentArchitectureFactory()
-    assert made.architectures == {}
-    assert "mentions GrokFast, which belongs to pretraining alone" in made.problems[0].reason
-
-
-def test_a_plugin_cannot_take_the_built_ins_name(install: Install) -> None:
-    """Of two architectures with one name the project's own is kept."""
-    install([("cognate", "echo_plugin:Echo"), ("cognate", BUILT_IN)], PLUGIN.replace('"echo"', '"cognate"'))
-    made = AgentArchitectureFactory()
-    assert isinstance(made.get("cognate"), CognateArchitecture)
-    assert [problem.value for problem in made.problems] == ["echo_plugin:Echo"]
-
-
-def test_listing_imports_no_torch() -> None:
-    """A server process can list and describe architectures without torch, peft or tokenizers."""
-    program = (
-        "import sys\n"
-        "from agent_server.architectures.factory import AgentArchitectureFactory\n"
-        "from agent_server.architectures.cognate import CognateArchitecture\n"
-        "import agent_server.foundation, agent_server.train_config\n"
-        "[a.description for a in AgentArchitectureFactory(given=[CognateArchitecture()])]\n"
-        "print(sorted({'torch', 'peft', 'tokenizers', 'safetensors'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.strip() == "[]"
+    assert all(made.get(name).name == name for name in BUILT_IN)
 
 
 def test_the_fingerprint_is_that_of_the_architecture() -> None:
@@ -145,10 +62,10 @@ def test_the_fingerprint_is_that_of_the_architecture() -> None:
 
 
 @pytest.mark.parametrize("unfreeze", [False, True])
-@pytest.mark.parametrize("lora", [None, Lora(rank=8)])
-def test_the_sizes_are_those_of_the_architecture(lora: Lora | None, unfreeze: bool) -> None:
+@pytest.mark.parametrize("adaptation", METHODS, ids=lambda one: one.describe())
+def test_the_sizes_are_those_of_the_architecture(adaptation: Adaptation, unfreeze: bool) -> None:
     """What processes without torch count with equals what is trained of Cognate-25M, and what there is in all."""
-    adaptation = Adaptation(lora=lora, unfreeze_act_ltm=unfreeze)
+    adaptation = dataclasses.replace(adaptation, unfreeze_act_ltm=unfreeze)
     with torch.device("meta"):
         model = CognateV1(CognateV1Config())
         layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -156,6 +73,8 @@ def test_the_sizes_are_those_of_the_architecture(lora: Lora | None, unfreeze: bo
             model,
             adaptation,
             linear_layers=[name for name in layers if name.startswith(("prelude.", "core.", "coda."))],
+            blocks=[*model.prelude, *model.core, *model.coda],
+            features=model.config.width,
             adaptive_prefixes=ACT_PREFIXES + LTM_PREFIXES,
             unused_prefixes=("head.", "head_bias_V"),
             seed=0,
@@ -164,12 +83,12 @@ def test_the_sizes_are_those_of_the_architecture(lora: Lora | None, unfreeze: bo
 
 
 def test_no_module_of_the_agent_service_names_the_filter() -> None:
-    """Names, imports and texts are free of it, but for the factory's refusal. Docstrings may speak of it."""
+    """Names, imports and texts are free of it, but for the one module that refuses it. Docstrings may speak of it."""
     root = Path(agent_server.__file__).parent
     found = {
         f"{path.relative_to(root)}: {text[:60]}"
         for path in sorted(root.rglob("*.py"))
-        if path != root / "architectures" / "factory.py"
+        if path != root / "architectures" / "refusal.py"
         for text in _code_texts(ast.parse(path.read_text(encoding="utf-8")))
         if "grok" in text.lower() or text.split(".")[0] == "cognate_server"
     }
@@ -196,15 +115,13 @@ def _code_texts(tree: ast.Module) -> Sequence[str]:
     return texts
 
 
-@pytest.mark.parametrize("lora", [None, Lora(rank=2)])
+@pytest.mark.parametrize("adaptation", METHODS, ids=lambda one: one.describe())
 @pytest.mark.parametrize("unfreeze", [False, True])
-def test_act_and_ltm_are_frozen_unless_asked(tmp_path: Path, lora: Lora | None, unfreeze: bool) -> None:
+def test_act_and_ltm_are_frozen_unless_asked(tmp_path: Path, adaptation: Adaptation, unfreeze: bool) -> None:
     """The halting unit and the memory are trained only where the request says so, whatever the method."""
-    foundation = write_foundation(tmp_path / "foundation", [text for text, _ in toy_rows().train])
-    adaptation = Adaptation(lora=lora, unfreeze_act_ltm=unfreeze)
-    model = CognateArchitecture().build(
-        foundation_dir=foundation, task="classification", labels=["a", "b"], adaptation=adaptation, seed=0
-    )
+    foundation = write_foundation(tmp_path / "foundation", list(texts_of(toy_rows().train)))
+    adaptation = dataclasses.replace(adaptation, unfreeze_act_ltm=unfreeze)
+    model = CognateArchitecture().build(request(foundation, adaptation))
     trained = {name for name, p in model.base_model().named_parameters() if p.requires_grad}
     adaptive = {name for name in trained if name.startswith(ACT_PREFIXES + LTM_PREFIXES)}
     expected = {
@@ -213,7 +130,7 @@ def test_act_and_ltm_are_frozen_unless_asked(tmp_path: Path, lora: Lora | None, 
         if unfreeze and name.startswith(ACT_PREFIXES + LTM_PREFIXES)
     }
     assert expected == adaptive
-    assert bool(trained - adaptive)
+    assert bool(trained - adaptive) != adaptation.head
     assert not any("memory" in name and "lora" in name for name, _ in model.named_parameters())
 
 
@@ -223,17 +140,14 @@ def test_another_architecture_is_incompatible(tmp_path: Path) -> None:
     config = (foundation / "config.json").read_text(encoding="utf-8").replace('"cognate"', '"other"')
     (foundation / "config.json").write_text(config, encoding="utf-8")
     with pytest.raises(IncompatibleError, match="other"):
-        CognateArchitecture().build(
-            foundation_dir=foundation, task="classification", labels=["a", "b"], adaptation=Adaptation(), seed=0
-        )
+        CognateArchitecture().build(request(foundation, Adaptation()))
 
 
 def test_a_task_without_a_head_is_not_implemented(tmp_path: Path) -> None:
     """What the contract knows and the architecture does not serve is said to be so."""
-    with pytest.raises(NotImplementedByServerError, match="dialogue"):
-        CognateArchitecture().build(
-            foundation_dir=tmp_path, task="dialogue", labels=["a", "b"], adaptation=Adaptation(), seed=0
-        )
+    foundation = write_foundation(tmp_path / "foundation", ["a text"])
+    with pytest.raises(NotImplementedByServerError, match="reinforcement"):
+        CognateArchitecture().build(request(foundation, Adaptation(), task="reinforcement"))
 
 
 def test_a_folder_of_another_kind_is_no_agent(tmp_path: Path) -> None:
@@ -244,19 +158,14 @@ def test_a_folder_of_another_kind_is_no_agent(tmp_path: Path) -> None:
         CognateArchitecture().load(foundation)
 
 
-def test_equal_seeds_build_equal_agents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adaptation", [Adaptation(lora=Lora(rank=2)), Adaptation(bottleneck=Bottleneck(width=4))])
+def test_equal_seeds_build_equal_agents(tmp_path: Path, adaptation: Adaptation) -> None:
     """The untrained head and the adapters are a function of the seed, whatever torch's own generator did before."""
-    foundation = write_foundation(tmp_path / "foundation", [text for text, _ in toy_rows().train])
+    foundation = write_foundation(tmp_path / "foundation", list(texts_of(toy_rows().train)))
 
     def built(seed: int) -> dict[str, torch.Tensor]:
         torch.rand(3)
-        model = CognateArchitecture().build(
-            foundation_dir=foundation,
-            task="classification",
-            labels=["a", "b"],
-            adaptation=Adaptation(lora=Lora(rank=2)),
-            seed=seed,
-        )
+        model = CognateArchitecture().build(request(foundation, adaptation, seed=seed))
         return dict(model.state_dict())
 
     first, again, other = built(1), built(1), built(2)
