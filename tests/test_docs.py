@@ -7,7 +7,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import ServiceDescriptorProto
 from google.rpc import code_pb2
 
-from agent_server.metrics import EVALUATIONS
+from agent_server.metrics import FLOORS, MEASURED
 from cognateforge._vendor.buf.validate import validate_pb2
 from cognateforge.errors.v1 import reasons_pb2
 from cognateforge.policy.v1 import policy_pb2
@@ -21,13 +21,14 @@ def test_the_metrics_page_is_fresh() -> None:
     assert metrics_doc.render() == metrics_doc.TARGET.read_text(encoding="utf-8"), "run `make docs` and commit it"
 
 
-def test_every_recorded_evaluation_is_defined() -> None:
-    """The names that the trainer records are those of the table: read from its source, where "when" is a moment."""
-    source = (ROOT / "agent_server" / "trainer.py").read_text(encoding="utf-8")
-    recorded = set()
-    for name in re.findall(r'_record\(f?"([a-z0-9_{}]+)"', source):
-        recorded |= {name.replace("{when}", when) for when in ("before", "after")}
-    assert recorded == set(EVALUATIONS)
+def test_every_measured_metric_is_defined() -> None:
+    """The names that are measured are those of the tables: read from the sources of all that measures."""
+    server = ROOT / "agent_server"
+    sources = [*(server / "objectives").glob("*.py"), *(server / "rl").glob("*.py"), server / "trainer.py"]
+    text = "\n".join(source.read_text(encoding="utf-8") for source in [*sources, server / "evaluate.py"])
+    defined = {*MEASURED, *FLOORS}
+    assert set(re.findall(r'metric="([a-z0-9_]+)"', text)) <= defined
+    assert [name for name in defined if f'"{name}"' not in text] == []
 
 
 def test_the_reference_is_fresh() -> None:

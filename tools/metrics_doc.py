@@ -26,8 +26,18 @@ PRETRAINING = """Reported in the progress events of a pretraining job. A histogr
 TRAINING = """Reported in the progress events of an agent's training job, under the same rules.
 """
 
-EVALUATIONS = """Measured around a run and kept with the published agent: in `Agent.evaluations`, its manifest and its
-model card. Each names the set and the number of rows it was measured on.
+MEASURED = """Measured on rows that are not trained on; each task has its own of them. In progress events a name begins
+with `validation_`. Around a run they are measured on test rows, `_before` its first step and `_after` its last one, on
+validation rows once more, and with rehearsal on the earlier set's test rows, where names begin with `earlier_`. These
+are kept with the published agent: in `Agent.evaluations`, its manifest and its model card. Each names the set, and the
+number of rows, turns or pairs that it was measured on: answers are written for 64 of them at most.
+"""
+
+FLOORS = """Kept beside them: what an agent has to beat, and what it forgot.
+"""
+
+ON_REQUEST = """`EvaluateAgent` measures what is measured in training, under the names above without a moment, for
+instance "accuracy". Beside them, and with `coordination` where several agents act:
 """
 
 
@@ -41,8 +51,10 @@ def render() -> str:
     """Return the whole page."""
     sections = (
         ("Pretraining", PRETRAINING, cognate_server.metrics.METRICS),
-        ("Agent training", TRAINING, agent_server.metrics.METRICS),
-        ("Agent evaluations", EVALUATIONS, agent_server.metrics.EVALUATIONS),
+        ("Agent training", TRAINING, agent_server.metrics.STEPS),
+        ("Agent evaluations", MEASURED, agent_server.metrics.MEASURED),
+        ("Agent floors", FLOORS, agent_server.metrics.FLOORS),
+        ("Agents measured again", ON_REQUEST, agent_server.metrics.ON_REQUEST),
     )
     return "\n".join([HEAD, *(f"## {title}\n\n{text}\n{table(metrics)}" for title, text, metrics in sections)])
 
