@@ -1,0 +1,1 @@
+"""Learning to act: environments, proximal policy optimization, agents that act together."""
