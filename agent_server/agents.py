@@ -1,16 +1,84 @@
-"""Published agents: look-up by version or alias, and aliases that move."""
+"""Published agents: look-up by version or alias, aliases that move, lifecycles, and what was measured later.
+
+A lifecycle is told in the words of cognateforge.agent.v1.Lifecycle, without their prefix.
+"""
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from agent_server import tables as t
-from cognateforge.exceptions import AgentNotFoundError, TooManyAliasesError
+from cognateforge.exceptions import AgentNotFoundError, FieldViolation, IllegalTransitionError, TooManyAliasesError
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.store.database import now_us
+from training_common.store.tables import artifacts
 
 # What the contract lets one agent carry.
 MAX_ALIASES = 64
+MAX_EVALUATIONS = 64
+# Versions that get their row in one transaction.
+_ADOPTED = 500
+
+
+class Lifecycle(enum.StrEnum):
+    """How far a version has come."""
+
+    DRAFT = "DRAFT"
+    CANDIDATE = "CANDIDATE"
+    PRODUCTION = "PRODUCTION"
+    RETIRED = "RETIRED"
+
+
+LEGAL: Mapping[Lifecycle, tuple[Lifecycle, ...]] = {
+    Lifecycle.DRAFT: (Lifecycle.CANDIDATE, Lifecycle.RETIRED),
+    Lifecycle.CANDIDATE: (Lifecycle.DRAFT, Lifecycle.PRODUCTION, Lifecycle.RETIRED),
+    Lifecycle.PRODUCTION: (Lifecycle.CANDIDATE, Lifecycle.RETIRED),
+    Lifecycle.RETIRED: (Lifecycle.DRAFT,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One result that was measured after the version was published."""
+
+    metric: str
+    dataset: str
+    value: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What of a version is not in its manifest: it changes, or came later. aliases: sorted. later: oldest first."""
+
+    aliases: Sequence[str] = ()
+    lifecycle: Lifecycle = Lifecycle.DRAFT
+    later: Sequence[Measured] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveRow:
+    """A move as stored: of an alias, or along the lifecycle where `alias` is None."""
+
+    id: int
+    family: str
+    version: int
+    alias: str | None
+    from_version: int | None
+    from_lifecycle: str | None
+    to_lifecycle: str | None
+    caller: str
+    request_id: str
+    time_us: int
+
+
+# --- looking up
 
 
 def find_agent(registry: ArtifactRegistry, name: str) -> ArtifactRow:
@@ -30,18 +98,103 @@ def find_agent(registry: ArtifactRegistry, name: str) -> ArtifactRow:
     return row
 
 
-def aliases_of(registry: ArtifactRegistry, rows: list[ArtifactRow]) -> dict[str, list[str]]:
-    """Return the aliases that point at each of the rows, by the row's name, sorted."""
-    found: dict[str, list[str]] = {row.name: [] for row in rows}
-    query = sa.select(t.aliases).where(t.aliases.c.family.in_({row.family for row in rows})).order_by(t.aliases.c.alias)
+def page_of_agents(
+    registry: ArtifactRegistry,
+    *,
+    limit: int,
+    before_id: int | None = None,
+    family: str = "",
+    task: str = "",
+    lifecycles: Collection[Lifecycle] = (),
+) -> list[ArtifactRow]:
+    """Return up to `limit` versions, newest first, that are older than `before_id`."""
+    if not task and not lifecycles:
+        return registry.page(limit=limit, before_id=before_id, family=family)
+    key = t.agents.c.artifact_id
+    query = sa.select(artifacts).join(t.agents, key == artifacts.c.id).order_by(key.desc()).limit(limit)
+    if before_id is not None:
+        query = query.where(key < before_id)
+    if family:
+        query = query.where(artifacts.c.family == family)
+    if task:
+        query = query.where(t.agents.c.task == task)
+    if lifecycles:
+        query = query.where(t.agents.c.lifecycle.in_(sorted(lifecycles)))
     with registry.database.read() as connection:
-        for alias in connection.execute(query).mappings():
-            found.get(f"{alias['family']}@{alias['version']}", []).append(alias["alias"])
+        return [ArtifactRow(**row) for row in connection.execute(query).mappings()]
+
+
+def standings_of(registry: ArtifactRegistry, rows: Sequence[ArtifactRow]) -> dict[str, Standing]:
+    """Return what the store tells of each of the rows beside its manifest, by the row's name."""
+    with registry.database.read() as connection:
+        return standings_in(connection, rows)
+
+
+def standings_in(connection: sa.Connection, rows: Sequence[ArtifactRow]) -> dict[str, Standing]:
+    """Return what `standings_of` does, as the caller's transaction sees it."""
+    names = {row.id: row.name for row in rows}
+    aliases: dict[str, list[str]] = {name: [] for name in names.values()}
+    query = sa.select(t.aliases).where(t.aliases.c.family.in_({row.family for row in rows})).order_by(t.aliases.c.alias)
+    for alias in connection.execute(query).mappings():
+        aliases.get(f"{alias['family']}@{alias['version']}", []).append(alias["alias"])
+    states = sa.select(t.agents.c.artifact_id, t.agents.c.lifecycle).where(t.agents.c.artifact_id.in_(names))
+    lifecycles = {key: Lifecycle(word) for key, word in connection.execute(states)}
+    later = _later(connection, names)
+    return {
+        name: Standing(
+            aliases=aliases[name], lifecycle=lifecycles.get(key, Lifecycle.DRAFT), later=tuple(later.get(key, ()))
+        )
+        for key, name in names.items()
+    }
+
+
+def _later(connection: sa.Connection, keys: Iterable[int]) -> dict[int, list[Measured]]:
+    """Return each version's newest evaluations, as many as an answer can hold, oldest first."""
+    e = t.evaluations.c
+    age = sa.func.row_number().over(partition_by=e.artifact_id, order_by=e.id.desc()).label("age")
+    ranked = sa.select(t.evaluations, age).where(e.artifact_id.in_(list(keys))).subquery()
+    query = sa.select(ranked).where(ranked.c.age <= MAX_EVALUATIONS).order_by(ranked.c.id)
+    found: dict[int, list[Measured]] = {}
+    for row in connection.execute(query).mappings():
+        measured = Measured(metric=row["metric"], dataset=row["dataset"], value=row["value"], rows=row["rows"])
+        found.setdefault(row["artifact_id"], []).append(measured)
     return found
 
 
-def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller: str, request_id: str) -> list[str]:
-    """Point an alias at a version and keep the move, in the caller's transaction; return the version's aliases.
+# --- publishing
+
+
+def record_agent(connection: sa.Connection, row: ArtifactRow) -> None:
+    """Write down what a version is looked for by, in the transaction that publishes it. It begins as a draft."""
+    _record(connection, [row])
+
+
+def adopt_agents(registry: ArtifactRegistry) -> int:
+    """Write that down for versions that were published without it, by an earlier release; return how many."""
+    adopted = 0
+    missing = sa.select(artifacts).where(artifacts.c.id.not_in(sa.select(t.agents.c.artifact_id))).limit(_ADOPTED)
+    while True:
+        with registry.database.read() as connection:
+            rows = [ArtifactRow(**row) for row in connection.execute(missing).mappings()]
+        if not rows:
+            return adopted
+        with registry.database.write() as connection:
+            _record(connection, rows)
+        adopted += len(rows)
+
+
+def _record(connection: sa.Connection, rows: Iterable[ArtifactRow]) -> None:
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    values = [{"artifact_id": row.id, "task": row.body["task"], "lifecycle": Lifecycle.DRAFT.value} for row in rows]
+    # Two servers that start at once adopt the same ones.
+    connection.execute(insert(t.agents).on_conflict_do_nothing(), values)
+
+
+# --- moves: each in the caller's transaction, whose turn is Turn.ALIASES
+
+
+def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller: str, request_id: str) -> None:
+    """Point an alias at a version and keep the move.
 
     Errors: TooManyAliasesError, when the version has as many as the contract allows.
     """
@@ -51,18 +204,56 @@ def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller
         connection.execute(sa.insert(t.aliases).values(**key, version=row.version))
     else:
         connection.execute(sa.update(t.aliases).filter_by(**key).values(version=row.version))
-    connection.execute(
-        sa.insert(t.alias_moves).values(
-            **key,
-            from_version=before,
-            to_version=row.version,
-            caller=caller,
-            request_id=request_id,
-            time_us=now_us(),
-        )
-    )
-    query = sa.select(t.aliases.c.alias).filter_by(family=row.family, version=row.version).order_by(t.aliases.c.alias)
-    aliases = list(connection.execute(query).scalars())
-    if len(aliases) > MAX_ALIASES:
+    _keep(connection, row, caller=caller, request_id=request_id, alias=alias, from_version=before)
+    counted = sa.select(sa.func.count()).select_from(t.aliases).filter_by(family=row.family, version=row.version)
+    if connection.execute(counted).scalar_one() > MAX_ALIASES:
         raise TooManyAliasesError(f"{row.name} has {MAX_ALIASES} aliases already: move one of them elsewhere first")
-    return aliases
+
+
+def set_lifecycle(connection: sa.Connection, row: ArtifactRow, to: Lifecycle, *, caller: str, request_id: str) -> None:
+    """Move a version along its lifecycle and keep the move. Errors: IllegalTransitionError, naming what is legal."""
+    _record(connection, [row])
+    found = connection.execute(sa.select(t.agents.c.lifecycle).filter_by(artifact_id=row.id).with_for_update())
+    before = Lifecycle(found.scalar_one())
+    if to not in LEGAL[before]:
+        legal = ", ".join(LEGAL[before])
+        description = f"{row.name} is {before.value} and cannot become {to.value}; from there it may become {legal}"
+        raise IllegalTransitionError(
+            description,
+            violations=[FieldViolation(field="lifecycle", description=description)],
+            metadata={"state": before.value, "allowed": legal},
+        )
+    connection.execute(sa.update(t.agents).filter_by(artifact_id=row.id).values(lifecycle=to.value))
+    _keep(connection, row, caller=caller, request_id=request_id, from_lifecycle=before.value, to_lifecycle=to.value)
+
+
+def _keep(connection: sa.Connection, row: ArtifactRow, **move: Any) -> None:
+    values = {"family": row.family, "version": row.version, "time_us": now_us(), **move}
+    connection.execute(sa.insert(t.moves).values(**values))
+
+
+def page_of_moves(
+    registry: ArtifactRegistry, family: str, *, limit: int, before_id: int | None = None
+) -> list[MoveRow]:
+    """Return up to `limit` moves of a family, newest first, before `before_id`. Errors: AgentNotFoundError."""
+    query = sa.select(t.moves).filter_by(family=family).order_by(t.moves.c.id.desc()).limit(limit)
+    if before_id is not None:
+        query = query.where(t.moves.c.id < before_id)
+    with registry.database.read() as connection:
+        rows = [MoveRow(**row) for row in connection.execute(query).mappings()]
+    if not rows and registry.find(family, None) is None:
+        raise AgentNotFoundError(f"no agent {family} is published; list the agents to see what there is")
+    return rows
+
+
+# --- evaluations
+
+
+def keep_evaluations(
+    connection: sa.Connection, row: ArtifactRow, found: Iterable[Measured], *, caller: str, request_id: str
+) -> None:
+    """Add to what was measured of a version, in the caller's transaction."""
+    common = {"artifact_id": row.id, "caller": caller, "request_id": request_id, "time_us": now_us()}
+    values = [{"metric": m.metric, "dataset": m.dataset, "value": m.value, "rows": m.rows, **common} for m in found]
+    if values:
+        connection.execute(sa.insert(t.evaluations), values)

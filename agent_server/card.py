@@ -1,78 +1,142 @@
-"""The model card of a published agent: what it is, what it was made of, and what was measured."""
+"""The model card of a published agent: what it is for, what it was made of, what was measured, and its limits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from agent_server.adaptation import MERGE_TOLERANCE, ParameterCount
+from agent_server.adaptation import MERGE_TOLERANCE
+from agent_server.bases import Base
+from agent_server.data.examples import DataManifest
 from agent_server.evaluation import Evaluation
-from agent_server.train_config import AgentTrainConfig
+from agent_server.tasks import OUTPUTS, Output
 
-_MEANINGS = {
-    "accuracy_before": "accuracy with the untrained head",
-    "accuracy_after": "accuracy",
-    "macro_f1_before": "macro-F1 with the untrained head",
-    "macro_f1_after": "macro-F1",
-    "majority_share": "accuracy of always answering the most frequent label",
-    "validation_accuracy": "accuracy on validation rows",
+_USES = {
+    "classification": "Gives a short text one of {labels}.",
+    "extraction": "Finds the spans of a text that fill slots: {labels}.",
+    "behavioural": "Writes an agent's next action, as demonstrated trajectories show it.",
+    "dialogue": "Writes the agent's next turn of a dialogue.",
+    "domain": "Continues texts of the domain that its documents are of.",
+    "question_answering": "Answers a question, with a context where one is given.",
+    "tool_calling": "Writes calls of the tools that a request comes with.",
+    "preference": "Writes an answer of the kind that was preferred in pairs of answers.",
+    "reinforcement": "Chooses an action for each observation of its environment.",
+    "multi_agent": "Chooses the actions of several agents in the environment that they share.",
+}
+_LIMITS = {
+    Output.CLASSES: "It always answers with one of its labels, also where none fits.",
+    Output.TAGS: "It finds the slots that it was trained on, and no others.",
+    Output.LANGUAGE: "It writes what is likely after its training texts, and that need not be true or harmless.",
+    Output.ACTIONS: "It knows its own environment, and acts blindly in any other.",
 }
 # More labels than this are counted, not listed.
 _LISTED_LABELS = 40
 
 
-def model_card(
-    config: AgentTrainConfig,
-    *,
-    data: str,
-    labels: Sequence[str],
-    count: ParameterCount,
-    change: float,
-    evaluations: Sequence[Evaluation],
-    training_rows: int,
-) -> str:
-    """Return the card as Markdown. Every number in it was measured or counted in this run."""
-    measured = "\n".join(
-        f"| {_MEANINGS.get(e.metric, e.metric)} | {e.dataset} | {e.value:.4f} | {e.rows} |" for e in evaluations
-    )
-    listed = ", ".join(labels) if len(labels) <= _LISTED_LABELS else "named in config.json"
-    optimization = config.optimization
-    return f"""# {config.agent}
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card tells. config: the agent's config.json. licences: names of files in its folder licences/."""
 
-Gives a short text one of {len(labels)} labels: {listed}.
+    agent: str
+    architecture: str
+    task: str
+    labels: Sequence[str]
+    base: Base
+    data: DataManifest
+    licences: Sequence[str]
+    config: Mapping[str, Any]
+    evaluations: Sequence[Evaluation]
+    trainable_parameters: int
+    total_parameters: int
+    runs: bool
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the card as Markdown. Every number in it was measured or counted in the run that made the agent."""
+    training = facts.config["training"]
+    optimization = training["optimization"]
+    measured = "\n".join(f"| {e.metric} | {e.dataset} | {e.value:.4f} | {e.rows} |" for e in facts.evaluations)
+    return f"""# {facts.agent}
+
+{_USES[facts.task].format(labels=_labels(facts.labels))}
 
 ## Made of
 
-- Foundation: {config.foundation or "unnamed"} ({config.foundation_digest or "no digest"}), architecture {config.architecture}
-- Training rows: {training_rows} of {data}
-- Trained parameters: {count.trainable:,} of {count.total:,} ({_method(config)})
-- {config.total_steps} steps of {config.batch_size} rows, {optimization.optimizer.value}, peak learning rate \
-{optimization.lr:g}, schedule {optimization.schedule.value}, seed {config.seed}
+{_bottom(facts.base)}
+- Architecture: {facts.architecture}
+- Training rows: {facts.data.rows["train"]} of {_data(facts.data)}
+- Licence of the data: {_licence(facts.data, facts.licences)}
+- Trained parameters: {facts.trainable_parameters:,} of {facts.total_parameters:,} ({facts.config["adaptation"]})
+- {_steps(facts.config)} of {training["batch_size"]} rows, {optimization["optimizer"]}, peak learning rate \
+{optimization["lr"]:g}, schedule {optimization["schedule"]}, seed {training["seed"]}
+
+lineage.json has the digests of all of it.
 
 ## Measured
 
-| what | rows from | value | rows |
+| metric | rows from | value | rows |
 | --- | --- | --- | --- |
 {measured}
 
-{_merge_line(config, change)}
+{_merge_line(facts.config["merge_logit_change"])}
+{running("a text") if facts.runs else ""}
+## Intended use and limits
 
-## Limits
-
-It always answers with one of its labels, also where none fits. Texts are cut off after {config.max_tokens} tokens. The
-figures are of the rows named above; other texts may be answered worse.
-"""  # noqa: E501 - one line of the card
-
-
-def _method(config: AgentTrainConfig) -> str:
-    lora = config.adaptation.lora
-    method = "full" if lora is None else f"LoRA of rank {lora.rank}, alpha {lora.effective_alpha:g}"
-    return f"{method}; ACT and LTM {'trained' if config.adaptation.unfreeze_act_ltm else 'frozen'}"
+It is meant for texts like those that it was trained on. {_LIMITS[OUTPUTS[facts.task]]} Texts are cut off after
+{facts.config["max_tokens"]} tokens. The figures are of the rows named above; others may be answered worse. Nobody has
+looked for bias in it: do so before it decides about people.
+"""
 
 
-def _merge_line(config: AgentTrainConfig, change: float) -> str:
-    if config.adaptation.lora is None:
+def running(given: str) -> str:
+    """Return how an agent is run, given for instance a text."""
+    return f"""
+## Running it
+
+    pip install -r requirements.txt
+    python run.py '{given}'
+    python run.py --check
+
+The last line compares this machine's logits with those of the one where the agent was made (probe.safetensors).
+"""
+
+
+def _labels(labels: Sequence[str]) -> str:
+    if len(labels) > _LISTED_LABELS:
+        return f"{len(labels)} labels, named in config.json"
+    return f"{len(labels)} labels: {', '.join(labels)}"
+
+
+def _bottom(base: Base) -> str:
+    foundation = f"- Foundation: {base.foundation} ({base.foundation_digest})" if base.foundation else ""
+    if base.agent_dir is not None:
+        return f"- Agent: {base.name} ({base.digest})" + (f"\n{foundation}" if foundation else "")
+    return foundation or f"- Base: {base.text}" + (f" ({base.digest})" if base.digest else "")
+
+
+def _steps(config: Mapping[str, Any]) -> str:
+    taken, kept = config["steps"], config["weights_of_step"]
+    best = "" if kept == taken else f" (the weights are those of the best validation, after step {kept})"
+    return f"{taken} steps{best}"
+
+
+def _data(data: DataManifest) -> str:
+    return f"{data.name} ({data.kind}, {data.digest})"
+
+
+def _licence(data: DataManifest, licences: Sequence[str]) -> str:
+    if licences:
+        return ", ".join(f"[{name}](licences/{name})" for name in licences)
+    if data.kind == "generated":
+        return "generated by this project, under its own licence"
+    return "none was found beside the data: ask its owner"
+
+
+def _merge_line(change: float) -> str:
+    if not change:
         return "The files, read back, gave exactly the trained model's logits."
     return (
-        f"Merging the low-rank updates moved no logit by more than {change:.1e} of the largest one (allowed: "
-        f"{MERGE_TOLERANCE:.0e}). The files, read back, gave exactly the merged model's logits."
+        f"Merging what was trained beside the base moved no logit by more than {change:.1e} of the largest one "
+        f"(allowed: {MERGE_TOLERANCE:.0e}). The files, read back, gave exactly the merged model's logits."
     )

@@ -12,7 +12,8 @@ import torch
 
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.architectures.model import AgentModel, collate
-from cognateforge.exceptions import ArtifactCorruptError, ForgeError
+from agent_server.tasks import Output
+from cognateforge.exceptions import ArtifactCorruptError, ForgeError, IncompatibleError
 
 # Wider batches were not faster on CPU.
 _BATCH = 64
@@ -30,7 +31,7 @@ class Prediction:
 class Classifier:
     """A published classification agent, loaded from its folder.
 
-    Errors: ArchitectureNotFoundError, ArtifactCorruptError.
+    Errors: ArchitectureNotFoundError, ArtifactCorruptError; IncompatibleError, for an agent that is no classifier.
     """
 
     def __init__(self, folder: Path, *, factory: AgentArchitectureFactory | None = None) -> None:
@@ -40,6 +41,10 @@ class Classifier:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactCorruptError(f"{folder} holds no published agent: {error}") from error
         self.model: AgentModel = (factory or AgentArchitectureFactory()).get(architecture).load(folder).eval()
+        if self.model.output is not Output.CLASSES:
+            raise IncompatibleError(
+                f"{folder} holds no classifier; {folder / 'run.py'} answers for agents of every task"
+            )
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -48,7 +53,8 @@ class Classifier:
 
     def classify(self, texts: Sequence[str]) -> list[Prediction]:
         """Return an answer for each text, in order."""
-        rows = self.model.encode(texts, max_tokens=self._max_tokens)
+        most = min(self._max_tokens, self.model.context) if self.model.context else self._max_tokens
+        rows = [encoding.tokens[:most] for encoding in self.model.encode(texts)]
         predictions: list[Prediction] = []
         for start in range(0, len(rows), _BATCH):
             with torch.inference_mode():

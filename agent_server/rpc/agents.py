@@ -7,7 +7,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from agent_server.agents import aliases_of, find_agent, set_alias
+from agent_server.agents import (
+    find_agent,
+    page_of_agents,
+    page_of_moves,
+    set_alias,
+    set_lifecycle,
+    standings_in,
+    standings_of,
+)
 from agent_server.rpc import convert
 from cognateforge.agent.v1 import agent_pb2 as pb
 from cognateforge.agent.v1 import agent_pb2_grpc
@@ -29,8 +37,8 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         return await self._registry.database.run_brief(find_agent, self._registry, name)
 
     async def _messages(self, rows: list[ArtifactRow]) -> list[pb.Agent]:
-        aliases = await self._registry.database.run(aliases_of, self._registry, rows)
-        return [convert.agent(row, aliases[row.name]) for row in rows]
+        standings = await self._registry.database.run(standings_of, self._registry, rows)
+        return [convert.agent(row, standings[row.name]) for row in rows]
 
     async def GetAgent(self, request: pb.GetAgentRequest, context: Context) -> Any:
         [agent] = await self._messages([await self._find(request.name)])
@@ -40,7 +48,14 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         before = paging.read_token(request, request.page_token)
         size = paging.page_size(request.page_size)
         rows = await self._registry.database.run(
-            lambda: self._registry.page(limit=size + 1, before_id=before, family=request.family)
+            lambda: page_of_agents(
+                self._registry,
+                limit=size + 1,
+                before_id=before,
+                family=request.family,
+                task=request.task,
+                lifecycles={convert.to_lifecycle(value) for value in request.lifecycles},
+            )
         )
         token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
         agents = await self._messages(rows[:size])
@@ -59,12 +74,33 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> Any:
         row = await self._find(request.name)
-        caller = current_caller().name
+        made = {"caller": current_caller().name, "request_id": request.request_id}
 
         def move(connection: sa.Connection) -> pb.SetAliasResponse:
             self._registry.database.in_turn(connection, Turn.ALIASES)
-            aliases = set_alias(connection, row, request.alias, caller=caller, request_id=request.request_id)
-            return pb.SetAliasResponse(agent=convert.agent(row, aliases))
+            set_alias(connection, row, request.alias, **made)
+            return pb.SetAliasResponse(agent=convert.agent(row, standings_in(connection, [row])[row.name]))
 
         answer = await mutate(self._registry.database, "SetAlias", request, move)
         return pb.SetAliasResponse.FromString(answer)
+
+    async def SetLifecycle(self, request: pb.SetLifecycleRequest, context: Context) -> Any:
+        row = await self._find(request.name)
+        made = {"caller": current_caller().name, "request_id": request.request_id}
+
+        def move(connection: sa.Connection) -> pb.SetLifecycleResponse:
+            self._registry.database.in_turn(connection, Turn.ALIASES)
+            set_lifecycle(connection, row, convert.to_lifecycle(request.lifecycle), **made)
+            return pb.SetLifecycleResponse(agent=convert.agent(row, standings_in(connection, [row])[row.name]))
+
+        answer = await mutate(self._registry.database, "SetLifecycle", request, move)
+        return pb.SetLifecycleResponse.FromString(answer)
+
+    async def ListMoves(self, request: pb.ListMovesRequest, context: Context) -> Any:
+        before = paging.read_token(request, request.page_token)
+        size = paging.page_size(request.page_size)
+        rows = await self._registry.database.run(
+            lambda: page_of_moves(self._registry, request.family, limit=size + 1, before_id=before)
+        )
+        token = paging.make_token(request, rows[size - 1].id) if len(rows) > size else ""
+        return pb.ListMovesResponse(moves=map(convert.move, rows[:size]), next_page_token=token)

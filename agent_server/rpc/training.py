@@ -7,13 +7,15 @@ from typing import Any
 
 from agent_server import estimates, foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.data.check import RowChecker
+from agent_server.evaluating import Evaluator
 from agent_server.plan import require_feasible, with_defaults
 from agent_server.resources import AgentResourceManager
 from agent_server.rpc import convert
 from agent_server.settings import AgentSettings
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
-from cognateforge.exceptions import NotImplementedByServerError, PreconditionError
+from cognateforge.exceptions import PreconditionError
 from cognateforge.job.v1 import job_pb2
 from training_common.compute import require_slots
 from training_common.rpc.identity import current_caller
@@ -31,6 +33,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         settings: AgentSettings,
         cognate: foundation.CognateLink,
         resources: AgentResourceManager,
+        evaluator: Evaluator,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
@@ -38,14 +41,16 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         self._settings = settings
         self._cognate = cognate
         self._resources = resources
+        self._evaluator = evaluator
         self._info = info
+        self._rows = RowChecker(settings.data, hub_dir=settings.files_dir / "hub")
 
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan, caller = with_defaults(request.plan), current_caller().name
         refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
 
         def draft() -> Draft:
-            require_feasible(plan, self._factory, self._settings.data)
+            require_feasible(plan, self._factory, self._settings)
             require_slots(plan.compute, self._settings.workers)
             if refused is not None:
                 raise refused
@@ -55,14 +60,25 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
                 total_steps=plan.total_steps,
                 memory=memory,
                 configuration=estimates.configuration(plan, self._settings),
-                demand=self._resources.demand(caller, sum(memory.values()), processes=max(1, plan.compute.processes)),
+                demand=self._resources.demand(
+                    caller,
+                    sum(memory.values()),
+                    processes=max(1, plan.compute.processes),
+                    nodes=max(1, plan.compute.nodes),
+                ),
             )
 
-        return await self._jobs.start("StartTraining", request, draft, pb.StartTrainingResponse)
+        answer = await self._jobs.start("StartTraining", request, draft, pb.StartTrainingResponse)
+        left_s = context.time_remaining()
+        if request.validate_only and left_s is not None:
+            checked = await self._rows.check(plan, within_s=left_s)
+            if checked is not None:
+                answer.data_report.CopyFrom(convert.data_report(checked))
+        return answer
 
     def _ask_cognate(self, plan: pb.TrainingPlan, caller_left_s: float | None) -> PreconditionError | None:
         architecture = self._factory.architectures.get(plan.architecture)
-        if architecture is None:
+        if architecture is None or plan.WhichOneof("base") != "foundation":
             return None
         return foundation.refusal(
             self._cognate,
@@ -73,12 +89,13 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         )
 
     async def EvaluateAgent(self, request: pb.EvaluateAgentRequest, context: Context) -> Any:
-        raise NotImplementedByServerError(
-            "this release evaluates an agent once, before it is published: GetAgent returns the results"
-        )
+        return pb.EvaluateAgentResponse.FromString(await self._evaluator.evaluate(request))
 
     async def ListArchitectures(self, request: pb.ListArchitecturesRequest, context: Context) -> Any:
-        return pb.ListArchitecturesResponse(architectures=[convert.architecture(item) for item in self._factory])
+        return pb.ListArchitecturesResponse(
+            architectures=[convert.architecture(item) for item in self._factory],
+            problems=[convert.architecture_problem(problem) for problem in self._factory.problems],
+        )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> Any:
         peers = [convert.peer(self._cognate.snapshot())]

@@ -1,7 +1,10 @@
 """The agent service over a real connection: what it takes in, what it refuses, and the registry of agents."""
 
 import asyncio
+import dataclasses
+import json
 import socket
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from agent_server import tables
+from agent_server.agents import Lifecycle, page_of_agents
 from cognateforge.agent.v1 import agent_pb2, training_pb2
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.cli.app import app
@@ -21,6 +25,7 @@ from cognateforge.exceptions import (
     ArtifactCorruptError,
     DataUnavailableError,
     FoundationNotFoundError,
+    IllegalTransitionError,
     InvalidFieldError,
     InvalidPageTokenError,
     NotImplementedByServerError,
@@ -36,6 +41,7 @@ from training_common.artifacts.registry import ArtifactRow
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobStore
 from training_common.models.fingerprints import COGNATE_V1_25M
+from training_common.settings import DataSettings
 from training_common.store.database import Database
 from training_common.worker import WorkerAttempt
 
@@ -103,8 +109,15 @@ async def test_what_a_plan_says_is_kept(agents: AsyncAgentClient) -> None:
         ),
         batch_size=5,
         checkpoint_interval_steps=9,
+        validation_interval_steps=11,
+        max_tokens=64,
+        data_limits=pb.DataLimits(max_refused_share=0.5),
     )
-    assert request.plan == (await agents.training.StartTraining(request)).job.plan
+    plan = (await agents.training.StartTraining(request)).job.plan
+    said = pb.TrainingPlan()
+    said.CopyFrom(plan)
+    said.MergeFrom(request.plan)
+    assert said == plan
 
 
 @pytest.mark.parametrize(
@@ -213,7 +226,7 @@ async def test_many_unknown_fields_are_counted_and_not_listed(
 
 async def test_an_architecture_that_is_not_installed_is_refused(agents: AsyncAgentClient) -> None:
     """FAILED_PRECONDITION, with what there is."""
-    with pytest.raises(ArchitectureNotFoundError, match="'perceptron' is installed, there is: cognate") as caught:
+    with pytest.raises(ArchitectureNotFoundError, match=r"'perceptron' is installed, there is: .*cognate") as caught:
         await agents.training.StartTraining(start(architecture="perceptron"))
     assert ["plan.architecture"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
@@ -236,7 +249,8 @@ async def test_a_task_that_the_architecture_does_not_serve_is_refused(
     with pytest.raises(
         NotImplementedByServerError, match=rf"plan\.{next(iter(task))}: .* it serves classification"
     ) as caught:
-        await agents.training.StartTraining(start(classification=None, **task))
+        architecture = "sequence_classifier"
+        await agents.training.StartTraining(start(architecture=architecture, classification=None, **task))
     assert [f"plan.{next(iter(task))}"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
 
@@ -357,14 +371,14 @@ async def test_a_job_is_steered_and_watched_to_its_end(agents: AsyncAgentClient)
 
 async def test_the_server_tells_what_it_can_do(agents: AsyncAgentClient) -> None:
     """Architectures with their tasks and the forward pass that they need; capabilities by name."""
-    [architecture] = (await agents.training.ListArchitectures(pb.ListArchitecturesRequest())).architectures
-    assert ("cognate", ["classification"], COGNATE_V1_25M) == (
-        architecture.name,
-        list(architecture.tasks),
-        architecture.foundation_fingerprint,
-    )
+    answer = await agents.training.ListArchitectures(pb.ListArchitecturesRequest())
+    architectures = {architecture.name: architecture for architecture in answer.architectures}
+    assert "dialogue" in architectures["cognate"].tasks
+    assert COGNATE_V1_25M == architectures["cognate"].foundation_fingerprint
+    assert not architectures["recurrent"].foundation_fingerprint
     info = (await agents.training.GetServerInfo(pb.GetServerInfoRequest())).info
-    assert ["engine.local", "task.classification"] == list(info.capabilities)
+    tasks = {f"task.{task}" for architecture in answer.architectures for task in architecture.tasks}
+    assert ["engine.local", *sorted(tasks)] == list(info.capabilities)
     assert [("cognate", job_pb2.CIRCUIT_CLOSED, 0)] == [(p.name, p.circuit, p.failed) for p in info.peers]
 
 
@@ -392,17 +406,6 @@ async def test_the_circuit_to_cognate_is_told(tmp_path: Path) -> None:
         assert "circuit to cognate open (5 of 5 calls failed, 3 held back, opened 1 times)" in shown.output
 
 
-async def test_evaluation_on_request_says_that_it_is_not_served(agents: AsyncAgentClient) -> None:
-    """UNIMPLEMENTED, with where the results are."""
-    request = pb.EvaluateAgentRequest(
-        request_id=new_id(),
-        name="intent-router@1",
-        classification=pb.ClassificationTask(generated=pb.GeneratedSource()),
-    )
-    with pytest.raises(NotImplementedByServerError, match="GetAgent returns the results"):
-        await agents.training.EvaluateAgent(request)
-
-
 # --- the registry
 
 
@@ -422,11 +425,11 @@ async def alias(agents: AsyncAgentClient, alias: str, name: str, request_id: str
 
 
 def moves(store: Path) -> list[tuple[Any, ...]]:
-    """Return the audit rows: alias, from, to, caller, request id."""
+    """Return the audit rows of aliases: alias, from, to, caller, request id."""
     database = Database(f"sqlite:///{store / 'store.db'}")
-    t = tables.alias_moves.c
+    t = tables.moves.c
     with database.read() as connection:
-        query = sa.select(t.family, t.alias, t.from_version, t.to_version, t.caller, t.request_id).order_by(t.id)
+        query = sa.select(t.family, t.alias, t.from_version, t.version, t.caller, t.request_id).order_by(t.id)
         rows = [tuple(row) for row in connection.execute(query)]
     database.close()
     return rows
@@ -600,11 +603,11 @@ def publish_as_a_worker_does(folder: Path, trained: Path) -> tuple[str, Artifact
     """Take a job to VALIDATING and publish its result through the artifact manager; return the job's name too."""
     # These import torch, which no other test of this file needs.
     from agent_server.artifacts import AgentArtifactManager
-    from agent_server.data.classification import AgentDataProcessor, ClassificationSource
+    from agent_server.bases import Base
+    from agent_server.data.processor import AgentDataProcessor
     from agent_server.evaluation import Evaluation
-    from agent_server.foundation import Foundation
+    from agent_server.train_config import from_plan
     from agent_server.trainer import AgentResult
-    from cognateforge.exchange.v1 import model_pb2
 
     registry = open_registry(folder)
     jobs = JobStore(registry.database)
@@ -614,6 +617,16 @@ def publish_as_a_worker_does(folder: Path, trained: Path) -> tuple[str, Artifact
     attempt = WorkerAttempt(jobs.attempt(job.name, begun.attempt, begun.fencing_token), workdir=folder / "work")
     for state in (JobState.RUNNING, JobState.VALIDATING):
         attempt.move(state)
+    plan = training_pb2.TrainingPlan.FromString(job.plan)
+    config = {
+        "training": dataclasses.asdict(from_plan(plan)),
+        "adaptation": "LoRA of rank 8, alpha 16; ACT and LTM frozen",
+        "merge_logit_change": 1e-7,
+        "steps": 40,
+        "weights_of_step": 40,
+        "max_tokens": 128,
+    }
+    (trained / "config.json").write_text(json.dumps(config))
     row = AgentArtifactManager(registry).publish(
         AgentResult(
             folder=trained,
@@ -623,11 +636,15 @@ def publish_as_a_worker_does(folder: Path, trained: Path) -> tuple[str, Artifact
             total_parameters=9,
             steps=40,
         ),
-        plan=training_pb2.TrainingPlan.FromString(job.plan),
-        foundation=Foundation(
-            path=folder, name="cognate-25m@4", digest=FOUNDATION, model=model_pb2.FoundationModel(name="cognate-25m@4")
+        plan=plan,
+        base=Base(
+            name="cognate-25m@4",
+            digest=FOUNDATION,
+            base_dir=folder,
+            foundation="cognate-25m@4",
+            foundation_digest=FOUNDATION,
         ),
-        data=AgentDataProcessor().process(ClassificationSource(max_rows_per_label=2)).manifest,
+        data=AgentDataProcessor(DataSettings()).prepare(training_pb2.TrainingPlan.FromString(job.plan)).manifest,
         attempt=attempt,
     )
     registry.database.close()
@@ -641,7 +658,8 @@ async def test_what_a_worker_publishes_is_served_in_whole(
     await agents.training.StartTraining(start())
     trained = tmp_path / "trained"
     trained.mkdir()
-    (trained / "agent.json").write_text("{}")
+    (trained / "runtime").mkdir()
+    (trained / "runtime" / "module.py").write_text("# a module\n")
     name, row = await asyncio.to_thread(publish_as_a_worker_does, store, trained)
     agent = await get(agents, "intent-router")
     assert ("intent-router@1", row.digest, name) == (agent.name, agent.digest, agent.job)
@@ -652,11 +670,26 @@ async def test_what_a_worker_publishes_is_served_in_whole(
         agent.trainable_parameters,
         agent.total_parameters,
     )
-    assert [("forge-intents", "generated", 24)] == [(d.name, d.kind, d.rows) for d in agent.data]
+    assert [("forge-intents", "generated", 1204)] == [(d.name, d.kind, d.rows) for d in agent.data]
     job = (await agents.training.GetJob(pb.GetJobRequest(name=name))).job.job
     assert (job_pb2.JOB_STATE_SUCCEEDED, "intent-router@1") == (job.state, job.artifact)
-    fetched = await agents.fetch_agent("intent-router", tmp_path / "out")
-    assert "{}" == (fetched.path / "agent.json").read_text()
+    assert (DRAFT, "") == (agent.lifecycle, agent.parent)
+    assert ["intent-router@1"] == await names(agents, task="classification", lifecycles=[DRAFT])
+    fetched = (await agents.fetch_agent("intent-router", tmp_path / "out")).path
+    assert "# a module\n" == (fetched / "runtime" / "module.py").read_text()
+    card = (fetched / "README.md").read_text()
+    for line in (
+        "- Foundation: cognate-25m@4 (sha256:ffff",
+        "- Trained parameters: 3 of 9 (LoRA of rank 8, alpha 16; ACT and LTM frozen)",
+        "| accuracy_after | forge-intents/test | 0.2500 | 8 |",
+        "- Licence of the data: generated by this project",
+    ):
+        assert line in card
+    metrics = json.loads((fetched / "metrics.json").read_text())
+    assert [("accuracy_after", 0.25)] == [(e["metric"], e["value"]) for e in metrics["evaluations"]]
+    lineage = json.loads((fetched / "lineage.json").read_text())
+    assert {"name": "cognate-25m@4", "digest": FOUNDATION} == lineage["foundation"]
+    assert (name, "foundation", 40) == (lineage["job"], lineage["made_of"]["kind"], lineage["training"]["steps"])
 
 
 async def test_a_repeated_move_gets_the_first_answer(agents: AsyncAgentClient, store: Path) -> None:
@@ -677,3 +710,200 @@ async def test_one_alias_too_many_is_refused(agents: AsyncAgentClient, store: Pa
     with pytest.raises(TooManyAliasesError, match="64 aliases already"):
         await alias(agents, "a64", "intent-router@1")
     assert 64 == len((await get(agents, "intent-router@1")).aliases) == len(moves(store))
+
+
+# --- lifecycles
+
+DRAFT, CANDIDATE = agent_pb2.LIFECYCLE_DRAFT, agent_pb2.LIFECYCLE_CANDIDATE
+PRODUCTION, RETIRED = agent_pb2.LIFECYCLE_PRODUCTION, agent_pb2.LIFECYCLE_RETIRED
+
+
+async def lifecycle(
+    agents: AsyncAgentClient, state: agent_pb2.Lifecycle.ValueType, name: str = "intent-router@1", request_id: str = ""
+) -> agent_pb2.Agent:
+    request = agent_pb2.SetLifecycleRequest(request_id=request_id or new_id(), name=name, lifecycle=state)
+    return (await agents.agents.SetLifecycle(request)).agent
+
+
+async def list_moves(agents: AsyncAgentClient, **query: Any) -> agent_pb2.ListMovesResponse:
+    return await agents.agents.ListMoves(agent_pb2.ListMovesRequest(**{"family": "intent-router", **query}))
+
+
+async def names(agents: AsyncAgentClient, **query: Any) -> list[str]:
+    answer = await agents.agents.ListAgents(agent_pb2.ListAgentsRequest(**query))
+    return [agent.name for agent in answer.agents]
+
+
+def told(move: agent_pb2.Move) -> tuple[Any, ...]:
+    """Return what a move is about."""
+    if move.WhichOneof("kind") == "alias":
+        return move.version, move.alias.alias, move.alias.from_version
+    return move.version, move.lifecycle.from_lifecycle, move.lifecycle.to_lifecycle
+
+
+LEGAL_MOVES = {
+    (DRAFT, CANDIDATE),
+    (CANDIDATE, PRODUCTION),
+    (CANDIDATE, DRAFT),
+    (PRODUCTION, CANDIDATE),
+    (DRAFT, RETIRED),
+    (CANDIDATE, RETIRED),
+    (PRODUCTION, RETIRED),
+    (RETIRED, DRAFT),
+}
+WAYS = {DRAFT: [], CANDIDATE: [CANDIDATE], PRODUCTION: [CANDIDATE, PRODUCTION], RETIRED: [RETIRED]}
+
+
+@pytest.mark.parametrize("before", WAYS, ids=agent_pb2.Lifecycle.Name)
+async def test_only_the_contracts_moves_are_made(
+    agents: AsyncAgentClient, store: Path, before: agent_pb2.Lifecycle.ValueType
+) -> None:
+    """From every state to every state; a refusal names both and what is legal, and changes nothing."""
+    for version, after in enumerate(WAYS, start=1):
+        publish_agent(store)
+        name = f"intent-router@{version}"
+        assert DRAFT == (await get(agents, name)).lifecycle
+        for state in WAYS[before]:
+            assert state == (await lifecycle(agents, state, name)).lifecycle
+        kept = len((await list_moves(agents)).moves)
+        if (before, after) in LEGAL_MOVES:
+            moved = await lifecycle(agents, after, name)
+            assert moved == await get(agents, name)
+            assert (after, kept + 1) == (moved.lifecycle, len((await list_moves(agents)).moves))
+            continue
+        words = [agent_pb2.Lifecycle.Name(state).removeprefix("LIFECYCLE_") for state in (before, after)]
+        with pytest.raises(
+            IllegalTransitionError, match=f"{name} is {words[0]} and cannot become {words[1]}"
+        ) as caught:
+            await lifecycle(agents, after, name)
+        allowed = {agent_pb2.Lifecycle.Name(b).removeprefix("LIFECYCLE_") for a, b in LEGAL_MOVES if a == before}
+        assert allowed == set(caught.value.metadata["allowed"].split(", "))
+        assert ["lifecycle"] == [violation.field for violation in caught.value.violations]
+        assert (before, kept) == ((await get(agents, name)).lifecycle, len((await list_moves(agents)).moves))
+
+
+async def test_a_lifecycle_needs_a_version_and_a_state(agents: AsyncAgentClient, store: Path) -> None:
+    """An alias may move meanwhile, so it names no version here."""
+    publish_agent(store)
+    with pytest.raises(AgentNotFoundError, match="intent-router@2"):
+        await lifecycle(agents, CANDIDATE, "intent-router@2")
+    for name, state, field in (
+        ("intent-router", CANDIDATE, "name"),
+        ("intent-router@production", CANDIDATE, "name"),
+        ("intent-router@1", agent_pb2.LIFECYCLE_UNSPECIFIED, "lifecycle"),
+        ("intent-router@1", 9, "lifecycle"),
+    ):
+        with pytest.raises(InvalidFieldError) as caught:
+            await lifecycle(agents, state, name)  # type: ignore[arg-type]
+        assert [field] == [violation.field for violation in caught.value.violations]
+    assert [] == list((await list_moves(agents)).moves)
+
+
+async def test_a_repeated_lifecycle_is_moved_once(agents: AsyncAgentClient, store: Path) -> None:
+    """The repeat gets the first answer, whatever came since; the id is not for another move, or another call."""
+    publish_agent(store)
+    request_id = new_id()
+    first = await lifecycle(agents, CANDIDATE, request_id=request_id)
+    await lifecycle(agents, PRODUCTION)
+    assert first == await lifecycle(agents, CANDIDATE, request_id=request_id)
+    assert PRODUCTION == (await get(agents, "intent-router@1")).lifecycle
+    with pytest.raises(RequestIdReusedError):
+        await lifecycle(agents, RETIRED, request_id=request_id)
+    with pytest.raises(RequestIdReusedError, match="SetLifecycle"):
+        await alias(agents, "production", "intent-router@1", request_id)
+    assert 2 == len((await list_moves(agents)).moves)
+
+
+async def test_of_racing_lifecycles_each_starts_where_the_one_before_ended(
+    agents: AsyncAgentClient, store: Path
+) -> None:
+    """Of many callers who want the same move one makes it."""
+    publish_agent(store)
+    done = await asyncio.gather(*(lifecycle(agents, CANDIDATE) for _ in range(8)), return_exceptions=True)
+    assert 1 == sum(isinstance(answer, agent_pb2.Agent) for answer in done)
+    assert 7 == sum(isinstance(answer, IllegalTransitionError) for answer in done)
+    assert [(1, DRAFT, CANDIDATE)] == [told(move) for move in (await list_moves(agents)).moves]
+
+
+async def test_moves_of_both_kinds_are_listed_newest_first_in_pages(agents: AsyncAgentClient, store: Path) -> None:
+    """With who and when. New moves shift no page; a token is its family's."""
+    publish_agent(store)
+    publish_agent(store)
+    publish_agent(store, family="translator")
+    began_s = time.time()
+    await lifecycle(agents, CANDIDATE)
+    await alias(agents, "live", "intent-router@1")
+    await lifecycle(agents, PRODUCTION)
+    await lifecycle(agents, RETIRED, "translator@1")
+    await alias(agents, "live", "intent-router@2")
+    expected = [(2, "live", 1), (1, CANDIDATE, PRODUCTION), (1, "live", 0), (1, DRAFT, CANDIDATE)]
+    everything = await list_moves(agents)
+    assert (expected, "") == ([told(move) for move in everything.moves], everything.next_page_token)
+    assert {"local"} == {move.caller for move in everything.moves}
+    times = [move.time.ToMicroseconds() / 1e6 for move in everything.moves]
+    assert began_s - 1 < times[-1] <= times[0] < time.time() + 1
+    assert sorted(times, reverse=True) == times
+    first = await list_moves(agents, page_size=3)
+    await lifecycle(agents, CANDIDATE)
+    second = await list_moves(agents, page_size=3, page_token=first.next_page_token)
+    assert (expected, "") == ([told(move) for move in (*first.moves, *second.moves)], second.next_page_token)
+    with pytest.raises(InvalidPageTokenError):
+        await list_moves(agents, family="translator", page_token=first.next_page_token)
+    with pytest.raises(AgentNotFoundError, match="nobody"):
+        await list_moves(agents, family="nobody")
+
+
+async def test_agents_are_listed_by_task_and_lifecycle(agents: AsyncAgentClient, store: Path) -> None:
+    """Every filter alone and together, in pages that neither lose nor repeat one."""
+    for family, task in (("a", "classification"), ("b", "dialogue"), ("a", "classification"), ("a", "extraction")):
+        publish_agent(store, family=family, task=task)
+    await lifecycle(agents, CANDIDATE, "a@1")
+    await lifecycle(agents, CANDIDATE, "b@1")
+    await lifecycle(agents, PRODUCTION, "b@1")
+    assert ["a@2", "a@1"] == await names(agents, task="classification")
+    assert ["b@1", "a@1"] == await names(agents, lifecycles=[CANDIDATE, PRODUCTION])
+    assert ["a@3", "a@2"] == await names(agents, lifecycles=[DRAFT, DRAFT])
+    assert ["a@1"] == await names(agents, lifecycles=[CANDIDATE, PRODUCTION], family="a")
+    assert ["a@2"] == await names(agents, lifecycles=[DRAFT], task="classification")
+    assert [] == await names(agents, task="dialogue", lifecycles=[RETIRED])
+    query: dict[str, Any] = {"task": "classification", "page_size": 1}
+    first = await agents.agents.ListAgents(agent_pb2.ListAgentsRequest(**query))
+    assert (["a@2"], True) == ([agent.name for agent in first.agents], bool(first.next_page_token))
+    assert ["a@1"] == await names(agents, **query, page_token=first.next_page_token)
+    with pytest.raises(InvalidPageTokenError):
+        await names(agents, task="dialogue", page_token=first.next_page_token)
+
+
+async def test_versions_of_before_lifecycles_are_drafts(tmp_path: Path) -> None:
+    """Also while no server has looked at them; after a start they are found by task and state."""
+    async with running_agent(tmp_path / "agent") as server, AsyncAgentClient(server.address) as agents:
+        publish_agent(tmp_path / "agent", recorded=False)
+        publish_agent(tmp_path / "agent", recorded=False)
+        assert DRAFT == (await get(agents, "intent-router@1")).lifecycle
+        assert CANDIDATE == (await lifecycle(agents, CANDIDATE)).lifecycle
+    async with running_agent(tmp_path / "agent") as server, AsyncAgentClient(server.address) as agents:
+        assert ["intent-router@2"] == await names(agents, lifecycles=[DRAFT])
+        assert ["intent-router@2", "intent-router@1"] == await names(agents, task="classification")
+
+
+async def test_a_filtered_page_is_read_off_an_index(agents: AsyncAgentClient, store: Path) -> None:
+    """It sorts nothing, and looks at no version of another task or state."""
+    publish_agent(store)
+    registry, asked = open_registry(store), list[tuple[str, Any]]()
+
+    def note(_1: object, _2: object, statement: str, parameters: object, *_3: object) -> None:
+        asked.append((statement, parameters))
+
+    sa.event.listen(registry.database.engine, "before_cursor_execute", note)
+    page_of_agents(registry, limit=50, before_id=99, task="dialogue")
+    page_of_agents(registry, limit=50, before_id=99, lifecycles=[Lifecycle.DRAFT])
+    sa.event.remove(registry.database.engine, "before_cursor_execute", note)
+    plans = []
+    with registry.database.engine.connect() as connection:
+        for statement, parameters in asked:
+            if statement.startswith("SELECT"):
+                rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+                plans.append(" | ".join(row[3] for row in rows))
+    registry.database.close()
+    assert [True, True] == ["ix_agents_task" in plans[0], "ix_agents_lifecycle" in plans[1]]
+    assert not [plan for plan in plans if "TEMP B-TREE" in plan]

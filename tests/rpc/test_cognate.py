@@ -105,6 +105,7 @@ async def test_racing_repeats_make_one_job(cognate: AsyncCognateClient) -> None:
         (start(compute=job_pb2.Compute(processes=65)), "plan.compute.processes"),
         (start(compute=job_pb2.Compute(processes=5)), "plan"),  # the default batch has 4 rows
         (start(batch_size=2, compute=job_pb2.Compute(processes=3)), "plan"),
+        (start(compute=job_pb2.Compute(processes=2, nodes=3)), "plan.compute"),
         (pb.StartPretrainingRequest(plan=pb.PretrainingPlan(total_steps=1)), "request_id"),
         (pb.StartPretrainingRequest(request_id="7", plan=pb.PretrainingPlan(total_steps=1)), "request_id"),
         (pb.StartPretrainingRequest(request_id=str(uuid.uuid4())), "plan"),
