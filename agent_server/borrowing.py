@@ -88,7 +88,7 @@ class Borrower:
         in_use = {job.lease for job, _ in on_loan}
         for name in [name for name in self._tokens if name not in in_use]:
             self._give_back(name)
-        taken = sum(job.processes for job, _ in held if not job.lease)
+        taken = sum(job.slots for job, _ in held if not job.lease)
         # The scheduler counts replays as well.
         own_are_full = max(taken, self._scheduler.standing.taken) >= self._slots
         if own_are_full and len(on_loan) < self._settings.workers and time.monotonic() >= self._ask_at_s:
@@ -139,7 +139,7 @@ class Borrower:
     def _borrow(self) -> None:
         with self._store.database.read() as connection:
             # A job of several processes cannot be spread over what is borrowed.
-            if self._store.next_due(connection, most=1) is None:
+            if self._store.next_due(connection, most=1, most_nodes=1) is None:
                 return
         self._ask_at_s = time.monotonic() + _ASK_AGAIN_S
         asked_us = now_us()

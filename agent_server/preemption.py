@@ -74,7 +74,7 @@ class Preemption:
             for other in running:
                 if job.priority - other.priority < self._least:
                     break
-                fits = free < job.processes <= free + other.processes
+                fits = free < job.slots <= free + other.slots
                 if fits and self._resources.may_replace(job, other, held):
                     return job, other
         return None

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from agent_server.settings import AgentSettings, TenantSettings
 from cognateforge.exceptions import FieldViolation, QuotaTooSmallError
+from training_common.compute import share_of
 from training_common.jobs.queue import ORDER, Demand, is_due
 from training_common.jobs.states import HELD
 from training_common.jobs.store import JobRow, first_due
@@ -51,15 +52,21 @@ class AgentResourceManager:
         self._capacity = capacity or host_capacity()
         self._by_caller = {caller: name for name, tenant in self._tenants.items() for caller in tenant.callers}
 
-    def demand(self, caller: str, memory_bytes: int, *, processes: int = 1) -> Demand:
-        """Return what a caller's job takes, and of whose share. memory_bytes: of each process.
+    def demand(self, caller: str, memory_bytes: int, *, processes: int = 1, nodes: int = 1) -> Demand:
+        """Return what a caller's job takes here, and of whose share. memory_bytes: of each process.
 
         Errors: QuotaTooSmallError, when it can never start.
         """
         tenant = self._by_caller.get(caller, self._default)
         # Without a setting the processes of a job share all cores.
-        cores = self._threads * processes or max(1, self._capacity.cores)
-        need = Demand(tenant=tenant, processes=processes, cores=cores, memory_bytes=memory_bytes * processes)
+        here = share_of(processes, nodes, 0)
+        need = Demand(
+            tenant=tenant,
+            processes=processes,
+            nodes=nodes,
+            cores=self._threads * here or max(1, self._capacity.cores),
+            memory_bytes=memory_bytes * here,
+        )
         beyond = self._beyond(tenant, Amounts(), need)
         if beyond:
             description = f"the job can never start: {beyond}; make it smaller, or have the quota raised"
@@ -68,14 +75,16 @@ class AgentResourceManager:
             )
         return need
 
-    def next_due(self, connection: sa.Connection, *, most: int | None = None) -> JobRow | None:
+    def next_due(
+        self, connection: sa.Connection, *, most: int | None = None, most_nodes: int | None = None
+    ) -> JobRow | None:
         """Return the job that is the next to get a worker: the first that its tenant's quota allows, by fairness.
 
         A job for which another one was stopped goes first. Servers take turns, so that no two of them fill the last
         place of a quota.
         """
         if not self._tenants:
-            return first_due(connection, most=most)
+            return first_due(connection, most=most, most_nodes=most_nodes)
         if connection.get_execution_options().get("forge_write"):
             self.in_turn(connection)
         held, heads = self.held(connection), self._heads(connection)
@@ -86,7 +95,7 @@ class AgentResourceManager:
 
         for tenant in sorted(heads, key=turn):
             # Within a tenant nothing passes a job that its quota keeps back: small ones would do so for ever.
-            job = first_due(connection, t.jobs.c.tenant.in_(heads[tenant].names), most=most)
+            job = first_due(connection, t.jobs.c.tenant.in_(heads[tenant].names), most=most, most_nodes=most_nodes)
             if job is not None and not self._beyond(tenant, held.get(tenant, Amounts()), _need(job)):
                 return job
         return None
@@ -105,7 +114,7 @@ class AgentResourceManager:
 
     def held(self, connection: sa.Connection) -> dict[str, Amounts]:
         """Return what the running jobs of every tenant take, over all servers of the store."""
-        sums = [sa.func.sum(column) for column in (t.jobs.c.processes, t.jobs.c.cores, t.jobs.c.memory_bytes)]
+        sums = [sa.func.sum(column) for column in (t.jobs.c.slots, t.jobs.c.cores, t.jobs.c.memory_bytes)]
         rows = connection.execute(sa.select(t.jobs.c.tenant, *sums).where(_HELD).group_by(t.jobs.c.tenant))
         found: dict[str, Amounts] = {}
         for name, slots, cores, memory_bytes in rows:
@@ -208,8 +217,14 @@ def minus(one: Amounts, other: Amounts) -> Amounts:
 
 
 def _need(job: JobRow) -> Demand:
-    return Demand(tenant=job.tenant, processes=job.processes, cores=job.cores, memory_bytes=job.memory_bytes)
+    return Demand(
+        tenant=job.tenant,
+        processes=job.processes,
+        nodes=job.nodes,
+        cores=job.cores,
+        memory_bytes=job.memory_bytes,
+    )
 
 
 def _taken(need: Demand) -> Amounts:
-    return Amounts(slots=need.processes, cores=need.cores, memory_bytes=need.memory_bytes)
+    return Amounts(slots=need.slots, cores=need.cores, memory_bytes=need.memory_bytes)

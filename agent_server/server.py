@@ -8,15 +8,17 @@ from pathlib import Path
 import structlog
 
 from agent_server import metrics, migrations
+from agent_server.agents import adopt_agents
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.borrowing import Borrower
+from agent_server.evaluating import Evaluator, Places
 from agent_server.foundation import CognateLink
 from agent_server.preemption import Preemption
 from agent_server.resources import AgentResourceManager
 from agent_server.rpc import convert
 from agent_server.rpc.agents import AgentServicer
 from agent_server.rpc.training import TrainingServicer
-from agent_server.settings import AgentSettings
+from agent_server.settings import AgentSettings, require_model_folder
 from cognateforge.agent.v1 import agent_pb2_grpc, training_pb2_grpc
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.blobs import BlobStore
@@ -46,6 +48,7 @@ SERVICES = (*TRAINING, *REGISTRY)
 
 def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
+    require_model_folder(settings.models)
     listener = create_server(settings, SERVICES)
     server = listener.server
     factory = AgentArchitectureFactory()
@@ -56,7 +59,9 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     database.upgrade(Path(migrations.__file__).parent)
     resources = AgentResourceManager(database, settings)
     store = JobStore(database, resources)
-    registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
+    artifacts_dir = settings.files_dir / "artifacts"
+    registry = ArtifactRegistry(database, BlobStore(artifacts_dir))
+    adopt_agents(registry)
     engine = build_engine(settings, module="agent_server.worker")
     worker_settings, name = worker_settings_file(settings, settings_file), settings.server_name
     verifier = Verifier(VerificationStore(store), engine, settings.workers, settings_file=worker_settings, server=name)
@@ -89,11 +94,32 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         bounds=resources,
     )
     link = CognateLink(settings.cognate)
+    tasks = sorted({task for architecture in factory for task in architecture.tasks})
     info = job_pb2.ServerInfo(
-        version=version("cognateforge"), capabilities=[f"engine.{engine.name}", "task.classification"]
+        version=version("cognateforge"), capabilities=[f"engine.{engine.name}", *(f"task.{task}" for task in tasks)]
+    )
+    evaluator = Evaluator(
+        registry,
+        settings.evaluation,
+        scratch=settings.data_dir / "evaluations",
+        places=Places(
+            artifacts_dir=artifacts_dir,
+            hub_dir=settings.files_dir / "hub",
+            data=settings.data,
+            modules=settings.environments.modules,
+        ),
     )
     training_pb2_grpc.add_AgentForgeTrainingServiceServicer_to_server(
-        TrainingServicer(jobs, factory=factory, settings=settings, cognate=link, resources=resources, info=info), server
+        TrainingServicer(
+            jobs,
+            factory=factory,
+            settings=settings,
+            cognate=link,
+            resources=resources,
+            evaluator=evaluator,
+            info=info,
+        ),
+        server,
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
     borrower = Borrower(store, scheduler, link, slots=settings.workers.slots, settings=settings.borrow)

@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from training_common.settings import Section, ServiceSettings, load
+from training_common.settings import Section, ServiceSettings, SettingsError, load
 
 ENVIRONMENT_PREFIX = "AGENT_SERVER_"
 TENANT = "^[a-z][a-z0-9-]{0,47}$"
@@ -67,6 +67,29 @@ class PreemptionSettings(Section):
     )
 
 
+class EvaluationSettings(Section):
+    """Evaluations of agents on request. Each is a process beside the workers of jobs, and takes no slot of theirs."""
+
+    at_once: int = Field(default=1, ge=1, le=64, description="evaluations at the same time; further ones are refused")
+    threads: int = Field(default=1, ge=1, le=1024, description="torch threads of each")
+
+
+class ModelSettings(Section):
+    """Where model folders of `transformers` come from, in this order: folder, hub."""
+
+    folder: Path | None = Field(default=None, description="folder with model folders; none: no plan can name one")
+    hub: bool = Field(
+        default=False,
+        description="whether a folder that is not there may be loaded from the hub, into the folder above",
+    )
+
+    @model_validator(mode="after")
+    def _hub_has_a_folder(self) -> Self:
+        if self.hub and self.folder is None:
+            raise ValueError("hub: models of the hub have no place to be kept: set folder beside it")
+        return self
+
+
 class TenantSettings(Section):
     """Who shares a part of this service's capacity, how large that part is, and bounds that it never passes."""
 
@@ -81,6 +104,14 @@ class TenantSettings(Section):
     )
 
 
+class EnvironmentSettings(Section):
+    """Where environments come from, beside the registries of Gymnasium and PettingZoo."""
+
+    modules: tuple[str, ...] = Field(
+        default=("mpe2",), description="packages whose environments a plan may name; a worker imports them"
+    )
+
+
 class AgentSettings(ServiceSettings):
     """What the agent service is told."""
 
@@ -89,6 +120,9 @@ class AgentSettings(ServiceSettings):
     cognate: CognateEndpoint = CognateEndpoint()
     borrow: BorrowSettings = BorrowSettings()
     preemption: PreemptionSettings = PreemptionSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    models: ModelSettings = ModelSettings()
+    environments: EnvironmentSettings = EnvironmentSettings()
     tenants: dict[str, TenantSettings] = Field(default={}, description="tenants by name")
     default_tenant: str = Field(
         default="default", pattern=TENANT, description="tenant of callers that no tenant names; may be in tenants"
@@ -105,6 +139,14 @@ class AgentSettings(ServiceSettings):
                 if other != name:
                     raise ValueError(f"tenants: {caller} is a caller of {other} and of {name}: name it in one of them")
         return self
+
+
+def require_model_folder(models: ModelSettings) -> None:
+    """Refuse a folder of models that is not there. Errors: SettingsError."""
+    if models.folder is not None and not models.folder.is_dir():
+        raise SettingsError(
+            f"models.folder: {models.folder} is no folder; correct the path, create it, or leave the key out"
+        )
 
 
 def load_settings(file: Path | None) -> AgentSettings:

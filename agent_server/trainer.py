@@ -1,37 +1,63 @@
-"""Train an agent: fetched foundation and prepared data in, a folder that is ready to publish out.
+"""Train an agent on rows: a base and prepared data in, a folder that is ready to publish out.
 
     encode -> build -> [restore] -> measure before -> steps -> measure after -> merge, checked -> export, checked
 
-A run is a pure function of its configuration, foundation and data. What a checkpoint holds (trained parameters,
-optimizer, random state, step) continues it bit for bit on the same hardware and threads; the learning rate and the
-order of rows are functions of the step.
+What the task asks of a model, its loss and its metrics, is an `Objective`. A run is a pure function of its
+configuration, base and data. What a checkpoint holds (trained parameters, optimizer, random state, step, what
+validations decided) continues it bit for bit on the same hardware and threads; the order of rows is a function of the
+step, the learning rate one of the step and of validations.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agent_server.adaptation import ParameterCount, count_parameters, merge_checked
-from agent_server.architectures.factory import AgentArchitecture, AgentArchitectureFactory
-from agent_server.architectures.model import AgentBatch, AgentModel, LossModule
-from agent_server.card import model_card
-from agent_server.evaluation import EncodedRows, Evaluation, TrainingOrder, evaluate, majority_share
-from agent_server.optim import build_optimizer, lr_factor, set_lr, warmup_steps
+from agent_server.architectures.factory import AgentArchitecture, AgentArchitectureFactory, BuildRequest
+from agent_server.architectures.model import AgentModel
+from agent_server.data.examples import PreparedData, texts_of
+from agent_server.evaluation import Evaluation, measure
+from agent_server.objectives.base import Batch, Loss, Measurement, Objective, sample
+from agent_server.objectives.build import objective_for
+from agent_server.objectives.metrics.continual import forgetting
+from agent_server.optim import (
+    PlateauState,
+    Schedule,
+    StoppingState,
+    build_optimizer,
+    computing,
+    lr_factor,
+    set_lr,
+    warmup_steps,
+)
+from agent_server.package import as_before, write_package
+from agent_server.recovery import QUALITY, Action, AgentRecoveryManager, Correction
+from agent_server.tracker import (
+    NO_COST,
+    AgentProgressTracker,
+    Check,
+    Cost,
+    StepReport,
+    beats,
+    generalization_gap,
+    normalized_gain,
+    readiness,
+)
 from agent_server.train_config import AgentTrainConfig
+from agent_server.training_rows import Earlier, Piece, TrainingRows, pieces
 from cognateforge.exceptions import (
     ArtifactCorruptError,
     DataUnavailableError,
@@ -40,40 +66,35 @@ from cognateforge.exceptions import (
     TrainingDivergedError,
 )
 from training_common.attempt import Attempt, AttemptStopped, CheckpointRef, Json
+from training_common.good_checkpoint import GoodCheckpoint, good_of
 from training_common.memory_copy import MemoryCopy
-from training_common.team import ALONE, Team, exchanging, load_parts, parts_of_state, whole
+from training_common.recovery import Change, Finding, RecoveryEvent
+from training_common.team import ALONE, Team, exchanging, load_parts, local, part_of, parts_of_state, whole
 
 # Rows that the merge and the export are checked on: one batch, over in a fraction of a second.
 _PROBE_ROWS = 32
-_CHECKPOINT_FORMAT = 1
+_CHECKPOINT_FORMAT = 2
 # Training rows that a model may calibrate itself on: deviations are then known to about 6 %.
 _CALIBRATION_ROWS = 128
-# Weight of the newest step in the running mean of a step's time, which `seconds_left` is told from.
-_TIME_SMOOTHING = 0.1
+# A checkpoint's files. What a roll-back takes are the first two.
+_WEIGHTS, _OPTIMIZER, _POSITION = "trained.safetensors", "optimizer.pt", "position.json"
+_BEST = "best.safetensors"
 
 
-class LabelledData(Protocol):
-    """What the trainer reads of prepared classification data."""
+class LossModule(nn.Module):
+    """An objective's loss as a module, for what wraps modules: its forward returns the mean, `found` keeps the rest."""
 
-    @property
-    def name(self) -> str:
-        """Name of the set, for instance "forge-intents"."""
+    found: Loss
 
-    @property
-    def labels(self) -> Sequence[str]:
-        """Label names; a row's number points into them."""
+    def __init__(self, objective: Objective[Any, Any], model: AgentModel) -> None:
+        super().__init__()
+        self.objective = objective
+        self.model = model
 
-    @property
-    def train(self) -> Sequence[tuple[str, int]]:
-        """Rows to train on: text and label."""
-
-    @property
-    def validation(self) -> Sequence[tuple[str, int]]:
-        """Rows to measure on while training. May be empty."""
-
-    @property
-    def test(self) -> Sequence[tuple[str, int]]:
-        """Rows to measure on before and after."""
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the batch."""
+        self.found = self.objective.loss(self.model, batch)
+        return self.found.mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +107,27 @@ class AgentResult:
     trainable_parameters: int
     total_parameters: int
     steps: int
+    recovery: tuple[RecoveryEvent, ...] = ()
+    checks: tuple[Check, ...] = ()
 
 
 def train_agent(
     config: AgentTrainConfig,
-    foundation_dir: Path,
-    data: LabelledData | None,
+    base_dir: Path | None,
+    data: PreparedData[Any] | None,
     attempt: Attempt,
     *,
+    agent_dir: Path | None = None,
+    rehearsal: PreparedData[Any] | None = None,
     factory: AgentArchitectureFactory | None = None,
     team: Team = ALONE,
+    cost: Cost = NO_COST,
 ) -> AgentResult:
     """Train an agent, or go on from the attempt's newest checkpoint, and export it.
 
-    data: read by the team's first process alone. attempt: a `TeamAttempt` where there are others.
+    base_dir: foundation or model folder; None from scratch. agent_dir: a published agent to go on with instead.
+    data, rehearsal: read by the team's first process alone. attempt: a `TeamAttempt` where there are others.
+    cost: what the job's workers cost, for a metric.
     Errors: ArchitectureNotFoundError, IncompatibleError, DataUnavailableError, TrainingDivergedError,
     IntegrityCheckFailedError; AttemptStopped, for PAUSE with a checkpoint saved; PartDone, after the last step on
     processes that are not the first; TeamBrokenError.
@@ -109,31 +137,44 @@ def train_agent(
         served = ", ".join(architecture.tasks)
         raise IncompatibleError(f"the architecture {architecture.name} serves {served}, not {config.task}")
     if data is not None:
-        _check_data(data)
-    labels = team.agree(lambda: [] if data is None else list(data.labels))
+        _check_data(data, config.task)
+    settings = config.settings
+    from_scratch = base_dir is None and agent_dir is None
+
+    def tokenizer() -> str:
+        if data is None or not from_scratch:
+            return ""
+        return architecture.learn_tokenizer(texts_of(data.train), settings)
+
+    request = BuildRequest(
+        task=config.task,
+        adaptation=config.adaptation,
+        seed=config.seed,
+        base_dir=base_dir,
+        labels=team.agree(lambda: [] if data is None else list(data.labels)),
+        settings=settings,
+        tokenizer=team.agree(tokenizer),
+    )
     torch.manual_seed(config.seed)
 
     def build() -> AgentModel:
-        return architecture.build(
-            foundation_dir=foundation_dir,
-            task=config.task,
-            labels=labels,
-            adaptation=config.adaptation,
-            seed=config.seed,
-        )
+        return architecture.build(request) if agent_dir is None else architecture.build_on(agent_dir, request)
 
-    return _Run(config, architecture, build, data, attempt, team).finish()
+    return _Run(config, architecture, build, data, rehearsal, attempt, team, cost).finish()
 
 
-def _check_data(data: LabelledData) -> None:
+def _check_data(data: PreparedData[Any], task: str) -> None:
     for split, rows in (("train", data.train), ("test", data.test)):
         if not rows:
             raise DataUnavailableError(f"{data.name} has no {split} rows")
-    for split, rows in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-        if not all(0 <= label < len(data.labels) for _, label in rows):
-            raise DataUnavailableError(f"{data.name} has {split} rows whose label is not among its {len(data.labels)}")
-    if len(data.labels) < 2:
-        raise DataUnavailableError(f"{data.name} has {len(data.labels)} labels; a classifier needs two or more")
+    if task == "classification":
+        for split, rows in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+            if not all(0 <= row.label < len(data.labels) for row in rows):
+                raise DataUnavailableError(
+                    f"{data.name} has {split} rows whose label is not among its {len(data.labels)}"
+                )
+        if len(data.labels) < 2:
+            raise DataUnavailableError(f"{data.name} has {len(data.labels)} labels; a classifier needs two or more")
 
 
 class _Run:
@@ -144,27 +185,57 @@ class _Run:
         config: AgentTrainConfig,
         architecture: AgentArchitecture,
         build: Callable[[], AgentModel],
-        data: LabelledData | None,
+        data: PreparedData[Any] | None,
+        rehearsal: PreparedData[Any] | None,
         attempt: Attempt,
         team: Team,
+        cost: Cost,
     ) -> None:
         self.config, self.architecture, self.attempt, self.team = config, architecture, attempt, team
         self._build = build
+        self.objective = objective_for(config)
         self.model = build()
-        self.rows = None if data is None else _Rows(data, self.model, config)
+        # The model is still the untrained one, which the rows may be prepared with.
+        self.rows = (
+            None
+            if data is None
+            else TrainingRows(data, rehearsal, self.objective, self.model, config, between=self._heed_stop_early)
+        )
         self.validates = team.agree(lambda: self.rows is not None and len(self.rows.validation) > 0)
         self.step = 0
         self.saved_step = -1
         self.evaluations: list[Evaluation] = []
-        self.validation_accuracy: float | None = None
+        self.validation_score: float | None = None
+        self.plateau, self.stopping = PlateauState(), StoppingState()
+        self.best: dict[str, Tensor] = {}  # the state of the best validation, where a run may end early
+        if config.optimization.needs_validation and not self.validates:
+            raise DataUnavailableError(
+                "optimization.early_stopping and a plateau schedule need validation rows, and there are none; add "
+                "some, or choose another schedule without early stopping"
+            )
+        self.recovery = AgentRecoveryManager(
+            config.recovery, looks_at_validation=config.optimization.early_stopping is None
+        )
+        self.correction = Correction()
+        self.tracker = AgentProgressTracker(
+            config.total_steps, worker_hour=cost.worker_hour, earlier_seconds=cost.earlier_seconds
+        )
+        self._good: GoodCheckpoint | None = None
+        self._saving: Future[CheckpointRef] | None = None
         checkpoint = attempt.latest_checkpoint()
         if checkpoint is None:
+            self._report_rows()
             self._calibrate()
         else:
             self._restore(checkpoint)
-        self._loss = LossModule(self.model)
+        self._loss = LossModule(self.objective, self.model)
         self._parallel = team.parallel(self._loss, blocks=self.model.blocks())
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise IncompatibleError(
+                f"adaptation.{config.adaptation.method} leaves this agent nothing to train, for it has no head of its "
+                "own for the task; choose another method"
+            )
         # What a checkpoint holds of the model; all the rest is the foundation's.
         self.state: dict[str, Tensor] = {**self.trained, **dict(self.model.named_buffers())}
         head = self.model.head_parameters()
@@ -172,15 +243,23 @@ class _Run:
         base = [p for p in self.trained.values() if id(p) not in in_head]
         self.optimizer = build_optimizer(config.optimization, base=base, head=head)
         if checkpoint is not None:
-            self._restore_optimizer(checkpoint)
+            self._load_optimizer(checkpoint.path, random_state=True)
+            self._restore_best(checkpoint)
         self._copy = MemoryCopy()
-        self._saving: Future[CheckpointRef] | None = None
+        self._obey_correction()
+
+    def _report_rows(self) -> None:
+        """Tell what became of the training texts when they were encoded."""
+        facts = {} if self.rows is None else self.objective.facts(self.rows.order.rows)
+        if facts:
+            listed = ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items())
+            self.attempt.event("rows_encoded", {"message": listed, **facts})
 
     def _calibrate(self) -> None:
         """Measure on the first process what the head needs to know, and let the others know it too."""
         if self.rows is not None:
-            rows = self.rows.order.rows.sample(_CALIBRATION_ROWS, self.config.seed)
-            self.model.eval().calibrate(rows.all())
+            batch = self.objective.batch(sample(self.rows.order.rows, _CALIBRATION_ROWS, self.config.seed))
+            self.model.eval().calibrate(self.objective.inputs(batch))
         buffers = dict(self.model.named_buffers())
         load_parts(buffers, self.team.deal(lambda: {name: buffer.clone() for name, buffer in buffers.items()}))
 
@@ -189,18 +268,20 @@ class _Run:
             model = self._whole_model()
             self.team.agree(lambda: self._measure("before", model, between=self._between))
         self._train()
-        self._save()
+        self._save(planned=False)
+        self._take_best()
         model = self._whole_model()
         self.attempt.trained()
         return self._finish(model, self._own_rows())
 
-    def _finish(self, model: AgentModel, rows: _Rows) -> AgentResult:
+    def _finish(self, model: AgentModel, rows: TrainingRows) -> AgentResult:
         """Measure and export, on the first process alone."""
         self._measure("after", model, between=self._heed_stop)
         if self.validates:
-            accuracy = evaluate(model, rows.validation, between=self._heed_stop).accuracy
-            self._record("validation_accuracy", rows.validation, accuracy)
+            for found in measure(self.objective, model, rows.validation, between=self._heed_stop):
+                self._record(f"validation_{found.metric}", f"{rows.name}/validation", found)
         count = count_parameters(model)
+        checks = self._judge()
         folder = self._export(model, rows, count)
         return AgentResult(
             folder=folder,
@@ -209,9 +290,11 @@ class _Run:
             trainable_parameters=count.trainable,
             total_parameters=count.total,
             steps=self.step,
+            recovery=self.recovery.events,
+            checks=checks,
         )
 
-    def _own_rows(self) -> _Rows:
+    def _own_rows(self) -> TrainingRows:
         if self.rows is None:
             raise RuntimeError("only the team's first process has rows")
         return self.rows
@@ -228,50 +311,228 @@ class _Run:
     # Steps
 
     def _train(self) -> None:
-        config, meter = self.config, _Meter(self.config.total_steps)
+        config = self.config
         self.model.train()
-        validation_interval = config.validation_interval_steps or max(1, config.total_steps // 4)
-        while self.step < config.total_steps:
+        while self.step < config.total_steps and not self._ends_early():
             self._heed_stop()
-            started = time.monotonic()
-            loss, correct, rows, norm, lr = self._optimize(self.step)
-            self.step += 1
-            meter.add(loss=loss, correct=correct, rows=rows, seconds=time.monotonic() - started)
+            taken = self._take_step()
             last = self.step == config.total_steps
-            measured: dict[str, Json] = {}
-            if self.validates and not last and self.step % validation_interval == 0:
-                measured["validation_accuracy"] = self.validation_accuracy = self._validate()
-            if measured or last or self.step == 1 or self.step % config.progress_interval_steps == 0:
-                metrics = meter.take(self.step) | {"learning_rate": lr, "gradient_norm": norm} | measured
-                self.attempt.progress(step=self.step, total_steps=config.total_steps, metrics=metrics)
+            validated = self.validates and self._is_validated(self.step)
+            measured = self._validate() if validated else {}
+            if validated or last or self.step == 1 or self.step % config.progress_interval_steps == 0:
+                self._report(taken, measured)
+            if validated:
+                self._heed_validation(measured)
+            self._return_when_stable()
             if self.step % config.checkpoint_interval_steps == 0:
-                self._save()
+                self._save(planned=True)
 
-    def _optimize(self, step: int) -> tuple[float, int, int, float, float]:
-        """Take one step; return loss, rows answered rightly, rows, gradient norm and learning rate."""
+    def _take_step(self) -> StepReport | None:
+        """Take a step and look after it; None where it could not be taken, which counts as a step all the same."""
+        started = time.monotonic()
+        try:
+            taken = self._optimize(self.step)
+        except TrainingDivergedError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self._recover(self.recovery.observe_not_finite(self.step, error.message))
+            return None
+        self.step += 1
+        self.tracker.add(taken, seconds=time.monotonic() - started)
+        self._recover(self.recovery.observe_step(self.step, taken.loss))
+        return taken
+
+    def _report(self, taken: StepReport | None, measured: Mapping[str, float]) -> None:
+        metrics: dict[str, Json] = {f"validation_{name}": value for name, value in measured.items()}
+        if taken is not None:
+            metrics |= {"learning_rate": taken.lr, "gradient_norm": taken.norm}
+        counts, units = self.tracker.counted
+        if units:
+            metrics |= self.objective.rates(counts, units)
+        metrics |= self.tracker.take(self.step)
+        loss = metrics.get("loss")
+        if isinstance(loss, float) and "loss" in measured:
+            metrics["generalization_gap"] = generalization_gap(loss, measured["loss"])
+        self.attempt.progress(step=self.step, total_steps=self.config.total_steps, metrics=metrics)
+
+    def _is_validated(self, step: int) -> bool:
+        if step == self.config.total_steps:  # which is measured anyway, unless it has to compete with the best one
+            return self.config.optimization.early_stopping is not None
+        return step % self.config.validation_interval == 0
+
+    def _heed_validation(self, measured: Mapping[str, float]) -> None:
+        """Let the newest validation decide what it has a say in. Every process has heard the same figures."""
+        optimization, higher = self.config.optimization, self.objective.higher_is_better
+        score = self.validation_score
+        if score is None:
+            self._recover(self.recovery.observe_not_finite(self.step, f"validation {self.objective.score}"))
+            return
+        if optimization.schedule is Schedule.PLATEAU:
+            self.plateau = self.plateau.after(score, higher_is_better=higher)
+        found = measured.get("violation_share")
+        limit = self.config.constraints.max_violation_share if self.config.constraints else 0.0
+        violations = None if found is None or self.correction.enforced else (found, limit)
+        self._recover(self.recovery.observe_validation(score if higher else -score, violations))
+        if optimization.early_stopping is None:
+            return
+        self.stopping = self.stopping.after(
+            score, step=self.step, config=optimization.early_stopping, higher_is_better=higher
+        )
+        if self.stopping.best_step == self.step:
+            self.best = {name: value.detach().clone() for name, value in self.state.items()}
+        elif self._ends_early() and self.step < self.config.total_steps:
+            message = f"no better {self.objective.score} since step {self.stopping.best_step}"
+            payload: dict[str, Json] = {"message": message, "step": self.step, **self.stopping.to_json()}
+            self.attempt.event("stopped_early", payload)
+
+    def _ends_early(self) -> bool:
+        config = self.config.optimization.early_stopping
+        return config is not None and self.stopping.ends(config)
+
+    @torch.no_grad()
+    def _take_best(self) -> None:
+        """Make the best validation's weights the agent's, where a run may end early."""
+        for name, value in self.best.items():
+            self.state[name].copy_(value)
+
+    def _optimize(self, step: int) -> StepReport:
+        """Take one step."""
         optimization, team, total = self.config.optimization, self.team, self.config.total_steps
-        batch = AgentBatch(**team.deal(lambda: vars(self._own_rows().order.batch(step))))
+        rows = self.correction.batch_factor
+        batch = team.deal(lambda: self.objective.batch(self._own_rows().rows_of(step, rows, total)))
         if team.size > 1:  # no two processes drop out the same, and a resumed run drops out as the uninterrupted one
             torch.manual_seed((self.config.seed * total + step) * team.size + team.rank)
-        mine, weight = _share(batch, team)
-        part = self._parallel(mine) * weight
-        parts = torch.stack((part.detach().double(), torch.tensor(self._loss.found.correct * (weight > 0))))
-        loss, correct = team.total(parts).tolist()
-        if not math.isfinite(loss):
-            raise TrainingDivergedError(f"the loss of step {step + 1} is {loss}; lower optimization.peak_learning_rate")
+        units = self.objective.units(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        with exchanging():
-            part.backward()
+        loss, counts = self._add_gradients(pieces(batch, team, optimization.accumulation_steps * rows), units)
+        names = sorted(counts)
+        parts = torch.tensor([loss, *(counts[name] for name in names)], dtype=torch.float64)
+        loss, *counted = team.total(parts).tolist()
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(f"the loss of step {step + 1} is {loss}")
         team.add_up_the_rest(self.trained.values())
-        norm = team.clip(list(self.trained.values()), optimization.clip_norm)
+        norm = team.clip(list(self.trained.values()), optimization.clip_norm * self.correction.clip_factor)
         if not math.isfinite(norm):
             raise TrainingDivergedError(f"the gradient norm of step {step + 1} is {norm}, and its loss {loss}")
         factor = lr_factor(
-            step, total_steps=total, warmup_steps=warmup_steps(optimization, total), schedule=optimization.schedule
+            step,
+            total_steps=total,
+            warmup_steps=warmup_steps(optimization, total),
+            schedule=optimization.schedule,
+            falls=self.plateau.falls,
         )
+        factor *= self.correction.lr_factor
         set_lr(self.optimizer, factor)
+        if self.correction.base_frozen:
+            self._freeze_base()
         self.optimizer.step()
-        return loss, int(correct), len(batch.tokens_BT), norm, optimization.lr * factor
+        return StepReport(
+            loss=loss,
+            units=units,
+            counts=dict(zip(names, counted, strict=True)),
+            rows=len(batch["tokens_BT"]),
+            norm=norm,
+            lr=optimization.lr * factor,
+        )
+
+    def _add_gradients(self, pieces: Sequence[Piece], units: float) -> tuple[float, dict[str, float]]:
+        """Add up the gradients of this process's pieces; return their part of the loss, and what was counted.
+
+        units: of the whole batch, over which the loss is a mean.
+        """
+        loss, counts = 0.0, dict[str, float]()
+        for piece in pieces:
+            own_units = self.objective.units(piece.batch) if piece.counts else 0.0
+            with contextlib.nullcontext() if piece.last else self.team.unexchanged(self._parallel):
+                with computing(self.config.optimization.precision):
+                    mean = self._parallel(piece.batch)
+                part = mean * (own_units / units if units else 0.0)
+                with exchanging():
+                    part.backward()
+            loss += float(part.detach())
+            for name, count in self._loss.found.counts.items():
+                counts[name] = counts.get(name, 0.0) + (count if piece.counts else 0.0)
+        return loss, counts
+
+    # Recovery
+
+    def _recover(self, finding: Finding | None) -> None:
+        """Apply the first action that is left and possible.
+
+        Errors: TrainingDivergedError, with the evidence, when there is none and the trouble is not one of quality.
+        """
+        if finding is None:
+            return
+        for action in self.recovery.choices(finding):
+            change = self._apply(Action(action))
+            if change is not None:
+                self._tell(self.recovery.record(finding, action, change))
+                return
+        if finding.detector not in QUALITY:
+            raise TrainingDivergedError(
+                f"{finding.detector} at step {self.step} ({finding.text}); {len(self.recovery.events)} recovery "
+                "actions were taken and none is left for it: lower optimization.peak_learning_rate, or look at the data"
+            )
+        self._tell(self.recovery.record(finding, Action.LEAVE, Change(before={}, after={})))
+
+    def _apply(self, action: Action) -> Change | None:
+        """Change the run as an action says; None where there is nothing to change."""
+        if action is Action.FREEZE_BASE and not self.model.head_parameters():
+            return None
+        if action is Action.PENALIZE and not self.objective.needs_reference:
+            return None
+        good = self._newest_good() if action is Action.ROLL_BACK else None
+        if action is Action.ROLL_BACK and good is None:
+            return None
+        change = self.correction.apply(action)
+        if good is not None:
+            self._go_back_to(good)
+            at_floor = change or Change(before={}, after={})  # the rate cannot fall further, and the weights still go
+            change = Change(
+                before={**at_floor.before, "weights_of_step": float(self.step)},
+                after={**at_floor.after, "weights_of_step": float(good.step)},
+            )
+        self._obey_correction()
+        return change
+
+    def _obey_correction(self) -> None:
+        """Tell the objective what recoveries ask of it."""
+        self.objective.kl_weight, self.objective.mask_actions = self.correction.penalty, self.correction.enforced
+
+    def _freeze_base(self) -> None:
+        in_head = {id(p) for p in self.model.head_parameters()}
+        for group in self.optimizer.param_groups:
+            if not any(id(p) in in_head for p in group["params"]):
+                group["lr"] = 0.0
+
+    def _return_when_stable(self) -> None:
+        """Undo what a recovery changed once training has been stable for long enough."""
+        if not self.recovery.stable:
+            return
+        change = self.correction.go_back_to_plan()
+        if change is None:
+            self.recovery.start_anew()
+        else:
+            self._tell(self.recovery.record_return(change))
+
+    def _tell(self, event: RecoveryEvent) -> None:
+        self.attempt.event("recovery", event.payload())
+
+    def _newest_good(self) -> GoodCheckpoint | None:
+        """Return the newest checkpoint to go back to. Waits until the newest of all is durable.
+
+        Every process has to ask for it. Errors: those of its save.
+        """
+        if self._saving is not None:
+            self._good, self._saving = good_of(self._saving.result().path, _POSITION), None
+        found = self.team.agree(lambda: None if self._good is None else (self._good.step, str(self._good.folder)))
+        self._good = None if found is None else GoodCheckpoint(found[0], Path(found[1]))
+        return self._good
+
+    def _go_back_to(self, good: GoodCheckpoint) -> None:
+        """Take weights and optimizer from a good checkpoint, and go on with the plan's next step and fresh rows."""
+        load_parts(self.state, safetensors.torch.load_file(good.folder / _WEIGHTS))
+        self._load_optimizer(good.folder, random_state=False)
 
     def _heed_stop(self) -> None:
         """Raise AttemptStopped when the job's owner asked for it, for PAUSE with the present step saved."""
@@ -279,10 +540,45 @@ class _Run:
         if kind is None:
             return
         if kind.saves:
-            self._save()
+            self._save(planned=False)
         raise AttemptStopped(kind)
 
+    def _heed_stop_early(self) -> None:
+        """Raise AttemptStopped when it was asked for, before there is anything new to save."""
+        kind = self.attempt.stop_requested() if self.team.size == 1 else None
+        if kind is not None:
+            raise AttemptStopped(kind)
+
     # Measuring
+
+    def _judge(self) -> tuple[Check, ...]:
+        """Return the checks of readiness that can be made, and record their share and what training has gained."""
+        values, score = {e.metric: e for e in self.evaluations}, self.objective.score
+        after, before = values[f"{score}_after"], values[f"{score}_before"]
+        sign = 1.0 if self.objective.higher_is_better else -1.0
+        checks = [
+            Check(name="score_is_finite", value=0.0 if math.isfinite(after.value) else 1.0, floor=0.5, below=True),
+            Check(name="score_improved", value=sign * after.value, floor=sign * before.value),
+            Check(
+                name="last_trouble_was_mended",
+                value=float(bool(self.recovery.events) and self.recovery.events[-1].action == Action.LEAVE),
+                floor=0.5,
+                below=True,
+            ),
+        ]
+        floor = self.objective.floor(self._own_rows().test)
+        if floor:
+            checks.append(beats("score_beats_floor", after.value, floor[0].value, after.rows))
+        share = readiness(checks)
+        if share is not None:
+            found = Measurement(metric="deployment_readiness", value=share, rows=after.rows)
+            self._record("deployment_readiness", after.dataset, found)
+        if self.objective.is_share:
+            gain = normalized_gain(before.value, after.value)
+            if gain is not None:
+                found = Measurement(metric="normalized_gain", value=gain, rows=after.rows)
+                self._record("normalized_gain", after.dataset, found)
+        return tuple(checks)
 
     def _between(self) -> None:
         # While the first of several processes measures, the others wait for it and could not save.
@@ -290,29 +586,58 @@ class _Run:
             self._heed_stop()
 
     def _measure(self, when: str, model: AgentModel, *, between: Callable[[], None]) -> None:
-        rows = self._own_rows().test
-        result = evaluate(model, rows, between=between)
-        self._record(f"accuracy_{when}", rows, result.accuracy)
-        self._record(f"macro_f1_{when}", rows, result.macro_f1)
-        if when == "before":
-            self._record("majority_share", rows, majority_share(rows))
-
-    def _validate(self) -> float:
-        model = self._whole_model()
-        return self.team.agree(lambda: evaluate(model, self._own_rows().validation, between=self._between).accuracy)
-
-    def _record(self, metric: str, rows: EncodedRows, value: float) -> None:
         own = self._own_rows()
-        split = "validation" if rows is own.validation else "test"
-        self.evaluations.append(Evaluation(metric=metric, dataset=f"{own.name}/{split}", value=value, rows=len(rows)))
+        dataset = f"{own.name}/test"
+        for found in measure(self.objective, model, own.test, between=between):
+            self._record(f"{found.metric}_{when}", dataset, found)
+        if when == "before":
+            for found in self.objective.floor(own.test):
+                self._record(found.metric, dataset, found)
+        if own.earlier is not None:
+            for found in measure(self.objective, model, own.earlier.test, between=between):
+                if found.metric == self.objective.score:
+                    self._record(f"earlier_{found.metric}_{when}", f"{own.earlier.name}/test", found)
+            if when == "after":
+                self._record_forgetting(own.earlier)
+
+    def _record_forgetting(self, earlier: Earlier) -> None:
+        """Tell how much worse the earlier set is answered than before, in its score's own unit."""
+        name, values = self.objective.score, {e.metric: e for e in self.evaluations}
+        before, after = values[f"earlier_{name}_before"], values[f"earlier_{name}_after"]
+        worse = forgetting(before.value, after.value, higher_is_better=self.objective.higher_is_better)
+        found = Measurement(metric="forgetting", value=worse, rows=after.rows)
+        self._record("forgetting", f"{earlier.name}/test", found)
+
+    def _validate(self) -> dict[str, float]:
+        """Measure on the validation rows."""
+        model = self._whole_model()
+
+        def measured() -> dict[str, float]:
+            found = measure(self.objective, model, self._own_rows().validation, between=self._between)
+            return {m.metric: m.value for m in found}
+
+        found = {name: value for name, value in self.team.agree(measured).items() if math.isfinite(value)}
+        self.validation_score = found.get(self.objective.score)
+        return found
+
+    def _record(self, metric: str, dataset: str, found: Measurement) -> None:
+        """Keep a result. Errors: TrainingDivergedError, for one that is no number."""
+        if not math.isfinite(found.value):
+            raise TrainingDivergedError(f"{metric} on {dataset} is {found.value}: lower the learning rate")
+        self.evaluations.append(Evaluation(metric=metric, dataset=dataset, value=found.value, rows=found.rows))
 
     # Checkpoints
 
-    def _save(self) -> None:
+    def _save(self, *, planned: bool) -> None:
+        """Save a checkpoint, and with it the newest good one.
+
+        planned: only checkpoints of the plan can be good, so that a pause changes no later decision.
+        """
         if self.saved_step == self.step:
             return
-        if self._saving is not None:
-            self._saving.result()  # what the copy overwrites is written
+        good = self._newest_good()  # waits, so that what the copy overwrites is written
+        is_good = planned and self.recovery.healthy and self._is_finite()
+        kept = None if is_good else good
         parts = {
             "trained": {name: value.detach() for name, value in self.state.items()},
             "optimizer": {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()},
@@ -321,33 +646,48 @@ class _Run:
         state: dict[str, Any] = (
             self._copy.take(parts) if self.attempt.saves_in_background else whole(parts, keep=self.team.leads)
         )
-        position = self._position()
+        # Never overwritten, so that it need not be copied.
+        best: dict[str, Tensor] = whole(self.best, keep=self.team.leads)
+        position = self._position(good_step=self.step if is_good else None)
 
         def write(folder: Path) -> None:
-            tensors = {name: value.contiguous() for name, value in state["trained"].items()}
-            safetensors.torch.save_file(tensors, folder / "trained.safetensors")
-            torch.save(state["optimizer"], folder / "optimizer.pt")
-            (folder / "position.json").write_text(position, encoding="utf-8")
+            _save_tensors(state["trained"], folder / _WEIGHTS)
+            if best:
+                _save_tensors(best, folder / _BEST)
+            torch.save(state["optimizer"], folder / _OPTIMIZER)
+            (folder / _POSITION).write_text(position, encoding="utf-8")
+            if kept is not None:
+                kept.link_into(folder, (_WEIGHTS, _OPTIMIZER))
 
-        self._saving = self.attempt.save_checkpoint(step=self.step, write=write, score=self.validation_accuracy)
+        self._saving = self.attempt.save_checkpoint(step=self.step, write=write, score=self.validation_score)
         self.saved_step = self.step
 
-    def _position(self) -> str:
+    def _is_finite(self) -> bool:
+        broken = sum(not bool(local(p).isfinite().all()) for p in self.trained.values())
+        return not bool(self.team.total(torch.tensor(broken)))
+
+    def _position(self, *, good_step: int | None) -> str:
+        """Return the rest as JSON. good_step: the checkpoint's own step, when it is one to go back to."""
         position = {
             "format": _CHECKPOINT_FORMAT,
             "step": self.step,
             "config_digest": self.config.digest(),
             "evaluations": [asdict(e) for e in self.evaluations],
-            "validation_accuracy": self.validation_accuracy,
+            "validation_score": self.validation_score,
+            "plateau": self.plateau.to_json(),
+            "stopping": self.stopping.to_json(),
+            "good_step": good_step,
+            "recovery": self.recovery.state_dict(),
+            "correction": asdict(self.correction),
         }
         return json.dumps(position)
 
     def _restore(self, checkpoint: CheckpointRef) -> None:
         """Take over a checkpoint's weights and position."""
-        position = json.loads((checkpoint.path / "position.json").read_text(encoding="utf-8"))
+        position = json.loads((checkpoint.path / _POSITION).read_text(encoding="utf-8"))
         if (position["format"], position["config_digest"]) != (_CHECKPOINT_FORMAT, self.config.digest()):
             raise ArtifactCorruptError(f"the checkpoint of step {checkpoint.step} is of another training plan")
-        stored = safetensors.torch.load_file(checkpoint.path / "trained.safetensors")
+        stored = safetensors.torch.load_file(checkpoint.path / _WEIGHTS)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         own: dict[str, Tensor] = {**trained, **dict(self.model.named_buffers())}
         if stored.keys() != own.keys():
@@ -355,24 +695,36 @@ class _Run:
         load_parts(own, stored)
         self.step = self.saved_step = position["step"]
         self.evaluations = [Evaluation(**e) for e in position["evaluations"]]
-        self.validation_accuracy = position.get("validation_accuracy")  # unknown to checkpoints of before
+        self.validation_score = position["validation_score"]
+        self.plateau = PlateauState.from_json(position["plateau"])
+        self.stopping = StoppingState.from_json(position["stopping"])
+        self.recovery.load_state_dict(position["recovery"])
+        self.correction = Correction(**position["correction"])
+        self._good = good_of(checkpoint.path, _POSITION)
 
-    def _restore_optimizer(self, checkpoint: CheckpointRef) -> None:
-        state = torch.load(checkpoint.path / "optimizer.pt", weights_only=True)
+    def _load_optimizer(self, folder: Path, *, random_state: bool) -> None:
+        state = torch.load(folder / _OPTIMIZER, weights_only=True)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.optimizer.load_state_dict(parts_of_state(state["optimizer"], parameters))
-        torch.set_rng_state(state["random"])
+        if random_state:
+            torch.set_rng_state(state["random"])
+
+    def _restore_best(self, checkpoint: CheckpointRef) -> None:
+        file = checkpoint.path / _BEST
+        if file.exists():
+            stored = safetensors.torch.load_file(file)
+            self.best = {name: part_of(stored[name], value) for name, value in self.state.items()}
 
     # Export
 
-    def _export(self, model: AgentModel, rows: _Rows, count: ParameterCount) -> Path:
-        """Merge, write the folder, read it back, and hold both against the trained model's logits."""
+    def _export(self, model: AgentModel, rows: TrainingRows, count: ParameterCount) -> Path:
+        """Merge, write the folder, read it back, make a package of it; hold each against the trained model's logits."""
         model.eval()
-        probe = rows.test.batch(range(min(_PROBE_ROWS, len(rows.test))))
+        probe = self.objective.batch(rows.test[:_PROBE_ROWS])
 
         @torch.no_grad()
         def logits() -> Tensor:
-            return model.comparable_logits(probe)
+            return self.objective.comparable(model, probe)
 
         change = merge_checked(model.base_model(), logits)
         folder = self.attempt.workdir / "agent"
@@ -380,18 +732,16 @@ class _Run:
             shutil.rmtree(folder)  # an earlier attempt's, cut off before it was published
         folder.mkdir(parents=True)
         model.save(folder, extra=self._export_config(count, change))
-        card = model_card(
-            self.config, data=rows.name, labels=model.labels, count=count, change=change,
-            evaluations=self.evaluations, training_rows=rows.training_rows,
-        )  # fmt: skip
-        (folder / "README.md").write_text(card, encoding="utf-8")
         with torch.no_grad():
-            read_back = self.architecture.load(folder).eval().comparable_logits(probe)
+            read_back = self.objective.comparable(self.architecture.load(folder).eval(), probe)
         if not torch.equal(read_back, logits()):
             raise IntegrityCheckFailedError("the exported agent, read back, gives other logits than the trained one")
+        write_package(folder, model, as_before(model, self._build), architecture=self.architecture.name)
         return folder
 
     def _export_config(self, count: ParameterCount, change: float) -> dict[str, Json]:
+        adaptation = self.config.adaptation
+        frozen = "trained" if adaptation.unfreeze_act_ltm else "frozen"
         return {
             "agent": self.config.agent,
             "foundation": self.config.foundation,
@@ -400,70 +750,15 @@ class _Run:
             "training": json.loads(json.dumps(asdict(self.config))),
             "trainable_parameters": count.trainable,
             "total_parameters": count.total,
+            "adaptation": f"{adaptation.describe()}; ACT and LTM {frozen}",
             "merge_logit_change": change,
+            "steps": self.step,
+            "weights_of_step": self.stopping.best_step if self.best else self.step,
+            "recovery": [vars(event) for event in self.recovery.events],
+            "constraints_enforced": self.correction.enforced,
             "evaluations": [asdict(e) for e in self.evaluations],
         }
 
 
-class _Rows:
-    """The rows of prepared data, encoded: those to train on in their order, and samples of the others."""
-
-    def __init__(self, data: LabelledData, model: AgentModel, config: AgentTrainConfig) -> None:
-        self.name = data.name
-        self.training_rows = len(data.train)
-
-        def encode(rows: Sequence[tuple[str, int]]) -> EncodedRows:
-            tokens = model.encode([text for text, _ in rows], max_tokens=config.max_tokens)
-            return EncodedRows(tokens=tokens, labels=[label for _, label in rows])
-
-        self.order = TrainingOrder(encode(data.train), batch_size=config.batch_size, seed=config.seed)
-        self.validation = encode(data.validation).sample(config.validation_rows, config.seed)
-        self.test = encode(data.test).sample(config.evaluation_rows, config.seed)
-
-
-def _share(batch: AgentBatch, team: Team) -> tuple[AgentBatch, float]:
-    """Return this process's rows, and their share of the batch.
-
-    A process without a row takes the first one and counts it for nothing: it has to take part in every exchange.
-    """
-    rows = len(batch.tokens_BT)
-    mine = team.rows(rows)
-    count = mine.stop - mine.start
-    taken = mine if count else slice(0, 1)
-    return AgentBatch(**{name: part[taken] for name, part in vars(batch).items()}), count / rows
-
-
-class _Meter:
-    """Means over the steps since the last progress row."""
-
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self.step_seconds = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.loss, self.correct, self.rows, self.seconds = 0.0, 0, 0, 0.0
-
-    def add(self, *, loss: float, correct: int, rows: int, seconds: float) -> None:
-        self.loss += loss * rows
-        self.correct += correct
-        self.rows += rows
-        self.seconds += seconds
-        weight = _TIME_SMOOTHING if self.step_seconds else 1.0
-        self.step_seconds += weight * (seconds - self.step_seconds)
-
-    def take(self, step: int) -> dict[str, Json]:
-        metrics: Mapping[str, Json] = {
-            "loss": self.loss / self.rows,
-            "train_accuracy": self.correct / self.rows,
-            "samples_per_s": self.rows / max(self.seconds, 1e-9),
-            "seconds_left": self.step_seconds * (self.total_steps - step),
-            "peak_memory_bytes": _peak_memory_bytes(),
-        }
-        self._reset()
-        return dict(metrics)
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, file)

@@ -15,20 +15,26 @@ import torch
 
 from agent_server import foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.architectures.refusal import guard_process, require_separate
+from agent_server.architectures.settings import settings_of
 from agent_server.artifacts import AgentArtifactManager
-from agent_server.data.classification import AgentDataProcessor
-from agent_server.plan import classification_source
+from agent_server.bases import Base, resolve
+from agent_server.data.processor import AgentDataProcessor, ready_event
+from agent_server.objectives.build import objective_for
+from agent_server.rl.plan import TASKS
+from agent_server.rl.work import train_acting
 from agent_server.settings import AgentSettings, load_settings
-from agent_server.train_config import from_plan
+from agent_server.tracker import Cost
+from agent_server.train_config import AgentTrainConfig, from_plan
 from agent_server.trainer import train_agent
 from cognateforge.agent.v1 import training_pb2 as pb
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.attempt import Attempt, AttemptStopped, AttemptWaits
-from training_common.compute import threads_of
+from training_common.compute import processes_here, threads_of
 from training_common.jobs.states import JobState
 from training_common.retention import retention_of
-from training_common.team import Team, team_for
+from training_common.team import ALONE, Team, team_for
 from training_common.team_attempt import TeamAttempt
 from training_common.worker import AssistantContext, WorkerContext, run
 
@@ -38,61 +44,114 @@ _RETRY_S = 1.0
 
 def work(context: WorkerContext[AgentSettings]) -> None:
     """Take one job from its plan to a published agent."""
+    guard_process()
     settings, attempt = context.settings, context.attempt
     plan = pb.TrainingPlan.FromString(attempt.store.job.plan)
     team = team_for(plan.compute, context.team)
-    _set_threads(settings, team)
-    attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=True))
+    _set_threads(settings)
+    registry = ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts"))
+    if plan.WhichOneof("task") in TASKS:
+        attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=True))
+        _act(context, plan, registry)
+        return
+    attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=objective_for(from_plan(plan)).higher_is_better))
     # A job that came back from waiting read its data before: what it lacked is asked for first.
-    base = _fetch(context, plan) if attempt.store.job.waits else None
-    processor = AgentDataProcessor(folder=settings.data.folder)
-    data = processor.process(classification_source(plan.classification), each_row=lambda: _heed(attempt))
-    attempt.event(
-        "data_ready",
-        {
-            "message": f"{data.name} ({data.manifest.kind}): {len(data.train)} rows to train on, {len(data.test)} to "
-            f"test on, {len(data.labels)} labels",
-            "dataset": data.name,
-            "kind": data.manifest.kind,
-            "rows_read": data.report.rows_read,
-            "rows_refused": data.report.rows_refused,
-            "digest": data.manifest.digest,
-        },
-    )
-    base = base or _fetch(context, plan)
-    attempt.store.set_facts({"foundation": base.name, "foundation_digest": base.digest})
-    attempt.event(
-        "foundation_ready",
-        {"message": f"{base.name} fetched and verified", "foundation": base.name, "digest": base.digest},
-    )
+    base = _base(context, plan, registry) if attempt.store.job.waits else None
+    processor = AgentDataProcessor(settings.data, hub_dir=settings.files_dir / "hub")
+    data = processor.prepare(plan, each_row=lambda: _heed(attempt))
+    rehearsal = processor.prepare_rehearsal(plan, data.labels, each_row=lambda: _heed(attempt))
+    attempt.event("data_ready", ready_event(data))
+    base = base or _base(context, plan, registry)
+    facts = {"foundation": base.foundation, "foundation_digest": base.foundation_digest}
+    if base.agent_dir:
+        facts["agent_version"] = base.name
+    if plan.WhichOneof("base") == "model_folder":
+        facts["model_digest"] = base.digest
+    attempt.store.set_facts(facts)
+    if base.base_dir:
+        attempt.event(
+            "foundation_ready",
+            {"message": f"{base.name} fetched and verified", "foundation": base.name, "digest": base.digest},
+        )
     attempt.move(JobState.RUNNING)
-    name, digest, path = team.agree(lambda: (base.name, base.digest, str(base.path)))
+    config, base_dir, agent_dir = _agreed(team, plan, base)
     result = train_agent(
-        from_plan(plan, foundation=name, foundation_digest=digest),
-        Path(path),
+        config,
+        base_dir,
         data,
         TeamAttempt(team, attempt, job=attempt.job, workdir=attempt.workdir),
+        rehearsal=rehearsal,
+        agent_dir=agent_dir,
         team=team,
+        cost=_cost(context, team),
     )
+    require_separate()
     manifest = json.dumps(data.manifest.to_json(), indent=1) + "\n"
     (result.folder / "data.json").write_text(manifest, encoding="utf-8")
-    registry = ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts"))
-    AgentArtifactManager(registry).publish(result, plan=plan, foundation=base, data=data.manifest, attempt=attempt)
+    manager = AgentArtifactManager(registry, data_folder=settings.data.folder)
+    manager.publish(result, plan=plan, base=base, data=data.manifest, attempt=attempt)
+
+
+def _act(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan, registry: ArtifactRegistry) -> None:
+    """Take a job whose agents act in an environment to a published agent."""
+    attempt = context.attempt
+    base = _base(context, plan, registry)
+    if base.agent_dir:
+        attempt.store.set_facts({"agent_version": base.name})
+    attempt.move(JobState.RUNNING)
+    modules, cost = context.settings.environments.modules, _cost(context, ALONE)
+    result, manifest = train_acting(plan, base, attempt, modules=modules, cost=cost)
+    require_separate()
+    AgentArtifactManager(registry).publish(result, plan=plan, base=base, data=manifest, attempt=attempt)
 
 
 def assist(context: AssistantContext[AgentSettings]) -> None:
     """Take part in training, in a process that is not the first."""
+    guard_process()
     plan = pb.TrainingPlan.FromString(context.plan)
     team = team_for(plan.compute, context.team)
-    _set_threads(context.settings, team)
-    name, digest, path = team.agree(lambda: ("", "", ""))  # what the first one has fetched
-    config = from_plan(plan, foundation=name, foundation_digest=digest)
+    _set_threads(context.settings)
+    config, base_dir, agent_dir = _agreed(team, plan, None)
     attempt = TeamAttempt(team, None, job=context.job, workdir=context.job_dir)
-    train_agent(config, Path(path), None, attempt, team=team)
+    train_agent(config, base_dir, None, attempt, agent_dir=agent_dir, team=team)
 
 
-def _set_threads(settings: AgentSettings, team: Team) -> None:
-    torch.set_num_threads(threads_of(settings.workers.threads, os.cpu_count() or 1, team.size))
+def _agreed(team: Team, plan: pb.TrainingPlan, base: Base | None) -> tuple[AgentTrainConfig, Path | None, Path | None]:
+    """Return what the first process knows of the base, on all of them: configuration, foundation and agent folder."""
+
+    def said() -> tuple[str, str, str, str]:
+        found = base or Base()
+        return found.name, found.digest, str(found.base_dir or ""), str(found.agent_dir or "")
+
+    name, digest, base_dir, agent_dir = team.agree(said)
+    architecture = AgentArchitectureFactory().get(plan.architecture)
+    settings = settings_of(architecture.name, architecture.settings, plan.settings)
+    config = from_plan(plan, foundation=name, foundation_digest=digest, settings=settings)
+    return config, Path(base_dir) if base_dir else None, Path(agent_dir) if agent_dir else None
+
+
+def _base(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan, registry: ArtifactRegistry) -> Base:
+    return resolve(
+        plan,
+        fetch=lambda: _fetch(context, plan),
+        registry=registry,
+        cache_dir=context.settings.files_dir / "agents",
+        models=context.settings.models,
+        agent_name=context.attempt.store.job.facts.get("agent_version", ""),
+        model_digest=context.attempt.store.job.facts.get("model_digest", ""),
+    )
+
+
+def _cost(context: WorkerContext[AgentSettings], team: Team) -> Cost:
+    hour = context.settings.price.worker_hour
+    return Cost(
+        worker_hour=None if hour is None else hour * team.size,
+        earlier_seconds=context.attempt.store.earlier_seconds(),
+    )
+
+
+def _set_threads(settings: AgentSettings) -> None:
+    torch.set_num_threads(threads_of(settings.workers.threads, os.cpu_count() or 1, processes_here()))
 
 
 def _heed(attempt: Attempt) -> None:

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 
+from agent_server.data.examples import texts_of
 from agent_server.trainer import train_agent
 from tests.agent._support import MemoryAttempt, factory, write_foundation
 from tests.agent.test_trainer import CONFIG, DATA
@@ -15,7 +16,7 @@ from training_common.replay import ReplayAttempt, digests_under
 @pytest.mark.parametrize("pause_at", [None, 16])
 def test_a_replay_saves_what_the_job_saved(tmp_path: Path, pause_at: int | None) -> None:
     """The plan's last checkpoints, and one that a pause made in between. Validation on the way asks for stops, too."""
-    foundation = write_foundation(tmp_path / "foundation", [text for text, _ in DATA.train])
+    foundation = write_foundation(tmp_path / "foundation", list(texts_of(DATA.train)))
     job = MemoryAttempt(tmp_path / "job", stop_at=pause_at)
     try:
         train_agent(CONFIG, foundation, DATA, job, factory=factory())

@@ -14,12 +14,15 @@ import safetensors.torch
 import torch
 
 from agent_server.adaptation import Adaptation, Lora
-from agent_server.data.classification import AgentDataProcessor, ClassificationSource
-from agent_server.evaluation import EncodedRows, TrainingOrder, score
+from agent_server.data.examples import Labelled, texts_of
+from agent_server.data.processor import AgentDataProcessor
+from agent_server.evaluation import TrainingOrder
+from agent_server.objectives.classification import score
 from agent_server.optim import Optimization
 from agent_server.predict import Classifier, main
 from agent_server.train_config import AgentTrainConfig
 from agent_server.trainer import AgentResult, train_agent
+from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import (
     ArchitectureNotFoundError,
     ArtifactCorruptError,
@@ -29,6 +32,7 @@ from cognateforge.exceptions import (
 )
 from tests.agent._support import MemoryAttempt, Rows, factory, toy_rows, write_foundation
 from training_common.attempt import AttemptStopped, StopKind
+from training_common.settings import DataSettings
 
 DATA = toy_rows()
 CONFIG = AgentTrainConfig(
@@ -48,7 +52,7 @@ CONFIG = AgentTrainConfig(
 @pytest.fixture(scope="module")
 def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Cognate on disk."""
-    return write_foundation(tmp_path_factory.mktemp("trainer") / "foundation", [text for text, _ in DATA.train])
+    return write_foundation(tmp_path_factory.mktemp("trainer") / "foundation", list(texts_of(DATA.train)))
 
 
 def run(foundation: Path, attempt: MemoryAttempt, config: AgentTrainConfig = CONFIG, data: Rows = DATA) -> AgentResult:
@@ -81,12 +85,13 @@ def test_a_trained_agent_beats_the_best_constant_answer(
 
 def test_forge_intents_are_learnt_beyond_the_majority(tmp_path: Path) -> None:
     """On the project's own set, with new wordings in its test, a tiny random foundation beats a constant answer."""
-    data = AgentDataProcessor().process(ClassificationSource(generator_seed=1))
-    foundation = write_foundation(tmp_path / "foundation", [text for text, _ in data.train])
+    plan = pb.TrainingPlan(classification=pb.ClassificationTask(generated=pb.GeneratedSource(seed=1)))
+    data = AgentDataProcessor(DataSettings()).prepare(plan)
+    foundation = write_foundation(tmp_path / "foundation", list(texts_of(data.train)))
     config = dataclasses.replace(CONFIG, total_steps=80, batch_size=32, evaluation_rows=0)
     result = train_agent(config, foundation, data, MemoryAttempt(tmp_path), factory=factory())
     got = measured(result)
-    assert data.test_majority_share == got["majority_share"]
+    assert data.manifest.facts["test_majority_share"] == got["majority_share"]
     assert got["majority_share"] < 0.1
     assert got["accuracy_before"] < 0.25
     assert got["accuracy_after"] > 3 * got["majority_share"]
@@ -108,7 +113,12 @@ def test_progress_says_what_was_measured(foundation: Path, tmp_path: Path) -> No
         "peak_memory_bytes",
     }
     for step, metrics in attempt.rows:
-        assert always | ({"validation_accuracy"} if step in (6, 12, 18) else set()) == set(metrics)
+        expected = always | ({"loss_slope"} if step >= 20 else set())
+        if step in (6, 12, 18):
+            expected |= {"validation_accuracy", "validation_macro_f1", "validation_loss", "generalization_gap"}
+        assert expected == set(metrics)
+        if "validation_loss" in metrics:
+            assert metrics["generalization_gap"] == metrics["validation_loss"] - metrics["loss"]  # type: ignore[operator]
     assert [checkpoint.step for checkpoint in attempt.checkpoints] == [10, 20, 24]
 
 
@@ -181,17 +191,14 @@ def test_the_foundation_is_left_as_it_was(foundation: Path, tmp_path: Path) -> N
 
 
 def test_the_folder_is_complete(foundation: Path, tmp_path: Path) -> None:
-    """Weights, configuration, tokenizer and a card with the measured figures; parameters as they were counted."""
+    """Weights, configuration, tokenizer and what runs them; parameters as they were counted."""
     result = run(foundation, MemoryAttempt(tmp_path))
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} == {
+    assert {"model.safetensors", "config.json", "tokenizer.json", "run.py", "package.json", "probe.safetensors"} < {
         path.name for path in result.folder.iterdir()
     }
     config = json.loads((result.folder / "config.json").read_text(encoding="utf-8"))
     assert list(DATA.labels) == config["labels"]
     assert ("tiny@1", result.trainable_parameters) == (config["foundation"], config["trainable_parameters"])
-    card = (result.folder / "README.md").read_text(encoding="utf-8")
-    assert f"| accuracy | toy/test | {measured(result)['accuracy_after']:.4f} | 40 |" in card
-    assert f"{result.trainable_parameters:,} of {result.total_parameters:,}" in card
 
 
 def test_a_published_folder_classifies(
@@ -200,8 +207,8 @@ def test_a_published_folder_classifies(
     """What was exported answers as the trained agent was measured, from Python and from the command."""
     result = run(foundation, MemoryAttempt(tmp_path), dataclasses.replace(CONFIG, total_steps=60))
     classifier = Classifier(result.folder, factory=factory())
-    answers = classifier.classify([text for text, _ in DATA.test])
-    right = sum(DATA.labels[label] == answer.label for (_, label), answer in zip(DATA.test, answers, strict=True))
+    answers = classifier.classify(list(texts_of(DATA.test)))
+    right = sum(DATA.labels[row.label] == answer.label for row, answer in zip(DATA.test, answers, strict=True))
     assert measured(result)["accuracy_after"] == pytest.approx(right / len(DATA.test))
     assert all(1 / len(DATA.labels) <= answer.probability <= 1 for answer in answers)
     assert len(classifier.classify([""])) == 1
@@ -220,18 +227,17 @@ def test_the_command_without_arguments_says_how(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "usage: python -m agent_server.predict FOLDER TEXT...\n")
 
 
-def test_an_absurd_learning_rate_diverges_with_a_remedy(foundation: Path, tmp_path: Path) -> None:
-    """A loss that is not finite ends the run with its class, and no artifact."""
-    wild = Optimization(lr=1.0, head_lr_scale=1000, clip_norm=1000)
+def test_a_foundation_that_is_not_finite_makes_no_agent(tmp_path: Path) -> None:
+    """A loss that is not finite before the first step ends the run with its class, and no artifact."""
     broken = tmp_path / "broken"
-    write_foundation(broken, [text for text, _ in DATA.train])
+    write_foundation(broken, list(texts_of(DATA.train)))
     state = safetensors.torch.load_file(broken / "model.safetensors")
     with safetensors.safe_open(broken / "model.safetensors", framework="pt") as file:
         header = file.metadata()
     state["final_norm.scale_D"].fill_(float("inf"))
     safetensors.torch.save_file(state, broken / "model.safetensors", metadata=header)
-    with pytest.raises(TrainingDivergedError, match="the loss of step 1 is nan"):
-        run(broken, MemoryAttempt(tmp_path), dataclasses.replace(CONFIG, optimization=wild))
+    with pytest.raises(TrainingDivergedError, match="loss_before on toy/test is nan"):
+        run(broken, MemoryAttempt(tmp_path))
     assert not (tmp_path / "agent").exists()
 
 
@@ -240,8 +246,11 @@ def test_an_absurd_learning_rate_diverges_with_a_remedy(foundation: Path, tmp_pa
     [
         ({"train": []}, "toy has no train rows"),
         ({"test": []}, "toy has no test rows"),
-        ({"validation": [("a text", 3)]}, "toy has validation rows whose label is not among its 3"),
-        ({"labels": ["a"], "train": [("t", 0)], "validation": [], "test": [("t", 0)]}, "toy has 1 labels"),
+        ({"validation": [Labelled("a text", 3)]}, "toy has validation rows whose label is not among its 3"),
+        (
+            {"labels": ["a"], "train": [Labelled("t", 0)], "validation": [], "test": [Labelled("t", 0)]},
+            "toy has 1 labels",
+        ),
     ],
 )
 def test_unusable_data_is_named(foundation: Path, tmp_path: Path, change: dict[str, list[object]], reason: str) -> None:
@@ -254,8 +263,8 @@ def test_an_unknown_architecture_or_task_is_refused(foundation: Path, tmp_path: 
     """Both are named together with what there is."""
     with pytest.raises(ArchitectureNotFoundError, match="no agent architecture 'nowhere' is installed"):
         run(foundation, MemoryAttempt(tmp_path), dataclasses.replace(CONFIG, architecture="nowhere"))
-    with pytest.raises(IncompatibleError, match="serves classification, not dialogue"):
-        run(foundation, MemoryAttempt(tmp_path), dataclasses.replace(CONFIG, task="dialogue"))
+    with pytest.raises(IncompatibleError, match=r"serves classification, .*, not multi_agent"):
+        run(foundation, MemoryAttempt(tmp_path), dataclasses.replace(CONFIG, task="multi_agent"))
 
 
 def test_without_validation_rows_nothing_is_validated(foundation: Path, tmp_path: Path) -> None:
@@ -268,21 +277,16 @@ def test_without_validation_rows_nothing_is_validated(foundation: Path, tmp_path
 
 def test_every_epoch_holds_every_row_once() -> None:
     """The order is a function of seed and step, differs between epochs, and loses no row."""
-    rows = EncodedRows(tokens=[[1] * (1 + i % 7) for i in range(53)], labels=list(range(53)))
-    order = TrainingOrder(rows, batch_size=5, seed=1)
+    rows = list(range(53))
 
-    def labels(step: int) -> list[int]:
-        batch = order.batch(step)
-        assert batch.labels_B is not None
-        numbers: list[int] = batch.labels_B.tolist()
-        return numbers
+    def order() -> TrainingOrder[int]:
+        return TrainingOrder(rows, length=lambda row: 1 + row % 7, batch_size=5, seed=1)
 
-    epochs = [[label for step in range(11) for label in labels(11 * epoch + step)] for epoch in range(2)]
+    shared = order()
+    epochs = [[row for step in range(11) for row in shared.rows_of(11 * epoch + step)] for epoch in range(2)]
     assert list(range(53)) == sorted(epochs[0]) == sorted(epochs[1])
     assert epochs[0] != epochs[1]
-    again = TrainingOrder(rows, batch_size=5, seed=1).batch(13).labels_B
-    assert again is not None
-    assert labels(13) == again.tolist()
+    assert shared.rows_of(13) == order().rows_of(13)
 
 
 def test_scores_agree_with_a_plain_reference() -> None:
@@ -294,6 +298,6 @@ def test_scores_agree_with_a_plain_reference() -> None:
         answered, labelled = sum(a == label for _, a in pairs), sum(t == label for t, _ in pairs)
         precision, recall = hits / answered if answered else 0.0, hits / labelled
         f1.append(2 * precision * recall / (precision + recall) if hits else 0.0)
-    got = score(Counter(pairs))
-    assert (got.accuracy, got.rows) == (3 / 6, 6)
-    assert got.macro_f1 == pytest.approx(sum(f1) / 3)
+    accuracy, macro_f1 = score(Counter(pairs))
+    assert accuracy == 3 / 6
+    assert macro_f1 == pytest.approx(sum(f1) / 3)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from agent_server.adaptation import Adaptation, Lora
-from agent_server.optim import Optimization, OptimizerKind
+from agent_server.adaptation import Adaptation, Bottleneck, Lora
+from agent_server.data.examples import Labelled
+from agent_server.optim import EarlyStopping, Optimization, OptimizerKind, Schedule
 from agent_server.train_config import AgentTrainConfig
 from agent_server.trainer import train_agent
-from tests.agent._support import MemoryAttempt, Rows, factory
+from tests.agent._support import MemoryAttempt, factory, prepared
 from training_common.attempt import AttemptStopped, CheckpointRef, PartDone
 from training_common.team import ALONE, Strategy, Team
 from training_common.team_attempt import TeamAttempt
@@ -24,12 +25,11 @@ STEPS = 16
 CUT_AT = 9
 WORDS = ("alpha", "beta", "gamma", "delta")
 # 49 rows in batches of 8: every seventh batch has one row, which leaves one of two processes nothing.
-DATA = Rows(
-    name="toy",
+DATA = prepared(
+    [Labelled(f"{WORDS[i % 4]} {'number ' * (i % 5)}{i}", int(i % 4 > 1)) for i in range(49)],
+    [Labelled(f"a {WORDS[i % 4]} {i}", int(i % 4 > 1)) for i in range(12)],
+    [Labelled(f"the {WORDS[i % 4]} {i}", int(i % 4 > 1)) for i in range(12)],
     labels=("left", "right"),
-    train=[(f"{WORDS[i % 4]} {'number ' * (i % 5)}{i}", int(i % 4 > 1)) for i in range(49)],
-    validation=[(f"the {WORDS[i % 4]} {i}", int(i % 4 > 1)) for i in range(12)],
-    test=[(f"a {WORDS[i % 4]} {i}", int(i % 4 > 1)) for i in range(12)],
 )
 BASE = AgentTrainConfig(
     agent="toy",
@@ -44,6 +44,21 @@ BASE = AgentTrainConfig(
 CONFIGS = {
     "full": BASE,
     "lora": dataclasses.replace(BASE, adaptation=Adaptation(lora=Lora(rank=4), unfreeze_act_ltm=True)),
+    # Three parts of each process's rows, of which the last batches of an epoch leave some empty.
+    "dora": dataclasses.replace(
+        BASE,
+        adaptation=Adaptation(lora=Lora(rank=4, weight_decomposed=True)),
+        optimization=Optimization(lr=5e-3, accumulation_steps=3),
+    ),
+    # What validations decide has to be decided alike, and the best one's weights are the agent's.
+    "best": dataclasses.replace(
+        BASE,
+        adaptation=Adaptation(bottleneck=Bottleneck(width=8)),
+        validation_interval_steps=2,
+        optimization=Optimization(
+            lr=5e-2, accumulation_steps=2, schedule=Schedule.PLATEAU, early_stopping=EarlyStopping(patience=100)
+        ),
+    ),
     "sgd": dataclasses.replace(BASE, optimization=Optimization(optimizer=OptimizerKind.SGD, lr=5e-2, momentum=0.9)),
 }
 KINDS = tuple(Strategy)
@@ -86,6 +101,8 @@ def run(rank: int, folder: str) -> None:
             _keep(train(foundation, place / name, name, ours), place / f"{name}.pt")
         for part, stop_at in (("begun", CUT_AT), ("begun-alone", None), ("cut", CUT_AT), ("cut", None)):
             _keep(train(foundation, place / part, "full", ours, stop_at=stop_at), place / f"{part}.pt")
+        for stop_at in (CUT_AT, None):
+            _keep(train(foundation, place / "best-cut", "best", ours, stop_at=stop_at), place / "best-cut.pt")
     dist.destroy_process_group()
 
 

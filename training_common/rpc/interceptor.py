@@ -362,8 +362,10 @@ def _check_rules(request: Message) -> None:
 
 
 def _path(violation: Any) -> str:
-    """Return "plan.datasets[2].weight" for a violation's field path."""
+    """Return "plan.datasets[2].weight" for a violation's field path, nothing for one of the whole request."""
     parts = []
+    if violation.field is None:
+        return ""
     for element in violation.field.elements:
         subscript = "" if element.subscript is None else f"[{element.subscript.value!r}]"
         parts.append(f"{element.field_name}{subscript}")

@@ -1,0 +1,92 @@
+"""Training goes on from a published agent, and what an earlier set taught is rehearsed and looked after."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from agent_server.adaptation import Adaptation
+from agent_server.data.examples import Labelled, texts_of
+from agent_server.optim import Optimization
+from agent_server.train_config import AgentTrainConfig
+from agent_server.trainer import AgentResult, train_agent
+from tests.agent._support import MemoryAttempt, Rows, factory, prepared, toy_rows, write_foundation
+
+EARLIER = toy_rows()
+CONFIG = AgentTrainConfig(
+    agent="toy-router",
+    total_steps=40,
+    batch_size=8,
+    seed=3,
+    adaptation=Adaptation(),
+    optimization=Optimization(lr=1e-2),
+)
+# The same labels, told by other words: what is learnt here is paid for there.
+_TOLD = (("cash", "fee"), ("train", "road"), ("band", "choir"))
+
+
+def later_rows() -> Rows:
+    rows = [Labelled(f"{'the ' * (i % 3)}{_TOLD[i % 3][i // 3 % 2]} today {i}", (i + 1) % 3) for i in range(120)]
+    return prepared(rows[:90], rows[90:], name="later", labels=EARLIER.labels)
+
+
+@pytest.fixture(scope="module")
+def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Cognate on disk."""
+    texts = [*texts_of(EARLIER.train), *texts_of(later_rows().train)]
+    return write_foundation(tmp_path_factory.mktemp("continuing") / "foundation", texts)
+
+
+@pytest.fixture(scope="module")
+def first(foundation: Path, tmp_path_factory: pytest.TempPathFactory) -> AgentResult:
+    """An agent that has learnt the earlier set."""
+    workdir = tmp_path_factory.mktemp("first")
+    return train_agent(CONFIG, foundation, EARLIER, MemoryAttempt(workdir), factory=factory())
+
+
+def measured(result: AgentResult) -> dict[str, float]:
+    return {evaluation.metric: evaluation.value for evaluation in result.evaluations}
+
+
+def test_an_agent_goes_on_where_it_was(first: AgentResult, tmp_path: Path) -> None:
+    """With the same labels head and features stay: before its first step it answers as it was published."""
+    config = dataclasses.replace(CONFIG, total_steps=2)
+    result = train_agent(config, None, EARLIER, MemoryAttempt(tmp_path), agent_dir=first.folder, factory=factory())
+    assert measured(result)["accuracy_before"] == measured(first)["accuracy_after"]
+    assert measured(result)["macro_f1_before"] == measured(first)["macro_f1_after"]
+
+
+def test_other_labels_get_a_head_of_their_own(first: AgentResult, tmp_path: Path) -> None:
+    """The base goes on, the head begins anew."""
+    labels = ("pay", "travel")
+    data = prepared(
+        [row for row in EARLIER.train if row.label < 2],
+        [row for row in EARLIER.test if row.label < 2],
+        labels=labels,
+    )
+    result = train_agent(CONFIG, None, data, MemoryAttempt(tmp_path), agent_dir=first.folder, factory=factory())
+    assert result.labels == labels
+    assert measured(result)["accuracy_after"] > 0.85
+
+
+def test_rehearsal_keeps_what_was_learnt(first: AgentResult, tmp_path: Path) -> None:
+    """Forgetting is measured with and without rehearsal, and is the score before minus the score after."""
+
+    def later(share: float) -> dict[str, float]:
+        config = dataclasses.replace(CONFIG, rehearsal_share=share)
+        attempt = MemoryAttempt(tmp_path / str(share))
+        return measured(
+            train_agent(
+                config, None, later_rows(), attempt, agent_dir=first.folder, rehearsal=EARLIER, factory=factory()
+            )
+        )
+
+    without, with_rows = later(0.0), later(0.5)
+    for found in (without, with_rows):
+        assert found["earlier_accuracy_before"] == measured(first)["accuracy_after"]
+        assert found["forgetting"] == found["earlier_accuracy_before"] - found["earlier_accuracy_after"]
+        assert found["accuracy_after"] > 0.8
+    assert without["forgetting"] > 0.2
+    assert with_rows["forgetting"] < without["forgetting"] / 2
