@@ -555,11 +555,14 @@ class FakeTraining(training_pb2_grpc.AgentForgeTrainingServiceServicer):
         return training_pb2.GetMetricsResponse()
 
     def EvaluateAgent(self, request: Any, context: Any) -> Any:
-        fail(context, exceptions.NotImplementedByServerError())
+        self.script.meet("EvaluateAgent", request, context)
+        found = agent_pb2.Evaluation(metric="accuracy", dataset="forge-intents/test", value=0.5, rows=4)
+        return training_pb2.EvaluateAgentResponse(evaluations=[found])
 
     def ListArchitectures(self, request: Any, context: Any) -> Any:
         one = training_pb2.AgentArchitecture(name="cognate", tasks=["classification"], description="On Cognate.")
-        return training_pb2.ListArchitecturesResponse(architectures=[one])
+        broken = training_pb2.ArchitectureProblem(name="echo", value="echo_plugin:Echo", reason="SystemExit: bye")
+        return training_pb2.ListArchitecturesResponse(architectures=[one], problems=[broken])
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:
         return training_pb2.GetServerInfoResponse(info=job_pb2.ServerInfo(version="9.9"))
@@ -572,7 +575,13 @@ class FakeAgents(agent_pb2_grpc.AgentServiceServicer):
         self.script, self.artifact = script, artifact
 
     def _agent(self) -> agent_pb2.Agent:
-        return agent_pb2.Agent(name=self.artifact.name, aliases=["production"], digest=self.artifact.digest)
+        return agent_pb2.Agent(
+            name=self.artifact.name,
+            aliases=["production"],
+            digest=self.artifact.digest,
+            task="classification",
+            lifecycle=agent_pb2.LIFECYCLE_DRAFT,
+        )
 
     def _known(self, name: str, context: grpc.ServicerContext) -> None:
         if name.partition("@")[0] != self.artifact.name.partition("@")[0]:
@@ -584,6 +593,7 @@ class FakeAgents(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.GetAgentResponse(agent=self._agent())
 
     def ListAgents(self, request: Any, context: Any) -> Any:
+        self.script.meet("ListAgents", request, context)
         return agent_pb2.ListAgentsResponse(agents=[self._agent()])
 
     def FetchAgent(self, request: Any, context: Any) -> Any:
@@ -596,6 +606,27 @@ class FakeAgents(agent_pb2_grpc.AgentServiceServicer):
     def SetAlias(self, request: Any, context: Any) -> Any:
         self.script.meet("SetAlias", request, context)
         return agent_pb2.SetAliasResponse(agent=self._agent())
+
+    def SetLifecycle(self, request: Any, context: Any) -> Any:
+        self.script.meet("SetLifecycle", request, context)
+        agent = self._agent()
+        agent.lifecycle = request.lifecycle
+        return agent_pb2.SetLifecycleResponse(agent=agent)
+
+    def ListMoves(self, request: Any, context: Any) -> Any:
+        self.script.meet("ListMoves", request, context)
+        lifecycle = agent_pb2.LifecycleMove(
+            from_lifecycle=agent_pb2.LIFECYCLE_DRAFT, to_lifecycle=agent_pb2.LIFECYCLE_CANDIDATE
+        )
+        first = agent_pb2.AliasMove(alias="production")
+        again = agent_pb2.AliasMove(alias="production", from_version=2)
+        return agent_pb2.ListMovesResponse(
+            moves=[
+                agent_pb2.Move(caller="local", version=3, alias=again),
+                agent_pb2.Move(caller="local", version=3, lifecycle=lifecycle),
+                agent_pb2.Move(caller="local", version=2, alias=first),
+            ]
+        )
 
 
 class FakeHealth(health_pb2_grpc.HealthServicer):

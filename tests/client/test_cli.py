@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
 from cognateforge import exceptions
-from cognateforge.agent.v1 import training_pb2
+from cognateforge.agent.v1 import agent_pb2, training_pb2
 from cognateforge.cli import errors
 from cognateforge.cli.app import app
 from cognateforge.cli.exits import MEANING, Exit, exit_for
@@ -199,8 +199,52 @@ def test_several_processes_are_asked_for(forge: Forge, fake: Fake) -> None:
         forge(*given, "--steps", "30", "--processes", "2")
         compute = fake.script.calls[-1].request.plan.compute
         assert (compute.processes, compute.strategy) == (2, job_pb2.COMPUTE_STRATEGY_DDP)
+        forge(*given, "--steps", "30", "--processes", "4", "--nodes", "2")
+        compute = fake.script.calls[-1].request.plan.compute
+        assert (compute.processes, compute.nodes) == (4, 2)
         forge(*given, "--steps", "30", "--processes", "2", "--sharded")
         assert fake.script.calls[-1].request.plan.compute.strategy == job_pb2.COMPUTE_STRATEGY_FSDP2
+
+
+def test_train_makes_agents_that_act(forge: Forge, fake: Fake) -> None:
+    """An environment instead of rows, nothing for a base, and every parameter trained; the server counts the steps."""
+    result = forge(
+        *("train", "--agent", "balancer", "--task", "reinforcement", "--environment", "CartPole-v1"),
+        *("--environment-steps", "2048", "--discount", "0.98", "--setting", "hidden_size=32", "--warmup-steps", "5"),
+        *("--setting", "normalize_rewards=true", "--setting", "activation=relu"),
+    )
+    assert (0, f"{AGENT_JOB}\n") == (result.exit_code, result.stdout)
+    plan = fake.script.calls[-1].request.plan
+    assert ("policy", "scratch", "full", 5) == (
+        plan.architecture,
+        plan.WhichOneof("base"),
+        plan.adaptation.WhichOneof("method"),
+        plan.total_steps,
+    )
+    task = plan.reinforcement
+    assert ("CartPole-v1", 2048, 0.98) == (
+        task.environment,
+        task.policy_optimization.environment_steps,
+        task.policy_optimization.discount,
+    )
+    assert [("integer", 32), ("flag", True), ("word", "relu")] == [
+        (kind, getattr(item, kind)) for item in plan.settings if (kind := item.WhichOneof("value"))
+    ]
+    together = ("train", "--agent", "a", "--task", "multi-agent", "--environment", "mpe/simple_spread_v3")
+    assert 0 == forge(*together, "--agents", "3", "--coordination", "centralized-critic").exit_code
+    team = fake.script.calls[-1].request.plan.multi_agent
+    assert (3, training_pb2.COORDINATION_CENTRALIZED_CRITIC) == (team.agents, team.coordination)
+    calls = len(fake.script.calls)
+    for wrong in (
+        together,
+        (*together, "--agents", "3", "--data", "rows.jsonl"),
+        (*together, "--agents", "3", "--foundation", "cognate-25m"),
+        ("train", "--agent", "a", "--task", "reinforcement"),
+        ("train", "--agent", "a", "--task", "reinforcement", "--environment", "CartPole-v1", "--agents", "2"),
+        ("train", "--agent", "a", "--scratch", "--data", "generated", "--steps", "9", "--environment", "CartPole-v1"),
+    ):
+        assert 2 == forge(*wrong).exit_code, wrong
+    assert calls == len(fake.script.calls)
 
 
 def test_pretrain_refuses_an_unknown_set(forge: Forge, fake: Fake) -> None:
@@ -266,6 +310,89 @@ def test_train_submits_the_plan(forge: Forge, fake: Fake) -> None:
     assert forge(*common, "--data", "d.jsonl", "--task", "dialogue").exit_code == 0
     assert fake.script.calls[-1].request.plan.dialogue.file.path == "d.jsonl"
     assert forge(*common, "--data", "generated", "--task", "dialogue").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "expected"),
+    [
+        (
+            ("lora", "--lora-alpha", "1.5", "--lora-dropout", "0.25", "--weight-decomposed"),
+            "lora",
+            training_pb2.LoraAdaptation(alpha=1.5, dropout=0.25, weight_decomposed=True),
+        ),
+        (("head",), "head", training_pb2.HeadAdaptation()),
+        (("freezing", "--trained-blocks", "2"), "freezing", training_pb2.FreezingAdaptation(trained_blocks=2)),
+        (("bottleneck", "--bottleneck-width", "64"), "bottleneck", training_pb2.BottleneckAdaptation(width=64)),
+    ],
+)
+def test_train_asks_for_every_method(
+    forge: Forge, fake: Fake, words: tuple[str, ...], method: str, expected: Any
+) -> None:
+    """Each method with its own options; an option of another method never reaches the server."""
+    common = ("train", "--agent", "router", "--foundation", "cognate-25m@7", "--steps", "9", "--data", "generated")
+    assert forge(*common, "--adaptation", *words).exit_code == 0
+    adaptation = fake.script.calls[-1].request.plan.adaptation
+    assert (method, expected) == (adaptation.WhichOneof("method"), getattr(adaptation, method))
+    result = forge(*common, "--adaptation", "full", *words[1:])
+    assert (2 if words[1:] else 0) == result.exit_code
+    assert not words[1:] or f"is for --adaptation {method}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "architecture", "method"),
+    [
+        (("--foundation", "cognate-25m@7"), "foundation", "cognate", "lora"),
+        (("--model-folder", "org/tiny"), "model_folder", "sequence_classifier", "lora"),
+        (("--model-folder", "org/tiny", "--task", "dialogue"), "model_folder", "causal_lm", "lora"),
+        (("--scratch",), "scratch", "recurrent", "full"),
+        (("--continue", "router@3", "--architecture", "recurrent"), "agent_version", "recurrent", "lora"),
+    ],
+)
+def test_train_names_its_base(
+    forge: Forge, fake: Fake, words: tuple[str, ...], base: str, architecture: str, method: str
+) -> None:
+    """The architecture and the method follow from base and task, unless they are said."""
+    assert forge("train", "--agent", "router", "--steps", "9", "--data", "d.jsonl", *words).exit_code == 0
+    plan = fake.script.calls[-1].request.plan
+    assert (base, architecture) == (plan.WhichOneof("base"), plan.architecture)
+    assert plan.adaptation.WhichOneof("method") == method
+
+
+def test_train_takes_one_base_and_settings_of_every_kind(forge: Forge, fake: Fake) -> None:
+    """No base, two of them, and what is no setting never reach the server."""
+    common = ("train", "--agent", "router", "--steps", "9", "--data", "d.jsonl")
+    words = [f"--setting={text}" for text in ("cell=lstm", "width=64", "dropout=0.5", "bidirectional=true")]
+    assert forge(*common, "--scratch", *words).exit_code == 0
+    given = {setting.name: setting.WhichOneof("value") for setting in fake.script.calls[-1].request.plan.settings}
+    assert given == {"cell": "word", "width": "integer", "dropout": "number", "bidirectional": "flag"}
+    assert forge(*common).exit_code == 2
+    assert forge(*common, "--scratch", "--foundation", "cognate-25m@7").exit_code == 2
+    assert "--architecture" in forge(*common, "--continue", "router@3").stderr
+    assert "NAME=VALUE" in forge(*common, "--scratch", "--setting", "width").stderr
+
+
+def test_train_says_how_a_step_is_taken_and_when_to_end(forge: Forge, fake: Fake) -> None:
+    """Schedule, accumulation, precision, validations and early stopping are fields of the plan."""
+    common = ("train", "--agent", "router", "--foundation", "cognate-25m@7", "--steps", "9", "--data", "generated")
+    assert forge(*common).exit_code == 0
+    assert not fake.script.calls[-1].request.plan.optimization.HasField("early_stopping")
+    result = forge(
+        *common,
+        *("--schedule", "one-cycle", "--accumulation-steps", "4", "--precision", "bfloat16", "--early-stopping"),
+        *("--patience", "2", "--min-improvement", "0.01", "--validation-interval", "3", "--max-tokens", "64"),
+    )
+    assert result.exit_code == 0
+    plan = fake.script.calls[-1].request.plan
+    assert (training_pb2.SCHEDULE_ONE_CYCLE, 4, training_pb2.PRECISION_BFLOAT16) == (
+        plan.optimization.schedule,
+        plan.optimization.accumulation_steps,
+        plan.optimization.precision,
+    )
+    assert training_pb2.EarlyStopping(patience=2, min_improvement=0.01) == plan.optimization.early_stopping
+    assert (3, 64) == (plan.validation_interval_steps, plan.max_tokens)
+    assert forge(*common, "--early-stopping").exit_code == 0
+    assert fake.script.calls[-1].request.plan.optimization.HasField("early_stopping")
+    assert forge(*common, "--patience", "2").exit_code == 2
 
 
 def test_pretrain_watch_as_json_starts_with_the_job(forge: Forge) -> None:
@@ -393,6 +520,7 @@ def test_checkpoints_metrics_and_architectures(forge: Forge) -> None:
     assert forge.json("metrics", JOB) == [{"name": "loss", "unit": "nats/token", "steps": [1, 2], "values": [4.0, 3.5]}]
     assert "3.5" in forge("metrics", JOB).stdout
     assert forge.json("architectures")[0]["tasks"] == ["classification"]
+    assert "not loaded: echo (echo_plugin:Echo): SystemExit: bye" in forge("architectures").stderr
     assert "yes" in forge("checkpoints", JOB).stdout
     assert f"{JOB} step 10 pinned" in forge("pin", JOB, "10").stderr
     assert f"{JOB} step 10 unpinned" in forge("unpin", JOB, "10").stderr
@@ -408,6 +536,29 @@ def test_models_agents_and_aliases(forge: Forge, fake: Fake) -> None:
     assert fake.script.calls[-1].request.alias == "production"
     assert forge("model", "gpt").exit_code == 3
     assert "error: no model nothing; no agent nothing\n" in forge("fetch", "nothing", "--out", "x").stderr
+
+
+def test_agents_are_listed_moved_and_measured(forge: Forge, fake: Fake) -> None:
+    """By task and state; moves in words; results in a table."""
+    assert forge.json("agents", "--task", "dialogue", "--lifecycle", "draft")[0]["lifecycle"] == "DRAFT"
+    listed = forge("agents", "list", "--task", "dialogue", "--lifecycle", "draft", "--lifecycle", "retired")
+    assert "DRAFT" in listed.stdout
+    asked = fake.script.calls[-1].request
+    states = [agent_pb2.LIFECYCLE_DRAFT, agent_pb2.LIFECYCLE_RETIRED]
+    assert ("dialogue", states) == (asked.task, list(asked.lifecycles))
+    assert "intent-router@3 is CANDIDATE" in forge("agents", "lifecycle", "intent-router@3", "candidate").stderr
+    assert fake.script.calls[-1].request.lifecycle == agent_pb2.LIFECYCLE_CANDIDATE
+    assert forge("agents", "lifecycle", "intent-router@3", "perfect").exit_code == 2
+    moves = forge("agents", "moves", "intent-router").stdout
+    for words in ("production points at it, before at 2", "DRAFT to CANDIDATE", "production points at it  "):
+        assert words in moves
+    assert forge.json("agents", "moves", "intent-router")[1]["lifecycle"]["to_lifecycle"] == "CANDIDATE"
+    measured = forge("agents", "evaluate", "intent-router@3", "--data", "rows.jsonl").stdout
+    assert "accuracy" in measured
+    assert "0.5000" in measured
+    assert fake.script.calls[-1].request.classification.file.path == "rows.jsonl"
+    forge("agents", "evaluate", "intent-router@3", "--data", "generated", "--data-seed", "7")
+    assert fake.script.calls[-1].request.classification.generated.seed == 7
 
 
 def test_models_watch_tells_each_event(forge: Forge, fake: Fake) -> None:

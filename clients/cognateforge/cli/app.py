@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cognateforge.cli import artifacts, certs, jobs, reservations, status, train
+from cognateforge.cli import agents, artifacts, certs, jobs, reservations, status, train
 from cognateforge.cli.exits import epilog
 
 app = typer.Typer(
@@ -37,5 +37,5 @@ def _root(
     pass
 
 
-for module in (train, jobs, artifacts, reservations, status, certs):
+for module in (train, jobs, artifacts, agents, reservations, status, certs):
     module.register(app)

@@ -17,7 +17,6 @@ from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.session import Session, command, first_found, group, new_request_id, print_line, say
 
 if TYPE_CHECKING:
-    from cognateforge.agent.v1.agent_pb2 import Agent
     from cognateforge.cli.session import Row
     from cognateforge.client import FetchedArtifact
     from cognateforge.exchange.v1.model_pb2 import FoundationModel
@@ -112,26 +111,6 @@ def _models(app: typer.Typer) -> None:
 
 def _agents(app: typer.Typer) -> None:
     @command(app)
-    def agents(
-        session: Session,
-        family: Annotated[str, typer.Option(help="Only this family.", callback=check_artifact_name)] = "",
-        limit: Limit = 50,
-    ) -> None:
-        """List published agents, newest first."""
-        from cognateforge.agent.v1 import agent_pb2
-
-        stub = session.agent_client.agents
-
-        def page(size: int, token: str) -> agent_pb2.ListAgentsResponse:
-            return stub.ListAgents(agent_pb2.ListAgentsRequest(page_size=size, page_token=token, family=family))
-
-        def cells(item: Agent) -> tuple[object, ...]:
-            return item.name, " ".join(item.aliases), item.task, item.foundation, item.size_bytes, item.digest
-
-        rows: list[Row] = [(item, {}, cells(item)) for item in pages(page, "agents", limit)]
-        session.table(("name", "aliases", "task", "foundation", "bytes", "digest"), rows)
-
-    @command(app)
     def agent(
         session: Session,
         name: Annotated[
@@ -169,9 +148,16 @@ def _agents(app: typer.Typer) -> None:
 
         answer = session.agent_client.training.ListArchitectures(training_pb2.ListArchitecturesRequest())
         rows: list[Row] = [
-            (item, {}, (item.name, " ".join(item.tasks), item.description)) for item in answer.architectures
+            (
+                item,
+                {},
+                (item.name, " ".join(item.tasks), " ".join(s.name for s in item.settings), item.description),
+            )
+            for item in answer.architectures
         ]
-        session.table(("name", "tasks", "description"), rows)
+        session.table(("name", "tasks", "settings", "description"), rows)
+        for problem in answer.problems:
+            say(f"not loaded: {problem.name} ({problem.value}): {problem.reason}")
 
 
 def _fetch(app: typer.Typer) -> None:

@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cognateforge.exceptions import ForgeError
 
+_TASKS = (
+    "classification",
+    "extraction",
+    "behavioural",
+    "dialogue",
+    "domain",
+    "question_answering",
+    "tool_calling",
+    "preference",
+)
+_SOURCE_FIELDS = ("file", "file.path", "hub", "hub.dataset", "hub.config", "hub.revision")
 # Options whose names are not their field's with dashes, by the field's path.
 _OPTIONS: Mapping[str, str] = {
     "page_size": "--limit",
@@ -24,13 +35,16 @@ _OPTIONS: Mapping[str, str] = {
     "plan.datasets.weight": "--dataset",
     "plan.curriculum.steps": "--curriculum-steps",
     "plan.foundation.name": "--foundation",
-    "plan.behavioural": "--task",
-    "plan.dialogue": "--task",
-    "plan.domain": "--task",
-    "plan.behavioural.file.path": "--data",
-    "plan.dialogue.file.path": "--data",
-    "plan.domain.file.path": "--data",
-    "plan.classification.file.path": "--data",
+    "plan.model_folder.path": "--model-folder",
+    "plan.agent_version.name": "--continue",
+    "plan.settings": "--setting",
+    **{f"plan.settings.{field}": "--setting" for field in ("name", "integer", "number", "flag", "word")},
+    **{f"plan.{task}": "--task" for task in _TASKS},
+    **{f"plan.{task}.{field}": "--data" for task in _TASKS for field in _SOURCE_FIELDS},
+    "plan.data_limits.max_refused_share": "--max-refused-share",
+    "plan.rehearsal.file": "--rehearse",
+    "plan.rehearsal.file.path": "--rehearse",
+    "plan.rehearsal.share": "--rehearsal-share",
     "plan.classification.generated.seed": "--data-seed",
     "plan.classification.domains": "--domain",
     "plan.adaptation.lora.rank": "--lora-rank",
@@ -65,6 +79,8 @@ _SAME_NAME = frozenset(
         "plan.classification.include_out_of_scope",
         "plan.classification.max_rows_per_label",
         "plan.behavioural.successes_only",
+        "plan.behavioural.weight_by_reward",
+        "plan.preference.beta",
         "plan.optimization.warmup_steps",
         "plan.optimization.schedule",
         "plan.optimization.adamw.weight_decay",

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cognateforge.cli import acting as options
+from cognateforge.cli import bases, rows
+from cognateforge.cli.acting import Acting, refuse_acting, set_acting
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import JobService, Progress, RequestId, Service
 from cognateforge.cli.names import check_artifact_name, full_reservation_name
@@ -24,6 +27,7 @@ KeepLast = Annotated[int, typer.Option(help="Newest checkpoints that are kept. 0
 KeepBest = Annotated[int, typer.Option(help="Best checkpoints that are kept beside them.")]
 KeepEvery = Annotated[int, typer.Option(help="Keep checkpoints whose step is a multiple. 0: none.")]
 Processes = Annotated[int, typer.Option(help="How many train, each in a slot and on rows of its own. 0: 1.")]
+Nodes = Annotated[int, typer.Option(help="Machines that they are spread over, of which one is the server's. 0: 1.")]
 Sharded = Annotated[
     bool, typer.Option("--sharded", help="Each process holds a part of the model and the optimizer's state.")
 ]
@@ -43,12 +47,28 @@ class Dataset(enum.StrEnum):
 
 
 class Task(enum.StrEnum):
-    """What an agent is to learn from rows."""
+    """What an agent is to learn."""
 
     CLASSIFICATION = "classification"
     BEHAVIOURAL = "behavioural"
     DIALOGUE = "dialogue"
     DOMAIN = "domain"
+    EXTRACTION = "extraction"
+    QUESTION_ANSWERING = "question-answering"
+    TOOL_CALLING = "tool-calling"
+    PREFERENCE = "preference"
+    REINFORCEMENT = "reinforcement"
+    MULTI_AGENT = "multi-agent"
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is learnt in an environment, without rows."""
+        return self in (Task.REINFORCEMENT, Task.MULTI_AGENT)
+
+    @property
+    def field(self) -> str:
+        """The task's field in TrainingPlan."""
+        return self.value.replace("-", "_")
 
 
 class AdaptationKind(enum.StrEnum):
@@ -56,6 +76,9 @@ class AdaptationKind(enum.StrEnum):
 
     LORA = "lora"
     FULL = "full"
+    HEAD = "head"
+    FREEZING = "freezing"
+    BOTTLENECK = "bottleneck"
 
 
 class Optimizer(enum.StrEnum):
@@ -72,6 +95,15 @@ class ScheduleKind(enum.StrEnum):
     CONSTANT = "constant"
     LINEAR = "linear"
     COSINE = "cosine"
+    ONE_CYCLE = "one-cycle"
+    PLATEAU = "plateau"
+
+
+class PrecisionKind(enum.StrEnum):
+    """What a forward pass computes with."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 def register(app: typer.Typer) -> None:
@@ -96,7 +128,7 @@ def _scheduling(priority: int, start_by: str, finish_by: str) -> Scheduling | No
 def _submitted(session: Session, service: Service, answer: Any, watch: bool, progress: bool | None) -> Exit:
     item = answer.job
     if not item.HasField("job"):  # nothing was made
-        session.show(answer, service=service.value)
+        _show_dry_run(session, service, answer)
         return Exit.OK
     if not session.as_json and answer.HasField("estimate"):
         say(needs(answer.estimate))
@@ -112,6 +144,19 @@ def _submitted(session: Session, service: Service, answer: Any, watch: bool, pro
 
     jobs = JobService(service, session)
     return follow(session, jobs.watch(item.job.name, 0), item.job, progress=progress, verdict=jobs.verdict)
+
+
+def _show_dry_run(session: Session, service: Service, answer: Any) -> None:
+    report = getattr(answer, "data_report", None)
+    if session.as_json or report is None or not answer.HasField("data_report"):
+        session.show(answer, service=service.value)
+        return
+    shown = type(answer)()
+    shown.CopyFrom(answer)
+    shown.ClearField("data_report")
+    session.show(shown, service=service.value)
+    for line in rows.report_lines(report):
+        print_line(line)
 
 
 def _cost(cost: Cost) -> str:
@@ -145,6 +190,7 @@ def _pretrain(app: typer.Typer) -> None:
         keep_best: KeepBest = 0,
         keep_every: KeepEvery = 0,
         processes: Processes = 0,
+        nodes: Nodes = 0,
         sharded: Sharded = False,
         progress_interval: Annotated[int, typer.Option(help="Steps between progress events. 0: 1.")] = 0,
         dataset: Annotated[
@@ -185,7 +231,7 @@ def _pretrain(app: typer.Typer) -> None:
             warmup_steps=warmup_steps,
             checkpoint_interval_steps=checkpoint_interval,
             checkpoint_policy=_policy(keep_last, keep_best, keep_every),
-            compute=_compute(processes, sharded),
+            compute=_compute(processes, nodes, sharded),
             progress_interval_steps=progress_interval,
         )
         for share in dataset or []:
@@ -226,17 +272,26 @@ def _train(app: typer.Typer) -> None:
     def train(
         session: Session,
         agent: Annotated[str, typer.Option(help="Family of the agent that is made.", callback=check_artifact_name)],
-        foundation: Annotated[
-            str, typer.Option(help="Foundation model, for instance cognate-25m@7.", callback=check_artifact_name)
-        ],
-        steps: Steps,
-        data: Annotated[str, typer.Option(help="JSONL file under the server's data folder, or 'generated'.")],
-        architecture: Annotated[str, typer.Option(help="See forge architectures.")] = "cognate",
+        foundation: bases.Foundation = "",
+        model_folder: bases.ModelFolder = "",
+        scratch: bases.Scratch = False,
+        continues: bases.Continue = "",
+        steps: Annotated[int, typer.Option(help="Optimizer steps. Of agents that act, rollouts say how many.")] = 0,
+        data: rows.Data = "",
+        architecture: Annotated[str, typer.Option(help="See forge architectures. Default: by base and task.")] = "",
+        setting: bases.Settings = None,
         task: Annotated[Task, typer.Option(help="What it is to learn.")] = Task.CLASSIFICATION,
-        adaptation: Annotated[AdaptationKind, typer.Option(help="How much is trained.")] = AdaptationKind.LORA,
+        adaptation: Annotated[
+            AdaptationKind | None, typer.Option(help="How much is trained. Default: lora, or full from random values.")
+        ] = None,
         lora_rank: Annotated[int, typer.Option(help="0: 8.")] = 0,
         lora_alpha: Annotated[float, typer.Option(help="0: twice the rank.")] = 0.0,
         lora_dropout: Annotated[float, typer.Option(help="0 to 0.9.")] = 0.0,
+        weight_decomposed: Annotated[
+            bool, typer.Option("--weight-decomposed", help="For lora: learn magnitudes beside directions (DoRA).")
+        ] = False,
+        trained_blocks: Annotated[int, typer.Option(help="For freezing: blocks, from the last. 0: 1.")] = 0,
+        bottleneck_width: Annotated[int, typer.Option(help="For bottleneck. 0: 32.")] = 0,
         unfreeze_act_ltm: Annotated[
             bool, typer.Option("--unfreeze-act-ltm", help="Train halting unit and memory too.")
         ] = False,
@@ -247,6 +302,19 @@ def _train(app: typer.Typer) -> None:
         schedule: Annotated[ScheduleKind, typer.Option(help="Of the learning rate.")] = ScheduleKind.COSINE,
         warmup_steps: Annotated[int, typer.Option(help="0: a tenth of all.")] = 0,
         clip_norm: Annotated[float, typer.Option(help="Gradients are scaled down to it. 0: 1.")] = 0.0,
+        accumulation_steps: Annotated[int, typer.Option(help="Parts that a step's rows are taken in. 0: 1.")] = 0,
+        precision: Annotated[PrecisionKind, typer.Option(help="Of forward passes.")] = PrecisionKind.FLOAT32,
+        early_stopping: Annotated[
+            bool, typer.Option("--early-stopping", help="End when it gets no better, and keep what was best.")
+        ] = False,
+        patience: Annotated[
+            int, typer.Option(help="With --early-stopping: so many validations without a better one. 0: 3.")
+        ] = 0,
+        min_improvement: Annotated[
+            float, typer.Option(help="With --early-stopping: by what it is better. 0: any.")
+        ] = 0.0,
+        validation_interval: Annotated[int, typer.Option(help="Steps between validations. 0: a quarter of all.")] = 0,
+        max_tokens: Annotated[int, typer.Option(help="Longer texts are cut off. 0: 128.")] = 0,
         batch_size: Annotated[int, typer.Option(help="Rows in a step. 0: 32.")] = 0,
         seed: Seed = 0,
         data_seed: Annotated[int, typer.Option(help="Seed of generated data.")] = 0,
@@ -255,6 +323,7 @@ def _train(app: typer.Typer) -> None:
         keep_best: KeepBest = 0,
         keep_every: KeepEvery = 0,
         processes: Processes = 0,
+        nodes: Nodes = 0,
         sharded: Sharded = False,
         include_out_of_scope: Annotated[
             bool, typer.Option("--include-out-of-scope", help="Keep rows of no label, as a label.")
@@ -264,9 +333,27 @@ def _train(app: typer.Typer) -> None:
         successes_only: Annotated[
             bool, typer.Option("--successes-only", help="Leave out trajectories without success.")
         ] = False,
+        weight_by_reward: rows.WeightByReward = False,
+        beta: rows.Beta = 0.0,
+        max_refused_share: rows.MaxRefusedShare = None,
+        rehearse: rows.Rehearse = "",
+        rehearsal_share: rows.RehearsalShare = 0.0,
         accept_experimental: Annotated[
             bool, typer.Option("--accept-experimental", help="Take an EXPERIMENTAL model too.")
         ] = False,
+        environment: options.Environment = "",
+        agents: options.Agents = 0,
+        coordination: options.Coordination = None,
+        rollout_steps: options.RolloutSteps = 0,
+        environments: options.Environments = 0,
+        epochs: options.Epochs = 0,
+        minibatches: options.Minibatches = 0,
+        discount: options.Discount = 0.0,
+        advantage_decay: options.AdvantageDecay = 0.0,
+        clip_range: options.ClipRange = 0.0,
+        entropy_weight: options.EntropyWeight = 0.0,
+        environment_steps: options.EnvironmentSteps = 0,
+        evaluation_episodes: options.EvaluationEpisodes = 0,
         priority: Priority = 0,
         start_by: StartBy = "",
         finish_by: FinishBy = "",
@@ -275,31 +362,46 @@ def _train(app: typer.Typer) -> None:
         progress: Progress = None,
         request_id: RequestId = None,
     ) -> Exit:
-        """Train an agent on a foundation model, with a standard optimizer."""
+        """Train an agent on a base, or a policy in an environment, with a standard optimizer."""
         from cognateforge.agent.v1 import training_pb2 as pb
 
+        _require_options(task, data=data, steps=steps)
         plan = pb.TrainingPlan(
             agent=agent,
             architecture=architecture,
-            foundation=pb.FoundationBase(name=foundation, accept_experimental=accept_experimental),
             adaptation=pb.Adaptation(unfreeze_act_ltm=unfreeze_act_ltm),
             optimization=pb.Optimization(
                 peak_learning_rate=lr,
                 schedule=pb.Schedule.Value(f"SCHEDULE_{schedule.name}"),
                 warmup_steps=warmup_steps,
                 gradient_clip_norm=clip_norm,
+                accumulation_steps=accumulation_steps,
+                precision=pb.Precision.Value(f"PRECISION_{precision.name}"),
             ),
-            total_steps=steps,
+            total_steps=steps or max(1, warmup_steps),  # of agents that act, the server counts
             batch_size=batch_size,
             seed=seed,
             checkpoint_interval_steps=checkpoint_interval,
+            validation_interval_steps=validation_interval,
+            max_tokens=max_tokens,
             checkpoint_policy=_policy(keep_last, keep_best, keep_every),
-            compute=_compute(processes, sharded),
+            compute=_compute(processes, nodes, sharded),
         )
-        if adaptation is AdaptationKind.FULL:
-            plan.adaptation.full.SetInParent()
-        else:
-            plan.adaptation.lora.CopyFrom(pb.LoraAdaptation(rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout))
+        base = bases.Base(foundation=foundation, model_folder=model_folder, scratch=scratch, agent=continues)
+        bases.set_base(plan, base, task=task.value, acts=task.acts, accept_experimental=accept_experimental)
+        bases.set_settings(plan, setting)
+        lora = pb.LoraAdaptation(
+            rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, weight_decomposed=weight_decomposed
+        )
+        from_scratch = plan.WhichOneof("base") == "scratch"
+        adaptation = adaptation or (AdaptationKind.FULL if from_scratch else AdaptationKind.LORA)
+        _set_adaptation(plan.adaptation, adaptation, lora, trained_blocks, bottleneck_width)
+        if early_stopping:
+            plan.optimization.early_stopping.patience = patience
+            plan.optimization.early_stopping.min_improvement = min_improvement
+            plan.optimization.early_stopping.SetInParent()
+        elif patience or min_improvement:
+            raise typer.BadParameter("needs --early-stopping", param_hint="--patience, --min-improvement")
         match optimizer:
             case Optimizer.ADAMW:
                 plan.optimization.adamw.CopyFrom(pb.AdamW(weight_decay=weight_decay))
@@ -307,13 +409,43 @@ def _train(app: typer.Typer) -> None:
                 plan.optimization.adam.SetInParent()
             case Optimizer.SGD:
                 plan.optimization.sgd.CopyFrom(pb.Sgd(momentum=momentum))
-        _set_task(plan, task, data, data_seed)
+        acting = Acting(
+            environment=environment,
+            agents=agents,
+            coordination=coordination,
+            rollout_steps=rollout_steps,
+            environments=environments,
+            epochs=epochs,
+            minibatches=minibatches,
+            discount=discount,
+            advantage_decay=advantage_decay,
+            clip_range=clip_range,
+            entropy_weight=entropy_weight,
+            environment_steps=environment_steps,
+            evaluation_episodes=evaluation_episodes,
+        )
+        if task.acts:
+            set_acting(plan, acting, together=task is Task.MULTI_AGENT)
+        else:
+            refuse_acting(acting, task)
+            rows.set_rows(
+                plan,
+                task.field,
+                data,
+                data_seed=data_seed,
+                max_refused_share=max_refused_share,
+                rehearse=rehearse,
+                rehearsal_share=rehearsal_share,
+            )
         if task is Task.CLASSIFICATION:
             plan.classification.include_out_of_scope = include_out_of_scope
             plan.classification.max_rows_per_label = max_rows_per_label
             plan.classification.domains.extend(domain or [])
         elif task is Task.BEHAVIOURAL:
             plan.behavioural.successes_only = successes_only
+            plan.behavioural.weight_by_reward = weight_by_reward
+        elif task is Task.PREFERENCE:
+            plan.preference.beta = beta
         request = pb.StartTrainingRequest(
             request_id=new_request_id(request_id),
             plan=plan,
@@ -324,14 +456,42 @@ def _train(app: typer.Typer) -> None:
         return _submitted(session, Service.AGENT, answer, watch, progress)
 
 
-def _set_task(plan: training_pb2.TrainingPlan, task: Task, data: str, data_seed: int) -> None:
-    if task is Task.CLASSIFICATION and data == "generated":
-        plan.classification.generated.seed = data_seed
-        plan.classification.generated.SetInParent()
-        return
-    if data == "generated":
-        raise typer.BadParameter(f"only classification has generated rows; {task} needs a file", param_hint="--data")
-    getattr(plan, task.value).file.path = data
+def _require_options(task: Task, *, data: str, steps: int) -> None:
+    """Refuse a command that lacks what its task needs, or has what it would not heed."""
+    for option, given in (("--data", data), ("--steps", steps)):
+        if task.acts and given:
+            raise typer.BadParameter(f"is not for {task}, which is learnt in an environment", param_hint=option)
+    for option, given in (("--data", data), ("--steps", steps)):
+        if not task.acts and not given:
+            raise typer.BadParameter(f"is needed for {task}", param_hint=option)
+
+
+def _set_adaptation(
+    adaptation: training_pb2.Adaptation,
+    kind: AdaptationKind,
+    lora: training_pb2.LoraAdaptation,
+    trained_blocks: int,
+    bottleneck_width: int,
+) -> None:
+    """Set the method; an option of another one is refused, so that nobody takes it for heeded."""
+    for option, given, owner in (
+        ("--lora-rank", lora.rank, AdaptationKind.LORA),
+        ("--lora-alpha", lora.alpha, AdaptationKind.LORA),
+        ("--lora-dropout", lora.dropout, AdaptationKind.LORA),
+        ("--weight-decomposed", lora.weight_decomposed, AdaptationKind.LORA),
+        ("--trained-blocks", trained_blocks, AdaptationKind.FREEZING),
+        ("--bottleneck-width", bottleneck_width, AdaptationKind.BOTTLENECK),
+    ):
+        if given and kind is not owner:
+            raise typer.BadParameter(f"is for --adaptation {owner}, not {kind}", param_hint=option)
+    getattr(adaptation, kind.value).SetInParent()
+    match kind:
+        case AdaptationKind.LORA:
+            adaptation.lora.CopyFrom(lora)
+        case AdaptationKind.FREEZING:
+            adaptation.freezing.trained_blocks = trained_blocks
+        case AdaptationKind.BOTTLENECK:
+            adaptation.bottleneck.width = bottleneck_width
 
 
 def _policy(last: int, best: int, every: int) -> CheckpointPolicy | None:
@@ -342,10 +502,10 @@ def _policy(last: int, best: int, every: int) -> CheckpointPolicy | None:
     return job_pb2.CheckpointPolicy(keep_last=last, keep_best=best, keep_every_steps=every)
 
 
-def _compute(processes: int, sharded: bool) -> Compute | None:
+def _compute(processes: int, nodes: int, sharded: bool) -> Compute | None:
     from cognateforge.job.v1 import job_pb2
 
-    if not (processes or sharded):
+    if not (processes or nodes or sharded):
         return None
     strategy = job_pb2.COMPUTE_STRATEGY_FSDP2 if sharded else job_pb2.COMPUTE_STRATEGY_DDP
-    return job_pb2.Compute(processes=processes, strategy=strategy)
+    return job_pb2.Compute(processes=processes, nodes=nodes, strategy=strategy)
