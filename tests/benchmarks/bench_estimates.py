@@ -24,7 +24,7 @@ from agent_server import estimates
 from agent_server.architectures.cognate import CognateArchitecture
 from agent_server.plan import with_defaults
 from agent_server.settings import AgentSettings
-from cognateforge.agent.v1 import training_pb2
+from cognateforge.agent.v1 import training_pb2 as pb_agent
 from cognateforge.client import CognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.job.v1 import job_pb2
@@ -40,8 +40,36 @@ COGNATE = (
     (4, 128, 0, 2, False),
     (4, 128, 0, 2, True),
 )
-# Rows of a step, whether all of the base is trained.
-AGENTS = ((32, False), (32, True), (128, False))
+# Rows of a step, and what is trained how.
+AGENTS = (
+    (32, "lora"),
+    (32, "full"),
+    (128, "lora"),
+    (128, "dora"),
+    (128, "bottleneck"),
+    (128, "freezing"),
+    (128, "head"),
+    (128, "lora in 4 parts"),
+    (128, "lora in bfloat16"),
+    (32, "full, early stopping"),
+)
+PARTS = pb_agent.Optimization(accumulation_steps=4)
+NARROW = pb_agent.Optimization(precision=pb_agent.PRECISION_BFLOAT16)
+ENDING = pb_agent.Optimization(early_stopping=pb_agent.EarlyStopping())
+LORA = pb_agent.Adaptation(lora=pb_agent.LoraAdaptation())
+FULL = pb_agent.Adaptation(full=pb_agent.FullAdaptation())
+DORA = pb_agent.Adaptation(lora=pb_agent.LoraAdaptation(weight_decomposed=True))
+WAYS = {
+    "lora": pb_agent.TrainingPlan(adaptation=LORA),
+    "full": pb_agent.TrainingPlan(adaptation=FULL),
+    "dora": pb_agent.TrainingPlan(adaptation=DORA),
+    "bottleneck": pb_agent.TrainingPlan(adaptation=pb_agent.Adaptation(bottleneck=pb_agent.BottleneckAdaptation())),
+    "freezing": pb_agent.TrainingPlan(adaptation=pb_agent.Adaptation(freezing=pb_agent.FreezingAdaptation())),
+    "head": pb_agent.TrainingPlan(adaptation=pb_agent.Adaptation(head=pb_agent.HeadAdaptation())),
+    "lora in 4 parts": pb_agent.TrainingPlan(adaptation=LORA, optimization=PARTS),
+    "lora in bfloat16": pb_agent.TrainingPlan(adaptation=LORA, optimization=NARROW),
+    "full, early stopping": pb_agent.TrainingPlan(adaptation=FULL, optimization=ENDING),
+}
 STEPS, CHECKPOINT_STEPS = 9, 4
 FACTOR = 2.0
 TIMEOUT_S = 600.0
@@ -91,58 +119,56 @@ def cognate_case(
     return measured, answer.estimate.memory_bytes
 
 
-def agent_plan(rows: int, full: bool) -> training_pb2.TrainingPlan:
+def agent_plan(rows: int, way: str) -> pb_agent.TrainingPlan:
     """Return a plan of an agent."""
-    plan = training_pb2.TrainingPlan(
+    plan = pb_agent.TrainingPlan(
         agent="bench",
         architecture="cognate",
-        classification=training_pb2.ClassificationTask(generated=training_pb2.GeneratedSource(seed=1)),
-        optimization=training_pb2.Optimization(adamw=training_pb2.AdamW()),
+        classification=pb_agent.ClassificationTask(generated=pb_agent.GeneratedSource(seed=1)),
+        optimization=pb_agent.Optimization(adamw=pb_agent.AdamW()),
         total_steps=STEPS,
         batch_size=rows,
         checkpoint_interval_steps=CHECKPOINT_STEPS,
     )
-    if full:
-        plan.adaptation.full.SetInParent()
-    else:
-        plan.adaptation.lora.SetInParent()
+    plan.MergeFrom(WAYS[way])
     return with_defaults(plan)
 
 
-def train_agent_here(folder: Path, rows: int, full: bool) -> None:
+def train_agent_here(folder: Path, rows: int, way: str) -> None:
     """Train in this process, and print its peak. For a process of its own."""
     import resource
 
     import torch
 
     from agent_server import worker  # noqa: F401 - its modules are part of what a worker needs
-    from agent_server.data.classification import AgentDataProcessor
-    from agent_server.plan import classification_source
+    from agent_server.data.examples import texts_of
+    from agent_server.data.processor import AgentDataProcessor
     from agent_server.train_config import from_plan
     from agent_server.trainer import train_agent
     from tests.agent._support import MemoryAttempt, factory, write_foundation
     from training_common.models.cognate_v1 import CognateV1Config
+    from training_common.settings import DataSettings
 
     torch.set_num_threads(1)
-    plan = agent_plan(rows, full)
-    data = AgentDataProcessor(folder=None).process(classification_source(plan.classification))
-    foundation = write_foundation(folder / "foundation", [text for text, _ in data.train], config=CognateV1Config())
+    plan = agent_plan(rows, way)
+    data = AgentDataProcessor(DataSettings()).prepare(plan)
+    foundation = write_foundation(folder / "foundation", list(texts_of(data.train)), config=CognateV1Config())
     train_agent(from_plan(plan), foundation, data, MemoryAttempt(folder), factory=factory())
     print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB))
 
 
-def agent_case(folder: Path, rows: int, full: bool) -> tuple[int, int]:
+def agent_case(folder: Path, rows: int, way: str) -> tuple[int, int]:
     """Return the measured and the estimated bytes of one plan."""
     folder.mkdir()
     done = subprocess.run(
-        [sys.executable, __file__, "agent", str(folder), str(rows), str(int(full))],
+        [sys.executable, __file__, "agent", str(folder), str(rows), way],
         env={**os.environ, **WORKER_ENVIRONMENT},
         stdout=subprocess.PIPE,
         check=True,
         timeout=TIMEOUT_S,
     )
     settings = AgentSettings.model_validate({"workers": {"checkpoints": "sync"}})  # as the attempt of the test
-    estimate = estimates.memory(agent_plan(rows, full), CognateArchitecture(), settings)
+    estimate = estimates.memory(agent_plan(rows, way), CognateArchitecture(), settings)
     return int(done.stdout.splitlines()[-1]), sum(estimate.values())
 
 
@@ -158,9 +184,8 @@ def main() -> None:
                 case = f"cognate {rows}x{tokens}{' with a control' if controls else ''}"
                 case += f", {'a part' if sharded else 'all'} in each of {processes}" if processes > 1 else ""
                 found[case] = cognate_case(client, rows, tokens, controls, processes, sharded)
-        for number, (rows, full) in enumerate(AGENTS):
-            case = f"agent {rows} rows, {'full' if full else 'lora'}"
-            found[case] = agent_case(Path(name) / str(number), rows, full)
+        for number, (rows, way) in enumerate(AGENTS):
+            found[f"agent {rows} rows, {way}"] = agent_case(Path(name) / str(number), rows, way)
     ratios = {case: measured / estimate for case, (measured, estimate) in found.items()}
     worst = max(ratios.values(), key=lambda ratio: max(ratio, 1 / ratio))
     cases = {
@@ -173,6 +198,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["agent"]:
-        train_agent_here(Path(sys.argv[2]), int(sys.argv[3]), bool(int(sys.argv[4])))
+        train_agent_here(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     else:
         main()
