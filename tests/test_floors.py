@@ -9,8 +9,8 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("cognate_server.server", {"torch", "datasets", "transformers", "agent_server"}),
-        ("agent_server.server", {"torch", "datasets", "transformers", "peft", "cognate_server"}),
+        ("cognate_server.server", {"torch", "datasets", "pyarrow", "transformers", "agent_server"}),
+        ("agent_server.server", {"torch", "datasets", "pyarrow", "transformers", "peft", "cognate_server"}),
         ("cognateforge.cli", {"torch", "sqlalchemy", "datasets", "training_common"}),
         ("cognateforge.client", {"torch", "sqlalchemy", "datasets", "training_common"}),
     ],
