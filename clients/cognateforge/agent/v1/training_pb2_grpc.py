@@ -277,7 +277,8 @@ class AgentForgeTrainingServiceServicer:
         """Evaluates a published agent on a set.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+        Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, ARTIFACT_CORRUPT, RESOURCE_EXHAUSTED, REQUEST_ID_REUSED,
+        NOT_IMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -130,7 +130,8 @@ class AgentForgeTrainingServiceStub:
     """Evaluates a published agent on a set.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+    Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, ARTIFACT_CORRUPT, RESOURCE_EXHAUSTED, REQUEST_ID_REUSED,
+    NOT_IMPLEMENTED.
     """
     ListArchitectures: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListArchitecturesRequest, _training_pb2.ListArchitecturesResponse]
     """Lists the agent architectures that this server can build.
@@ -245,7 +246,8 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
     """Evaluates a published agent on a set.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+    Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, ARTIFACT_CORRUPT, RESOURCE_EXHAUSTED, REQUEST_ID_REUSED,
+    NOT_IMPLEMENTED.
     """
     ListArchitectures: _aio.UnaryUnaryMultiCallable[_training_pb2.ListArchitecturesRequest, _training_pb2.ListArchitecturesResponse]  # type: ignore[assignment]
     """Lists the agent architectures that this server can build.
@@ -447,7 +449,8 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Evaluates a published agent on a set.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+        Reasons: AGENT_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, ARTIFACT_CORRUPT, RESOURCE_EXHAUSTED, REQUEST_ID_REUSED,
+        NOT_IMPLEMENTED.
         """
 
     @_abc_1.abstractmethod
