@@ -15,6 +15,9 @@ from tests.support.templates import copied_stores
 # As for workers: threads of torch that spin for milliseconds make small models many times slower when anything else
 # runs. Read when torch is loaded, so it stands before every import of it.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# Several processes of tests share the cores: threads of torch in each of them would only be in each other's way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -254,6 +254,24 @@ def test_two_fetches_of_one_artifact_transfer_it_once(fake: Fake, tmp_path: Path
     assert_landed(got[0], fake.model)
 
 
+def test_a_partial_folder_that_goes_away_while_it_is_made_is_made_anew(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there when it is to be made, and gone when one looks what is there."""
+    landing = Landing(Wanted(name=fake.model.name, digest=fake.model.digest), tmp_path / "model")
+    landing.partial.mkdir(parents=True)
+    is_dir = Path.is_dir
+
+    def gone(path: Path, **options: bool) -> bool:
+        if path == landing.partial:
+            os.rmdir(path)
+        return is_dir(path, **options)
+
+    monkeypatch.setattr(Path, "is_dir", gone)
+    assert landing.open() is None
+    landing.close()
+
+
 def test_a_partial_folder_that_goes_away_before_it_is_opened_is_made_anew(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

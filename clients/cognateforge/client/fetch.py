@@ -201,7 +201,9 @@ class Landing:
 
     def _take(self) -> None:
         while self._lock is None:
-            self.partial.mkdir(exist_ok=True)
+            # Not exist_ok: that looks again at what exists, which whoever held it may have removed in between.
+            with suppress(FileExistsError):
+                self.partial.mkdir()
             try:
                 lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             except FileNotFoundError:
