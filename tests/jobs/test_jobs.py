@@ -379,6 +379,8 @@ def test_a_store_that_is_locked_for_long_fails_no_job(tmp_path: Path, monkeypatc
         backup.execute("BEGIN IMMEDIATE")
         toy_worker.work(context)
 
+    # Loggers that were used under a worker's settings keep them for the process's life.
+    monkeypatch.setattr("training_common.worker.logs.configure", lambda **_: None)
     argv = ["--settings", str(service.settings_file), "--job", job.name, "--attempt", "1", "--token", "1"]
     worker.main(argv, load_settings=toy_worker.load_settings, work=work)
     job = service.store.get(job.name)
