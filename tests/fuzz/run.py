@@ -40,7 +40,7 @@ import agent_server.migrations
 import agent_server.server
 import cognate_server.migrations
 import cognate_server.server
-from cognateforge.agent.v1 import training_pb2
+from cognateforge.agent.v1 import agent_pb2, training_pb2
 from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
 from cognateforge.exchange.v1 import resource_pb2, resource_pb2_grpc
 from tests.fuzz.requests import Request, requests
@@ -245,6 +245,7 @@ def served_requests(services: Sequence[Service]) -> dict[str, list[Message]]:
             pretraining_pb2.StartPretrainingRequest(plan=pretraining_pb2.PretrainingPlan(total_steps=9)),
         ),
         ("agent.v1.AgentForgeTrainingService.StartTraining", training_pb2.StartTrainingRequest(plan=plan)),
+        ("agent.v1.AgentService.ListMoves", agent_pb2.ListMovesRequest(family=agent.known[-1])),
         (
             "exchange.v1.ResourceService.RenewLease",
             resource_pb2.RenewLeaseRequest(
