@@ -7,8 +7,9 @@ from typing import Protocol, runtime_checkable
 
 from agent_server.adaptation import Adaptation, ParameterCount
 from agent_server.architectures.factory import AgentArchitecture
-from agent_server.rl.plan import TASKS, acting_task
+from agent_server.rl.plan import acting_task
 from agent_server.settings import AgentSettings
+from agent_server.tasks import ACTING
 from agent_server.train_config import adaptation_of
 from cognateforge.agent.v1 import training_pb2 as pb
 from training_common.compute import parts_of, rows_of_each
@@ -86,7 +87,7 @@ def configuration(plan: pb.TrainingPlan, settings: AgentSettings) -> str:
         speed.ClearField(field)
     for rate in ("peak_learning_rate", "schedule", "warmup_steps", "gradient_clip_norm", "early_stopping"):
         speed.optimization.ClearField(rate)
-    if plan.WhichOneof("task") in TASKS:
+    if plan.WhichOneof("task") in ACTING:
         acting_task(speed).policy_optimization.ClearField("environment_steps")
     workers = settings.workers
     facts = {"threads": workers.threads, "slots": workers.slots, "checkpoints": workers.checkpoints}

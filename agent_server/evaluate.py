@@ -31,9 +31,9 @@ from agent_server.objectives.base import Measurement
 from agent_server.objectives.build import objective_for
 from agent_server.rl.config import PolicyConfig
 from agent_server.rl.measure import Stage
-from agent_server.rl.plan import TASKS as ACTING
 from agent_server.rl.registry import require_environment
 from agent_server.rl.worlds import world_maker
+from agent_server.tasks import ACTING
 from agent_server.train_config import from_plan
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import (

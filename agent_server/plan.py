@@ -10,11 +10,12 @@ from agent_server.architectures.factory import AgentArchitecture, AgentArchitect
 from agent_server.architectures.model_folder import find_folder, open_folder
 from agent_server.architectures.settings import settings_of
 from agent_server.data.pipeline import Limits
-from agent_server.data.processor import TASKS_WITH_ROWS, AgentDataProcessor
+from agent_server.data.processor import AgentDataProcessor
 from agent_server.optim import EarlyStopping, Optimization, default_warmup_steps
 from agent_server.rl.config import PolicyConfig
-from agent_server.rl.plan import TASKS, require_acting, total_steps_of
+from agent_server.rl.plan import require_acting, total_steps_of
 from agent_server.settings import AgentSettings, ModelSettings
+from agent_server.tasks import ACTING, WITH_ROWS
 from agent_server.train_config import AgentTrainConfig, Constraints, default_validation_interval
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import (
@@ -45,7 +46,7 @@ def with_defaults(plan: pb.TrainingPlan) -> pb.TrainingPlan:
     """Return a copy in which 0 has become the default that the contract names."""
     filled = pb.TrainingPlan()
     filled.CopyFrom(plan)
-    if plan.WhichOneof("task") in TASKS:  # whose rollouts say how many
+    if plan.WhichOneof("task") in ACTING:  # whose rollouts say how many
         filled.total_steps = total_steps_of(plan)
     filled.batch_size = plan.batch_size or AgentTrainConfig.batch_size
     filled.checkpoint_interval_steps = plan.checkpoint_interval_steps or AgentTrainConfig.checkpoint_interval_steps
@@ -88,7 +89,7 @@ def _fill_adaptation(adaptation: pb.Adaptation) -> None:
 
 
 def _fill_task(plan: pb.TrainingPlan) -> None:
-    if plan.WhichOneof("task") in TASKS_WITH_ROWS and not plan.data_limits.HasField("max_refused_share"):
+    if plan.WhichOneof("task") in WITH_ROWS and not plan.data_limits.HasField("max_refused_share"):
         plan.data_limits.max_refused_share = Limits.max_refused_share
     match plan.WhichOneof("task"):
         case "preference":
@@ -129,7 +130,7 @@ def require_feasible(plan: pb.TrainingPlan, factory: AgentArchitectureFactory, s
             f"plan.{task}: {description}", violations=[FieldViolation(field=f"plan.{task}", description=description)]
         )
     require_buildable(plan, architecture, settings.models)
-    if task in TASKS:
+    if task in ACTING:
         require_acting(plan, modules=settings.environments.modules)
         return
     AgentDataProcessor(settings.data).require_available(plan)

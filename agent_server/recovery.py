@@ -214,11 +214,8 @@ class AgentRecoveryManager(RecoveryManager[History]):
         self.history.violations = violations
         return self._look()
 
-    def _signs(self) -> Iterator[Finding]:
-        for detector, look in DETECTORS.items():
-            evidence = look(self.history, self.limits)
-            if evidence is not None:
-                yield Finding(detector=detector, evidence=evidence)
+    def _evidence(self) -> Iterator[tuple[str, Evidence | None]]:
+        return ((detector, look(self.history, self.limits)) for detector, look in DETECTORS.items())
 
     def _restored(self, value: Mapping[str, Any]) -> History:
         return History.from_json(value)

@@ -47,5 +47,8 @@ OUTPUTS: Mapping[str, Output] = {
     "multi_agent": Output.ACTIONS,
 }
 
+# The tasks that act in environments, and those that learn from rows.
+ACTING: tuple[str, ...] = tuple(task for task, output in OUTPUTS.items() if output is Output.ACTIONS)
+WITH_ROWS: tuple[str, ...] = tuple(task for task in OUTPUTS if task not in ACTING)
 # The tasks of language models.
 WRITING: tuple[str, ...] = tuple(task for task, output in OUTPUTS.items() if output is Output.LANGUAGE)

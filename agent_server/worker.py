@@ -21,9 +21,9 @@ from agent_server.artifacts import AgentArtifactManager
 from agent_server.bases import Base, resolve
 from agent_server.data.processor import AgentDataProcessor, ready_event
 from agent_server.objectives.build import objective_for
-from agent_server.rl.plan import TASKS
 from agent_server.rl.work import train_acting
 from agent_server.settings import AgentSettings, load_settings
+from agent_server.tasks import ACTING
 from agent_server.tracker import Cost
 from agent_server.train_config import AgentTrainConfig, from_plan
 from agent_server.trainer import train_agent
@@ -50,7 +50,7 @@ def work(context: WorkerContext[AgentSettings]) -> None:
     team = team_for(plan.compute, context.team)
     _set_threads(settings)
     registry = ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts"))
-    if plan.WhichOneof("task") in TASKS:
+    if plan.WhichOneof("task") in ACTING:
         attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=True))
         _act(context, plan, registry)
         return

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cognate_server.detectors import DETECTORS, Detector, History, Measurement, RecoveryLimits
-from training_common.recovery import Finding, Ladder, RecoveryManager
+from training_common.recovery import Evidence, Finding, Ladder, RecoveryManager
 
 
 class Action(enum.StrEnum):
@@ -80,11 +80,8 @@ class CognateRecoveryManager(RecoveryManager[History]):
         self.history.add_validation(loss, score)
         return self._look()
 
-    def _signs(self) -> Iterator[Finding]:
-        for detector, look in DETECTORS.items():
-            evidence = look(self.history, self.limits)
-            if evidence is not None:
-                yield Finding(detector=detector, evidence=evidence)
+    def _evidence(self) -> Iterator[tuple[str, Evidence | None]]:
+        return ((detector, look(self.history, self.limits)) for detector, look in DETECTORS.items())
 
     def _restored(self, value: Mapping[str, Any]) -> History:
         return History.from_json(value)

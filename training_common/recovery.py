@@ -119,8 +119,8 @@ class RecoveryManager(abc.ABC, Generic[H]):
         self._last_trouble_step = 0
 
     @abc.abstractmethod
-    def _signs(self) -> Iterator[Finding]:
-        """Yield what the detectors see, the gravest first."""
+    def _evidence(self) -> Iterator[tuple[str, Evidence | None]]:
+        """Yield each detector with what it sees, the gravest first; None where it sees nothing."""
 
     @abc.abstractmethod
     def _restored(self, value: Mapping[str, Any]) -> H:
@@ -137,10 +137,12 @@ class RecoveryManager(abc.ABC, Generic[H]):
         return self.history.step - self._last_trouble_step >= self._ladder.stable_steps
 
     def _look(self) -> Finding | None:
-        for finding in self._signs():
+        for detector, evidence in self._evidence():
+            if evidence is None:
+                continue
             self._last_trouble_step = self.history.step
-            if self._rungs[finding.detector] <= len(self._ladder.rungs[finding.detector]):
-                return finding
+            if self._rungs[detector] <= len(self._ladder.rungs[detector]):
+                return Finding(detector=detector, evidence=evidence)
         return None
 
     def choices(self, finding: Finding) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from agent_server.adaptation import BaseSizes, ParameterCount
 from agent_server.architectures.factory import ArchitectureDefaults, BuildRequest, FoundationRequirement
+from agent_server.tasks import WITH_ROWS
 from training_common.models.fingerprints import (
     COGNATE_V1_25M,
     COGNATE_V1_25M_ADAPTIVE,
@@ -44,16 +45,7 @@ class CognateArchitecture(ArchitectureDefaults):
 
     name = "cognate"
     adaptations: Sequence[str] = ("full", "lora", "head", "freezing", "bottleneck")
-    tasks: Sequence[str] = (
-        "classification",
-        "extraction",
-        "behavioural",
-        "dialogue",
-        "domain",
-        "question_answering",
-        "tool_calling",
-        "preference",
-    )
+    tasks: Sequence[str] = WITH_ROWS
     description = (
         "Cognate, with a linear head for labels and tags, with its own for texts; ACT and LTM frozen unless asked."
     )

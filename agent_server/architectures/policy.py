@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent_server.architectures.factory import ArchitectureDefaults, BaseKind, BuildRequest, Setting, SettingValue
+from agent_server.tasks import ACTING
 from cognateforge.exceptions import IncompatibleError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class PolicyArchitecture(ArchitectureDefaults):
     """Perceptrons that act: an actor and a critic for one agent or for several."""
 
     name = "policy"
-    tasks: Sequence[str] = ("reinforcement", "multi_agent")
+    tasks: Sequence[str] = ACTING
     description = "Multilayer perceptrons, an actor and a critic, from an environment's observations to its actions."
     bases: Sequence[BaseKind] = (BaseKind.SCRATCH,)
     adaptations: Sequence[str] = ("full",)

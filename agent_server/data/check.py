@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agent_server.data.processor import TASKS_WITH_ROWS, AgentDataProcessor
+from agent_server.data.processor import AgentDataProcessor
+from agent_server.tasks import WITH_ROWS
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import DataUnavailableError, FieldViolation, ForgeError, InvalidFieldError
 from training_common.attempt import Json
@@ -53,7 +54,7 @@ class RowChecker:
         A report of what was read in time begins with a finding of reason "not_read_to_the_end".
         Errors: DataUnavailableError, for rows that do not make the task; InvalidFieldError.
         """
-        if plan.WhichOneof("task") not in TASKS_WITH_ROWS:
+        if plan.WhichOneof("task") not in WITH_ROWS:
             return None
         began = time.monotonic()
         request = json.dumps(

@@ -23,25 +23,12 @@ from agent_server.data.preference import PreferenceForm
 from agent_server.data.question_answering import QuestionAnsweringForm
 from agent_server.data.source import DataPlace, Source, from_file, from_hub, generated
 from agent_server.data.tool_calling import ToolCallingForm
+from agent_server.tasks import WITH_ROWS
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import DataUnavailableError, FieldViolation, ForgeError, InvalidFieldError
 from training_common.attempt import Json
 from training_common.findings import ProcessingReport
 from training_common.settings import DataSettings
-
-# By field name in TrainingPlan; the others act in environments.
-TASKS_WITH_ROWS = frozenset(
-    {
-        "classification",
-        "extraction",
-        "behavioural",
-        "dialogue",
-        "domain",
-        "question_answering",
-        "tool_calling",
-        "preference",
-    }
-)
 
 
 def _nothing() -> None:
@@ -63,7 +50,7 @@ class AgentDataProcessor:
         Errors: DataUnavailableError, InvalidFieldError, with the field's place in a request with a plan.
         """
         task = plan.WhichOneof("task") or ""
-        if task not in TASKS_WITH_ROWS:
+        if task not in WITH_ROWS:
             for name in ("rehearsal", "data_limits"):
                 if plan.HasField(name):
                     description = f"the task {task} learns in an environment and has no rows: leave it out"

@@ -11,7 +11,6 @@ from agent_server.train_config import optimization_of
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import FieldViolation, InvalidFieldError, NotImplementedByServerError
 
-TASKS = ("reinforcement", "multi_agent")
 _COORDINATIONS = {
     pb.COORDINATION_UNSPECIFIED: "shared_parameters",
     pb.COORDINATION_INDEPENDENT: "independent",

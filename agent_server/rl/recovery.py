@@ -98,11 +98,9 @@ class TeamRecoveryManager(RecoveryManager[TeamHistory]):
         change = Change(before={"rate_factor": before}, after={"rate_factor": self.rate_factor})
         return self.record(finding, RESYNCHRONIZE, change)
 
-    def _signs(self) -> Iterator[Finding]:
-        for detector, look in ((Detector.VERSION_SKEW, self._skew), (Detector.DRIFT, self._drift)):
-            evidence = look()
-            if evidence is not None:
-                yield Finding(detector=detector, evidence=evidence)
+    def _evidence(self) -> Iterator[tuple[str, Evidence | None]]:
+        yield Detector.VERSION_SKEW, self._skew()
+        yield Detector.DRIFT, self._drift()
 
     def _skew(self) -> Evidence | None:
         versions = self.history.versions_N

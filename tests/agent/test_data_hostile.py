@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from agent_server.data.pipeline import Limits, prepare_rows
-from agent_server.data.processor import TASKS_WITH_ROWS, form_of
+from agent_server.data.processor import form_of
 from agent_server.data.source import DataPlace, Source, SourceRow, from_file
+from agent_server.tasks import WITH_ROWS
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import DataUnavailableError
 from tests.agent.data_support import write_rows
@@ -100,7 +101,7 @@ def _fresh(row: dict[str, Any], number: int) -> dict[str, Any]:
     return fresh
 
 
-@pytest.mark.parametrize("task", sorted(TASKS_WITH_ROWS))
+@pytest.mark.parametrize("task", sorted(WITH_ROWS))
 @pytest.mark.parametrize("told", [False, True])
 def test_spoiled_rows_are_accounted_for(task: str, told: bool) -> None:
     """As objects that were never text, which is what Parquet and the hub give: each row is in the report."""
@@ -121,7 +122,7 @@ def test_spoiled_rows_are_accounted_for(task: str, told: bool) -> None:
     assert all(finding.reason and finding.remedy and len(finding.detail) < 1000 for finding in report.findings)
 
 
-@pytest.mark.parametrize("task", sorted(TASKS_WITH_ROWS))
+@pytest.mark.parametrize("task", sorted(WITH_ROWS))
 def test_spoiled_files_are_accounted_for(task: str, tmp_path: Path) -> None:
     """As text: torn, cut, with keys that come twice, nested beyond what Python follows."""
     rng = random.Random(len(task))  # noqa: S311
