@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
 
 from agent_server.architectures.cognate import CognateArchitecture
 from agent_server.architectures.factory import AgentArchitectureFactory, FoundationRequirement
 from agent_server.data.examples import DataManifest, Labelled, PreparedData
+from agent_server.trainer import AgentResult
 from training_common.attempt import CheckpointRef, Json, StopKind
 from training_common.findings import ProcessingReport
 from training_common.models.cognate_v1 import CognateV1, CognateV1Config, config_to_json, save_state
@@ -173,3 +176,32 @@ def toy_rows(*, seed: int = 0) -> Rows:
 
     rows = [row(i) for i in range(240)]
     return prepared(rows[:160], rows[200:], rows[160:200], labels=("pay", "travel", "music"))
+
+
+@dataclass
+class ToldAttempt(MemoryAttempt):
+    """An attempt that keeps its events."""
+
+    events: list[tuple[str, dict[str, Json]]] = field(default_factory=list)
+
+    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
+        self.events.append((kind, dict(payload)))
+
+    @property
+    def told(self) -> list[tuple[int, str, str]]:
+        """Step, trouble and action of every recovery."""
+        return [
+            (int(str(payload["step"])), str(payload["detector"]), str(payload["action"]))
+            for kind, payload in self.events
+            if kind == "recovery"
+        ]
+
+
+def measured(result: AgentResult) -> dict[str, float]:
+    """Return what was measured of an agent, by metric."""
+    return {evaluation.metric: evaluation.value for evaluation in result.evaluations}
+
+
+def weights(result: AgentResult) -> dict[str, Tensor]:
+    """Return an exported agent's weights."""
+    return safetensors.torch.load_file(result.folder / "model.safetensors")

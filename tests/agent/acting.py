@@ -6,8 +6,7 @@ Importing this module registers them, as a plan's "tests.agent.acting:Signal-v0"
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 
 from agent_server.optim import Optimization, OptimizerKind, Schedule
 from agent_server.rl.config import PolicyConfig
-from tests.agent._support import MemoryAttempt
-from training_common.attempt import Json, StopKind
+from tests.agent._support import ToldAttempt
+from training_common.attempt import StopKind
 
 MODULES = ("tests.agent.acting", "tests.agent")
 SIGNAL = "tests.agent.acting:Signal-v0"
@@ -91,15 +90,11 @@ for _name in ("Signal", "Restless", "Aim", "Poisoned"):
 
 
 @dataclass
-class ActingAttempt(MemoryAttempt):
-    """An attempt that keeps its events; `stop_after` asks for a stop at that many looks, wherever they fall."""
+class ActingAttempt(ToldAttempt):
+    """`stop_after` asks for a stop at that many looks, wherever they fall."""
 
-    events: list[tuple[str, dict[str, Json]]] = field(default_factory=list)
     stop_after: int | None = None
     looks: int = 0
-
-    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
-        self.events.append((kind, dict(payload)))
 
     def stop_requested(self) -> StopKind | None:
         self.looks += 1

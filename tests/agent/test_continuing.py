@@ -12,7 +12,7 @@ from agent_server.data.examples import Labelled, texts_of
 from agent_server.optim import Optimization
 from agent_server.train_config import AgentTrainConfig
 from agent_server.trainer import AgentResult, train_agent
-from tests.agent._support import MemoryAttempt, Rows, factory, prepared, toy_rows, write_foundation
+from tests.agent._support import MemoryAttempt, Rows, factory, measured, prepared, toy_rows, write_foundation
 
 EARLIER = toy_rows()
 CONFIG = AgentTrainConfig(
@@ -44,10 +44,6 @@ def first(foundation: Path, tmp_path_factory: pytest.TempPathFactory) -> AgentRe
     """An agent that has learnt the earlier set."""
     workdir = tmp_path_factory.mktemp("first")
     return train_agent(CONFIG, foundation, EARLIER, MemoryAttempt(workdir), factory=factory())
-
-
-def measured(result: AgentResult) -> dict[str, float]:
-    return {evaluation.metric: evaluation.value for evaluation in result.evaluations}
 
 
 def test_an_agent_goes_on_where_it_was(first: AgentResult, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from agent_server.train_config import AgentTrainConfig
 from agent_server.trainer import AgentResult, train_agent
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import ArtifactCorruptError, DataUnavailableError, IncompatibleError
-from tests.agent._support import MemoryAttempt, Rows, prepared, toy_rows
+from tests.agent._support import MemoryAttempt, Rows, measured, prepared, toy_rows
 from tests.agent.model_folders import write_model_folder
 from training_common.attempt import AttemptStopped
 
@@ -248,10 +248,6 @@ def dialogues() -> Rows:
 
 def train(config: AgentTrainConfig, folder: Path, attempt: MemoryAttempt, data: Rows = ROWS) -> AgentResult:
     return train_agent(config, folder, data, attempt)
-
-
-def measured(result: AgentResult) -> dict[str, float]:
-    return {evaluation.metric: evaluation.value for evaluation in result.evaluations}
 
 
 @pytest.mark.parametrize(("method", "lr"), [("full", 1e-2), ("lora", 5e-2)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from agent_server.objectives.language import LanguageObjective
 from agent_server.optim import Optimization
 from agent_server.runtime.run import Agent
 from agent_server.train_config import AgentTrainConfig, Constraints
-from agent_server.trainer import AgentResult, train_agent
+from agent_server.trainer import train_agent
 from cognateforge.exceptions import IncompatibleError
-from tests.agent._support import TINY, MemoryAttempt, Rows, factory, prepared, write_foundation
-from training_common.attempt import AttemptStopped, Json
+from tests.agent._support import TINY, Rows, ToldAttempt, factory, measured, prepared, write_foundation
+from training_common.attempt import AttemptStopped
 
 _COLOURS = ("red", "green", "blue", "white")
 _CITIES = ("Rome", "New York", "Oslo")
@@ -133,16 +132,6 @@ CONFIG = AgentTrainConfig(
 )
 
 
-@dataclass
-class Attempt(MemoryAttempt):
-    """An attempt that keeps events."""
-
-    events: list[tuple[str, dict[str, Json]]] = field(default_factory=list)
-
-    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
-        self.events.append((kind, dict(payload)))
-
-
 @pytest.fixture(scope="module")
 def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Cognate on disk, whose tokenizer has the tokens that texts begin and end with."""
@@ -168,17 +157,13 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objectives, "LanguageObjective", functools.partial(LanguageObjective, answer_tokens=32))
 
 
-def measured(result: AgentResult) -> dict[str, float]:
-    return {evaluation.metric: evaluation.value for evaluation in result.evaluations}
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_is_learnt_and_goes_on_bit_for_bit(foundation: Path, tmp_path: Path, task: str) -> None:
     """The loss on test rows falls, the task's score rises; paused and resumed, weights and figures are the same."""
     config, data = dataclasses.replace(CONFIG, task=task), data_of(task)
     if task == "behavioural":
         config = dataclasses.replace(config, constraints=Constraints())
-    attempt = Attempt(tmp_path / "whole")
+    attempt = ToldAttempt(tmp_path / "whole")
     whole = train_agent(config, foundation, data, attempt, factory=factory())
     found = measured(whole)
     assert found["loss_after"] < 0.6 * found["loss_before"]
@@ -195,7 +180,7 @@ def test_a_task_is_learnt_and_goes_on_bit_for_bit(foundation: Path, tmp_path: Pa
     assert {name for _, metrics in attempt.rows for name in metrics} <= METRICS.keys()
     assert ["rows_encoded"] == [kind for kind, _ in attempt.events]
 
-    cut = Attempt(tmp_path / "cut", stop_at=10)
+    cut = ToldAttempt(tmp_path / "cut", stop_at=10)
     with pytest.raises(AttemptStopped):
         train_agent(config, foundation, data, cut, factory=factory())
     torch.rand(7)
@@ -210,7 +195,7 @@ def test_low_rank_updates_learn_to_write(foundation: Path, tmp_path: Path) -> No
     config = dataclasses.replace(
         CONFIG, task="question_answering", adaptation=Adaptation(lora=Lora(rank=4)), optimization=Optimization(lr=3e-2)
     )
-    result = train_agent(config, foundation, data_of("question_answering"), Attempt(tmp_path), factory=factory())
+    result = train_agent(config, foundation, data_of("question_answering"), ToldAttempt(tmp_path), factory=factory())
     found = measured(result)
     assert found["loss_after"] < 0.7 * found["loss_before"]
     model = load(result.folder)
@@ -225,13 +210,13 @@ def test_low_rank_updates_learn_to_write(foundation: Path, tmp_path: Path) -> No
 def test_an_agent_that_writes_goes_on_with_another_task(foundation: Path, tmp_path: Path) -> None:
     """Documents first, dialogues next: the second begins where the first ended, and what is forgotten is measured."""
     domain = dataclasses.replace(CONFIG, task="domain", total_steps=10)
-    first = train_agent(domain, foundation, data_of("domain"), Attempt(tmp_path / "first"), factory=factory())
+    first = train_agent(domain, foundation, data_of("domain"), ToldAttempt(tmp_path / "first"), factory=factory())
     dialogue = dataclasses.replace(CONFIG, task="domain", total_steps=10, rehearsal_share=0.25)
     result = train_agent(
         dialogue,
         None,
         data_of("dialogue"),
-        Attempt(tmp_path / "second"),
+        ToldAttempt(tmp_path / "second"),
         agent_dir=first.folder,
         rehearsal=data_of("domain"),
         factory=factory(),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from agent_server.recovery import (
 from agent_server.train_config import AgentTrainConfig
 from agent_server.trainer import AgentResult, train_agent
 from cognateforge.exceptions import TrainingDivergedError
-from tests.agent._support import MemoryAttempt, factory, toy_rows, write_foundation
-from training_common.attempt import AttemptStopped, Json
+from tests.agent._support import MemoryAttempt, ToldAttempt, factory, toy_rows, write_foundation
+from training_common.attempt import AttemptStopped
 from training_common.recovery import Change, Finding
 
 DATA = toy_rows()
@@ -52,25 +51,6 @@ CONFIG = AgentTrainConfig(
     progress_interval_steps=4,
     recovery=LIMITS,
 )
-
-
-@dataclass
-class ToldAttempt(MemoryAttempt):
-    """An attempt that keeps its events."""
-
-    events: list[tuple[str, dict[str, Json]]] = field(default_factory=list)
-
-    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
-        self.events.append((kind, dict(payload)))
-
-    @property
-    def told(self) -> list[tuple[int, str, str]]:
-        """Step, trouble and action of every recovery."""
-        return [
-            (int(str(payload["step"])), str(payload["detector"]), str(payload["action"]))
-            for kind, payload in self.events
-            if kind == "recovery"
-        ]
 
 
 Harm = Callable[[int, Loss], Loss]

@@ -22,9 +22,9 @@ from agent_server.data.examples import Labelled, Segment, Written, texts_of
 from agent_server.optim import Optimization
 from agent_server.runtime.text_parts import RecurrentLayer
 from agent_server.train_config import AgentTrainConfig
-from agent_server.trainer import AgentResult, train_agent
+from agent_server.trainer import train_agent
 from cognateforge.exceptions import DataUnavailableError, IncompatibleError
-from tests.agent._support import MemoryAttempt, Rows, prepared, toy_rows
+from tests.agent._support import MemoryAttempt, Rows, measured, prepared, toy_rows
 from tests.agent.model_folders import write_model_folder
 from training_common.attempt import AttemptStopped
 
@@ -168,10 +168,6 @@ def seen(*, seed: int = 0) -> Rows:
 
     rows = [row(i) for i in range(160)]
     return prepared(rows[:112], rows[112:], labels=("no", "one", "two"), name="toy-pictures")
-
-
-def measured(result: AgentResult) -> dict[str, float]:
-    return {evaluation.metric: evaluation.value for evaluation in result.evaluations}
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])

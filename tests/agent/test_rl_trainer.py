@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import safetensors.torch
 import torch
 
 from agent_server.metrics import EVALUATIONS, METRICS
@@ -21,6 +20,7 @@ from agent_server.rl.trainer import train_policy
 from agent_server.trainer import AgentResult
 from cognateforge.exceptions import ArtifactCorruptError, IncompatibleError, InvalidFieldError, TrainingDivergedError
 from tests.agent import meeting_v0
+from tests.agent._support import measured, weights
 from tests.agent.acting import ActingAttempt, meeting_config, signal_config
 from tests.agent.policies import policies
 from training_common.attempt import AttemptStopped, StopKind
@@ -29,14 +29,6 @@ from training_common.replay import ReplayAttempt, digests_under
 
 def run(attempt: ActingAttempt, config: PolicyConfig, **options: Any) -> AgentResult:
     return train_policy(config, attempt, factory=policies(), **options)
-
-
-def measured(result: AgentResult) -> dict[str, float]:
-    return {evaluation.metric: evaluation.value for evaluation in result.evaluations}
-
-
-def weights(result: AgentResult) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(result.folder / "model.safetensors")
 
 
 def differing(one: AgentResult, other: AgentResult) -> list[str]:

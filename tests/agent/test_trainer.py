@@ -30,7 +30,7 @@ from cognateforge.exceptions import (
     IncompatibleError,
     TrainingDivergedError,
 )
-from tests.agent._support import MemoryAttempt, Rows, factory, toy_rows, write_foundation
+from tests.agent._support import MemoryAttempt, Rows, factory, measured, toy_rows, weights, write_foundation
 from training_common.attempt import AttemptStopped, StopKind
 from training_common.settings import DataSettings
 
@@ -57,14 +57,6 @@ def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(foundation: Path, attempt: MemoryAttempt, config: AgentTrainConfig = CONFIG, data: Rows = DATA) -> AgentResult:
     return train_agent(config, foundation, data, attempt, factory=factory())
-
-
-def measured(result: AgentResult) -> dict[str, float]:
-    return {evaluation.metric: evaluation.value for evaluation in result.evaluations}
-
-
-def weights(result: AgentResult) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(result.folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("adaptation", [Adaptation(), Adaptation(lora=Lora(rank=4))])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from agent_server.optim import EarlyStopping, Optimization, Precision, Schedule
 from agent_server.train_config import AgentTrainConfig
 from agent_server.trainer import AgentResult, train_agent
 from cognateforge.exceptions import DataUnavailableError
-from tests.agent._support import MemoryAttempt, factory, toy_rows, write_foundation
-from training_common.attempt import AttemptStopped, Json, StopKind
+from tests.agent._support import MemoryAttempt, ToldAttempt, factory, toy_rows, weights, write_foundation
+from training_common.attempt import AttemptStopped, StopKind
 
 # Fewer validation rows than test rows, so that measurements on them can be told apart.
 DATA = dataclasses.replace(toy_rows(), validation=toy_rows().validation[:30])
@@ -40,16 +39,6 @@ CONFIG = AgentTrainConfig(
 )
 
 
-@dataclass
-class ToldAttempt(MemoryAttempt):
-    """An attempt that keeps its events."""
-
-    events: list[tuple[str, dict[str, Json]]] = field(default_factory=list)
-
-    def event(self, kind: str, payload: Mapping[str, Json]) -> None:
-        self.events.append((kind, dict(payload)))
-
-
 @pytest.fixture(scope="module")
 def foundation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Cognate on disk."""
@@ -60,10 +49,6 @@ def run(foundation: Path, attempt: MemoryAttempt, data: Any = DATA, **changes: A
     optimization = {key: changes.pop(key) for key in list(changes) if hasattr(CONFIG.optimization, key)}
     changes["optimization"] = dataclasses.replace(CONFIG.optimization, **optimization)
     return train_agent(dataclasses.replace(CONFIG, **changes), foundation, data, attempt, factory=factory())
-
-
-def weights(result: AgentResult) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(result.folder / "model.safetensors")
 
 
 def exported(result: AgentResult) -> dict[str, Any]:
