@@ -10,12 +10,17 @@ from pathlib import Path
 from agent_server.agents import find_agent
 from agent_server.architectures.hub import fetch_from_hub
 from agent_server.architectures.model_folder import find_folder, open_folder
-from agent_server.foundation import Foundation, file_digest
+from agent_server.foundation import Foundation, file_digest, locked
 from agent_server.settings import ModelSettings
 from cognateforge.agent.v1 import training_pb2 as pb
-from cognateforge.exceptions import ArtifactCorruptError, IncompatibleError, NotImplementedByServerError
+from cognateforge.exceptions import (
+    ArtifactCorruptError,
+    FieldViolation,
+    IncompatibleError,
+    NotImplementedByServerError,
+)
 from training_common.artifacts.blobs import BlobStore, StoredFile
-from training_common.artifacts.registry import ArtifactRegistry
+from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ def resolve(
         case "scratch":
             return Base()
         case "agent_version":
-            return _agent(agent_name or plan.agent_version.name, registry, cache_dir)
+            return _agent(find_base(plan, registry, name=agent_name), registry, cache_dir)
         case other:
             raise NotImplementedByServerError(f"this release cannot train on the base {other}")
 
@@ -90,14 +95,34 @@ def _model_folder(name: str, models: ModelSettings, digest: str) -> Base:
     return Base(name=name, digest=found, base_dir=path)
 
 
-def _agent(name: str, registry: ArtifactRegistry, cache_dir: Path) -> Base:
-    row = find_agent(registry, name)
+def find_base(plan: pb.TrainingPlan, registry: ArtifactRegistry, *, name: str = "") -> ArtifactRow:
+    """Return the published agent that a plan goes on with. name: the version that was resolved before.
+
+    Errors: AgentNotFoundError; IncompatibleError, when it is of another architecture than the plan's.
+    """
+    row = find_agent(registry, name or plan.agent_version.name)
+    architecture = row.body["architecture"]
+    if architecture != plan.architecture:
+        description = f"{row.name} is of architecture {architecture}, not {plan.architecture}: name that one"
+        raise IncompatibleError(
+            f"plan.architecture: {description}",
+            violations=[FieldViolation(field="plan.architecture", description=description)],
+        )
+    return row
+
+
+def _agent(row: ArtifactRow, registry: ArtifactRegistry, cache_dir: Path) -> Base:
     folder = cache_dir / row.digest.removeprefix("sha256:")
-    if not folder.exists():
-        making = cache_dir / f"{folder.name}.part"
-        shutil.rmtree(making, ignore_errors=True)
-        unpack(row.files, registry.blobs, making)
-        making.rename(folder)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    # Jobs side by side may want the same one; what is there is believed as far as its digests go.
+    with locked(cache_dir / f"{folder.name}.lock"):
+        if folder.exists() and not all(_holds(folder / file.path, file) for file in row.files):
+            shutil.rmtree(folder)
+        if not folder.exists():
+            making = cache_dir / f"{folder.name}.part"
+            shutil.rmtree(making, ignore_errors=True)
+            unpack(row.files, registry.blobs, making)
+            making.rename(folder)
     parent = row.body["parent"]
     return Base(
         name=row.name,
@@ -106,6 +131,10 @@ def _agent(name: str, registry: ArtifactRegistry, cache_dir: Path) -> Base:
         foundation=parent["name"],
         foundation_digest=parent["digest"],
     )
+
+
+def _holds(path: Path, file: StoredFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.size_bytes and file_digest(path) == file.digest
 
 
 def unpack(files: Iterable[StoredFile], blobs: BlobStore, folder: Path) -> None:
@@ -117,4 +146,6 @@ def unpack(files: Iterable[StoredFile], blobs: BlobStore, folder: Path) -> None:
             for _, piece in blobs.open_payload((file,), 0):
                 target.write(piece)
         if file_digest(path) != file.digest:
-            raise ArtifactCorruptError(f"{file.path}: its stored bytes are not what the manifest names")
+            raise ArtifactCorruptError(
+                f"{file.path}: its stored bytes are not what the manifest names; restore them, or train anew"
+            )

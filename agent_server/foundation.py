@@ -169,7 +169,7 @@ def fetch(
     )
     path = cache_dir / _hexadecimal(model)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / f"{path.name}.lock"):
+    with locked(cache_dir / f"{path.name}.lock"):
         if path.exists() and not holds(path, model):
             shutil.rmtree(path)
         if not path.exists():
@@ -326,7 +326,7 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock between processes; it ends with its process, however that ends."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -117,6 +117,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
             cognate=link,
             resources=resources,
             evaluator=evaluator,
+            registry=registry,
             info=info,
         ),
         server,

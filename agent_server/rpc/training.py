@@ -7,6 +7,7 @@ from typing import Any
 
 from agent_server import estimates, foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.bases import find_base
 from agent_server.data.check import RowChecker
 from agent_server.evaluating import Evaluator
 from agent_server.plan import require_feasible, with_defaults
@@ -17,6 +18,7 @@ from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import PreconditionError
 from cognateforge.job.v1 import job_pb2
+from training_common.artifacts.registry import ArtifactRegistry
 from training_common.compute import require_slots
 from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, Draft, JobRpcs, JobService
@@ -34,6 +36,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         cognate: foundation.CognateLink,
         resources: AgentResourceManager,
         evaluator: Evaluator,
+        registry: ArtifactRegistry,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
@@ -42,12 +45,15 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
         self._cognate = cognate
         self._resources = resources
         self._evaluator = evaluator
+        self._registry = registry
         self._info = info
         self._rows = RowChecker(settings.data, hub_dir=settings.files_dir / "hub")
 
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan, caller = with_defaults(request.plan), current_caller().name
         refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
+        if plan.WhichOneof("base") == "agent_version":
+            await self._registry.database.run_brief(find_base, plan, self._registry)
 
         def draft() -> Draft:
             require_feasible(plan, self._factory, self._settings)

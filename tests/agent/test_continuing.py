@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import agent_server.migrations
 from agent_server.adaptation import Adaptation
+from agent_server.bases import Base, resolve
 from agent_server.data.examples import Labelled, texts_of
+from agent_server.foundation import Foundation
 from agent_server.optim import Optimization
 from agent_server.train_config import AgentTrainConfig
 from agent_server.trainer import AgentResult, train_agent
+from cognateforge.agent.v1 import training_pb2 as pb
 from tests.agent._support import MemoryAttempt, Rows, factory, measured, prepared, toy_rows, write_foundation
+from tests.support.published import FILES, open_registry, publish_agent
 
 EARLIER = toy_rows()
 CONFIG = AgentTrainConfig(
@@ -86,3 +92,30 @@ def test_rehearsal_keeps_what_was_learnt(first: AgentResult, tmp_path: Path) -> 
         assert found["accuracy_after"] > 0.8
     assert without["forgetting"] > 0.2
     assert with_rows["forgetting"] < without["forgetting"] / 2
+
+
+def test_an_agent_is_unpacked_once_and_whole(tmp_path: Path) -> None:
+    """Jobs side by side share the files; a damaged copy is made anew, and damaged bytes of the store are refused."""
+    registry = open_registry(tmp_path)
+    registry.database.upgrade(Path(agent_server.migrations.__file__).parent)
+    row = publish_agent(tmp_path)
+    plan = pb.TrainingPlan(architecture="cognate", agent_version=pb.AgentBase(name="intent-router"))
+
+    def base() -> Base:
+        return resolve(plan, fetch=no_foundation, registry=registry, cache_dir=tmp_path / "cache")
+
+    with ThreadPoolExecutor(8) as pool:
+        waited_for = [pool.submit(base) for _ in range(16)]
+        folders = {one.result().agent_dir for one in waited_for}
+    [folder] = folders
+    assert folder is not None
+    name, content = next(iter(FILES.items()))
+    (folder / name).write_bytes(content[:-1])
+    assert base().agent_dir == folder
+    assert (folder / name).read_bytes() == content
+    assert row.digest == base().digest
+    registry.database.close()
+
+
+def no_foundation() -> Foundation:
+    raise AssertionError("an agent needs no foundation")

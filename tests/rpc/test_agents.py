@@ -26,6 +26,7 @@ from cognateforge.exceptions import (
     DataUnavailableError,
     FoundationNotFoundError,
     IllegalTransitionError,
+    IncompatibleError,
     InvalidFieldError,
     InvalidPageTokenError,
     NotImplementedByServerError,
@@ -253,6 +254,21 @@ async def test_a_task_that_the_architecture_does_not_serve_is_refused(
         await agents.training.StartTraining(start(architecture=architecture, classification=None, **task))
     assert [f"plan.{next(iter(task))}"] == [violation.field for violation in caught.value.violations]
     assert 0 == await jobs_stored(agents)
+
+
+async def test_what_an_agent_goes_on_with_has_to_be_there_and_fit(agents: AsyncAgentClient, store: Path) -> None:
+    """Refused at submission, where the base or the architecture is wrong; nothing is stored."""
+    publish_agent(store)
+    further: dict[str, Any] = {"foundation": None, "agent_version": pb.AgentBase(name="intent-router@7")}
+    with pytest.raises(AgentNotFoundError, match="no agent intent-router@7"):
+        await agents.training.StartTraining(start(**further))
+    further["agent_version"] = pb.AgentBase(name="intent-router")
+    with pytest.raises(IncompatibleError, match="intent-router@1 is of architecture cognate, not recurrent") as caught:
+        await agents.training.StartTraining(start(**further, architecture="recurrent"))
+    assert ["plan.architecture"] == [violation.field for violation in caught.value.violations]
+    assert 0 == await jobs_stored(agents)
+    job = (await agents.training.StartTraining(start(**further))).job
+    assert "agent_version" == job.plan.WhichOneof("base")
 
 
 async def test_without_a_data_folder_no_file_is_found(agents: AsyncAgentClient) -> None:
