@@ -49,10 +49,12 @@ class Callers:
         self._stopping = threading.Event()
 
     @asynccontextmanager
-    async def of(self, kind: str, address: str, call: Call, breaker: CallBreaker) -> AsyncIterator[None]:
+    async def of(
+        self, kind: str, address: str, call: Call, breaker: CallBreaker, *, timeout_s: float = TIMEOUT_S
+    ) -> AsyncIterator[None]:
         """Let them call."""
         if kind == "sync":
-            with CognateClient(address, breaker=breaker, timeout_s=TIMEOUT_S) as client:
+            with CognateClient(address, breaker=breaker, timeout_s=timeout_s) as client:
                 pool = ThreadPoolExecutor(CALLERS)
                 loop = asyncio.get_running_loop()
                 await loop.run_in_executor(pool, self._connect, lambda: call(client))
@@ -62,7 +64,7 @@ class Callers:
                 await asyncio.gather(*running)
                 pool.shutdown()
         else:
-            async with AsyncCognateClient(address, breaker=breaker, timeout_s=TIMEOUT_S) as aio_client:
+            async with AsyncCognateClient(address, breaker=breaker, timeout_s=timeout_s) as aio_client:
                 await self._once(lambda: call(aio_client))  # a channel's first call takes longer than others may
                 tasks = [asyncio.create_task(self._in_task(lambda: call(aio_client))) for _ in range(CALLERS)]
                 yield
@@ -268,7 +270,8 @@ async def test_many_callers_wait_for_one_probe(kind: str, fake: Fake) -> None:
     """While the probe of a half-open circuit is on its way, 32 callers send nothing; then all are answered."""
     fake.script.always = grpc.StatusCode.INTERNAL
     changes, callers = Changes(), Callers()
-    async with callers.of(kind, fake.address, get_job, changes.breaker):
+    # A probe that ran out of time would be followed by another one.
+    async with callers.of(kind, fake.address, get_job, changes.breaker, timeout_s=30):
         await changes.until("closed", "open")
         # Those that were under way have ended.
         await until(lambda: callers.outcomes["INTERNAL"] == changes.breaker.snapshot().admitted)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ async def until(service: ToyService, job: JobRow, condition: Callable[[Verificat
             service.scheduler.tick()
             await asyncio.sleep(0.02)
     return row
+
+
+def at_work(path: Path, before: str) -> bool:
+    """Return whether another worker than `before` waits there."""
+    try:
+        return path.read_text() not in {"", before}
+    except FileNotFoundError:
+        return False
 
 
 def done(row: VerificationRow) -> bool:
@@ -140,15 +149,19 @@ async def test_a_killed_replay_is_begun_again_and_its_old_worker_is_fenced_out(l
     job = await local.until(local.submit(steps=20, checkpoint_every=10), ended)
     (job_dir(local.settings, job.name) / "replay-waits").touch()
     local.verify(job)
+    before = ""
     for number in (1, 2, 3):
         row = await until(local, job, lambda row, n=number: row.tries == n and row.handle != "")  # type: ignore[misc]
+        scratch = jobs_dir(local.settings).parent / row.name
+        # Each empties the folder and fills it again before it is at work.
+        await waiting.until(partial(at_work, scratch / "replay-waits", before), timeout_s=60)
+        before = (scratch / "replay-waits").read_text()
         os.kill(pid(row.handle), signal.SIGKILL)
         with pytest.raises(FencedOutError):
             local.verifications.finish(VerificationRow(**{**vars(row), "tries": number - 1}), {})
     row = await until(local, job, done)
     assert (VerificationState.FAILED, 3) == (row.state, row.tries)
     assert "try 3: the worker process was ended by SIGKILL" in row.failure
-    scratch = jobs_dir(local.settings).parent / row.name
     assert scratch.exists(), "nobody was left to remove it"
     Sweeper(local.database, jobs_dir(local.settings), RetentionSettings()).sweep()
     assert not scratch.exists()

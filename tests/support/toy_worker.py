@@ -8,6 +8,7 @@ first one works, and the others hear of every step, for which they do need torch
 import errno
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def work(context: WorkerContext[ToySettings]) -> None:
         raise AttemptWaits("Cognate", message="connection refused", give_up_after_s=plan.get("give_up_after_s", 0))
     attempt.move(JobState.RUNNING)
     replayed = context.job_dir.parent.name == "verifications"
-    if replayed and (context.job_dir / "replay-waits").exists():
+    waits = context.job_dir / "replay-waits"
+    if replayed and waits.exists():
+        waits.write_text(str(os.getpid()))
         time.sleep(3600)
 
     def tell(goes_on: bool) -> None:
