@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,14 +24,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from agent_server.adaptation import ParameterCount, count_parameters, merge_checked
+from agent_server.adaptation import count_parameters
 from agent_server.architectures.factory import AgentArchitecture, AgentArchitectureFactory, BuildRequest
 from agent_server.architectures.model import AgentModel
 from agent_server.data.examples import PreparedData, texts_of
 from agent_server.evaluation import Evaluation, measure
-from agent_server.objectives.base import Batch, Loss, Measurement, Objective, sample
+from agent_server.exported import PROBE_ROWS, RunFacts, write_agent
+from agent_server.measurements import Measurements
+from agent_server.objectives.base import Batch, Loss, Objective, sample
 from agent_server.objectives.build import objective_for
-from agent_server.objectives.metrics.continual import forgetting
 from agent_server.optim import (
     PlateauState,
     Schedule,
@@ -43,7 +43,6 @@ from agent_server.optim import (
     set_lr,
     warmup_steps,
 )
-from agent_server.package import as_before, write_package
 from agent_server.recovery import QUALITY, Action, AgentRecoveryManager, Correction
 from agent_server.tracker import (
     NO_COST,
@@ -51,18 +50,14 @@ from agent_server.tracker import (
     Check,
     Cost,
     StepReport,
-    beats,
     generalization_gap,
-    normalized_gain,
-    readiness,
 )
 from agent_server.train_config import AgentTrainConfig
-from agent_server.training_rows import Earlier, Piece, TrainingRows, pieces
+from agent_server.training_rows import Piece, TrainingRows, pieces
 from cognateforge.exceptions import (
     ArtifactCorruptError,
     DataUnavailableError,
     IncompatibleError,
-    IntegrityCheckFailedError,
     TrainingDivergedError,
 )
 from training_common.attempt import Attempt, AttemptStopped, CheckpointRef, Json
@@ -71,8 +66,6 @@ from training_common.memory_copy import MemoryCopy
 from training_common.recovery import Change, Finding, RecoveryEvent
 from training_common.team import ALONE, Team, exchanging, load_parts, local, part_of, parts_of_state, whole
 
-# Rows that the merge and the export are checked on: one batch, over in a fraction of a second.
-_PROBE_ROWS = 32
 _CHECKPOINT_FORMAT = 2
 # Training rows that a model may calibrate itself on: deviations are then known to about 6 %.
 _CALIBRATION_ROWS = 128
@@ -204,7 +197,7 @@ class _Run:
         self.validates = team.agree(lambda: self.rows is not None and len(self.rows.validation) > 0)
         self.step = 0
         self.saved_step = -1
-        self.evaluations: list[Evaluation] = []
+        self.measurements = Measurements(self.objective)
         self.validation_score: float | None = None
         self.plateau, self.stopping = PlateauState(), StoppingState()
         self.best: dict[str, Tensor] = {}  # the state of the best validation, where a run may end early
@@ -264,9 +257,9 @@ class _Run:
         load_parts(buffers, self.team.deal(lambda: {name: buffer.clone() for name, buffer in buffers.items()}))
 
     def finish(self) -> AgentResult:
-        if self.team.agree(lambda: not self.evaluations):
+        if self.team.agree(lambda: not self.measurements.results):
             model = self._whole_model()
-            self.team.agree(lambda: self._measure("before", model, between=self._between))
+            self.team.agree(lambda: self.measurements.measure("before", model, self._own_rows(), between=self._between))
         self._train()
         self._save(planned=False)
         self._take_best()
@@ -276,21 +269,39 @@ class _Run:
 
     def _finish(self, model: AgentModel, rows: TrainingRows) -> AgentResult:
         """Measure and export, on the first process alone."""
-        self._measure("after", model, between=self._heed_stop)
+        self.measurements.measure("after", model, rows, between=self._heed_stop)
         if self.validates:
-            for found in measure(self.objective, model, rows.validation, between=self._heed_stop):
-                self._record(f"validation_{found.metric}", f"{rows.name}/validation", found)
+            self.measurements.measure_validation(model, rows, between=self._heed_stop)
         count = count_parameters(model)
-        checks = self._judge()
-        folder = self._export(model, rows, count)
+        events = self.recovery.events
+        checks = self.measurements.judge(rows, trouble_left=bool(events) and events[-1].action == Action.LEAVE)
+        folder = self.attempt.workdir / "agent"
+        facts = RunFacts(
+            steps=self.step,
+            weights_of_step=self.stopping.best_step if self.best else self.step,
+            count=count,
+            evaluations=self.measurements.results,
+            recovery=events,
+            constraints_enforced=self.correction.enforced,
+        )
+        write_agent(
+            folder,
+            model,
+            rows.test[:PROBE_ROWS],
+            config=self.config,
+            architecture=self.architecture,
+            objective=self.objective,
+            build=self._build,
+            facts=facts,
+        )
         return AgentResult(
             folder=folder,
             labels=model.labels,
-            evaluations=tuple(self.evaluations),
+            evaluations=tuple(self.measurements.results),
             trainable_parameters=count.trainable,
             total_parameters=count.total,
             steps=self.step,
-            recovery=self.recovery.events,
+            recovery=events,
             checks=checks,
         )
 
@@ -551,62 +562,10 @@ class _Run:
 
     # Measuring
 
-    def _judge(self) -> tuple[Check, ...]:
-        """Return the checks of readiness that can be made, and record their share and what training has gained."""
-        values, score = {e.metric: e for e in self.evaluations}, self.objective.score
-        after, before = values[f"{score}_after"], values[f"{score}_before"]
-        sign = 1.0 if self.objective.higher_is_better else -1.0
-        checks = [
-            Check(name="score_is_finite", value=0.0 if math.isfinite(after.value) else 1.0, floor=0.5, below=True),
-            Check(name="score_improved", value=sign * after.value, floor=sign * before.value),
-            Check(
-                name="last_trouble_was_mended",
-                value=float(bool(self.recovery.events) and self.recovery.events[-1].action == Action.LEAVE),
-                floor=0.5,
-                below=True,
-            ),
-        ]
-        floor = self.objective.floor(self._own_rows().test)
-        if floor:
-            checks.append(beats("score_beats_floor", after.value, floor[0].value, after.rows))
-        share = readiness(checks)
-        if share is not None:
-            found = Measurement(metric="deployment_readiness", value=share, rows=after.rows)
-            self._record("deployment_readiness", after.dataset, found)
-        if self.objective.is_share:
-            gain = normalized_gain(before.value, after.value)
-            if gain is not None:
-                found = Measurement(metric="normalized_gain", value=gain, rows=after.rows)
-                self._record("normalized_gain", after.dataset, found)
-        return tuple(checks)
-
     def _between(self) -> None:
         # While the first of several processes measures, the others wait for it and could not save.
         if self.team.size == 1:
             self._heed_stop()
-
-    def _measure(self, when: str, model: AgentModel, *, between: Callable[[], None]) -> None:
-        own = self._own_rows()
-        dataset = f"{own.name}/test"
-        for found in measure(self.objective, model, own.test, between=between):
-            self._record(f"{found.metric}_{when}", dataset, found)
-        if when == "before":
-            for found in self.objective.floor(own.test):
-                self._record(found.metric, dataset, found)
-        if own.earlier is not None:
-            for found in measure(self.objective, model, own.earlier.test, between=between):
-                if found.metric == self.objective.score:
-                    self._record(f"earlier_{found.metric}_{when}", f"{own.earlier.name}/test", found)
-            if when == "after":
-                self._record_forgetting(own.earlier)
-
-    def _record_forgetting(self, earlier: Earlier) -> None:
-        """Tell how much worse the earlier set is answered than before, in its score's own unit."""
-        name, values = self.objective.score, {e.metric: e for e in self.evaluations}
-        before, after = values[f"earlier_{name}_before"], values[f"earlier_{name}_after"]
-        worse = forgetting(before.value, after.value, higher_is_better=self.objective.higher_is_better)
-        found = Measurement(metric="forgetting", value=worse, rows=after.rows)
-        self._record("forgetting", f"{earlier.name}/test", found)
 
     def _validate(self) -> dict[str, float]:
         """Measure on the validation rows."""
@@ -619,12 +578,6 @@ class _Run:
         found = {name: value for name, value in self.team.agree(measured).items() if math.isfinite(value)}
         self.validation_score = found.get(self.objective.score)
         return found
-
-    def _record(self, metric: str, dataset: str, found: Measurement) -> None:
-        """Keep a result. Errors: TrainingDivergedError, for one that is no number."""
-        if not math.isfinite(found.value):
-            raise TrainingDivergedError(f"{metric} on {dataset} is {found.value}: lower the learning rate")
-        self.evaluations.append(Evaluation(metric=metric, dataset=dataset, value=found.value, rows=found.rows))
 
     # Checkpoints
 
@@ -672,7 +625,7 @@ class _Run:
             "format": _CHECKPOINT_FORMAT,
             "step": self.step,
             "config_digest": self.config.digest(),
-            "evaluations": [asdict(e) for e in self.evaluations],
+            "evaluations": [asdict(e) for e in self.measurements.results],
             "validation_score": self.validation_score,
             "plateau": self.plateau.to_json(),
             "stopping": self.stopping.to_json(),
@@ -694,7 +647,7 @@ class _Run:
             raise ArtifactCorruptError(f"the checkpoint of step {checkpoint.step} holds other parameters")
         load_parts(own, stored)
         self.step = self.saved_step = position["step"]
-        self.evaluations = [Evaluation(**e) for e in position["evaluations"]]
+        self.measurements.load(Evaluation(**e) for e in position["evaluations"])
         self.validation_score = position["validation_score"]
         self.plateau = PlateauState.from_json(position["plateau"])
         self.stopping = StoppingState.from_json(position["stopping"])
@@ -714,50 +667,6 @@ class _Run:
         if file.exists():
             stored = safetensors.torch.load_file(file)
             self.best = {name: part_of(stored[name], value) for name, value in self.state.items()}
-
-    # Export
-
-    def _export(self, model: AgentModel, rows: TrainingRows, count: ParameterCount) -> Path:
-        """Merge, write the folder, read it back, make a package of it; hold each against the trained model's logits."""
-        model.eval()
-        probe = self.objective.batch(rows.test[:_PROBE_ROWS])
-
-        @torch.no_grad()
-        def logits() -> Tensor:
-            return self.objective.comparable(model, probe)
-
-        change = merge_checked(model.base_model(), logits)
-        folder = self.attempt.workdir / "agent"
-        if folder.exists():
-            shutil.rmtree(folder)  # an earlier attempt's, cut off before it was published
-        folder.mkdir(parents=True)
-        model.save(folder, extra=self._export_config(count, change))
-        with torch.no_grad():
-            read_back = self.objective.comparable(self.architecture.load(folder).eval(), probe)
-        if not torch.equal(read_back, logits()):
-            raise IntegrityCheckFailedError("the exported agent, read back, gives other logits than the trained one")
-        write_package(folder, model, as_before(model, self._build), architecture=self.architecture.name)
-        return folder
-
-    def _export_config(self, count: ParameterCount, change: float) -> dict[str, Json]:
-        adaptation = self.config.adaptation
-        frozen = "trained" if adaptation.unfreeze_act_ltm else "frozen"
-        return {
-            "agent": self.config.agent,
-            "foundation": self.config.foundation,
-            "foundation_digest": self.config.foundation_digest,
-            "max_tokens": self.config.max_tokens,
-            "training": json.loads(json.dumps(asdict(self.config))),
-            "trainable_parameters": count.trainable,
-            "total_parameters": count.total,
-            "adaptation": f"{adaptation.describe()}; ACT and LTM {frozen}",
-            "merge_logit_change": change,
-            "steps": self.step,
-            "weights_of_step": self.stopping.best_step if self.best else self.step,
-            "recovery": [vars(event) for event in self.recovery.events],
-            "constraints_enforced": self.correction.enforced,
-            "evaluations": [asdict(e) for e in self.evaluations],
-        }
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
