@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,6 +31,7 @@ import agent_server.bottlenecks
 import agent_server.runtime
 from agent_server.adaptation import MERGE_TOLERANCE
 from agent_server.architectures.model import AgentBatch, AgentModel
+from agent_server.objectives.metrics import actions
 from agent_server.runtime import run
 from agent_server.tasks import Output
 from cognateforge.exceptions import IntegrityCheckFailedError
@@ -76,6 +77,7 @@ def _runtime(module: str, *beside: str, packages: tuple[str, ...] = ()) -> Runti
 
 
 _BOTTLENECKS = Path(agent_server.bottlenecks.__file__)
+_MASK = (_RUNTIME_DIR / "allowed_actions.py", Path(actions.__file__))
 _COGNATE = _runtime("cognate_agent")
 _HEAD = ("encoder_head", "text_parts")
 RUNTIMES = {
@@ -93,12 +95,19 @@ RUNTIMES = {
 
 
 def write_package(
-    folder: Path, model: AgentModel, untrained: AgentModel, *, architecture: str, runtime: Runtime | None = None
+    folder: Path,
+    model: AgentModel,
+    untrained: AgentModel,
+    *,
+    architecture: str,
+    runtime: Runtime | None = None,
+    allowed_actions: Collection[str] = (),
 ) -> None:
     """Add to a saved agent's folder what runs it elsewhere, and run it from there.
 
     model: trained, merged, as it was saved. untrained: as it was before its first step; both in evaluation mode.
     runtime: that of an architecture which is not built in. Without one, the folder gets no run.py.
+    allowed_actions: kinds of action that the agent is held to where it runs. None: to all.
     Errors: IntegrityCheckFailedError, when the package's logits are not the model's, or are the untrained one's.
     """
     batch = probe_batch(model)
@@ -112,6 +121,10 @@ def write_package(
     facts: dict[str, Json] = {"format": FORMAT, "output": model.output.value, "tolerance": MERGE_TOLERANCE}
     if runtime is not None:
         facts["module"] = runtime.module
+    if allowed_actions:
+        facts["allowed_actions"] = list[Json](sorted(allowed_actions))
+        if runtime is not None:
+            runtime = replace(runtime, files=(*runtime.files, *_MASK))
     (folder / PACKAGE_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if runtime is not None:
         _copy(runtime, folder)

@@ -58,6 +58,11 @@ class Objective(abc.ABC, Generic[E, R]):
     mask_actions: bool = False
     needs_reference: bool = False
 
+    @property
+    def allowed_actions(self) -> frozenset[str]:
+        """The kinds of action that an agent may take. Empty where the task knows none."""
+        return frozenset()
+
     @abc.abstractmethod
     def encode(self, model: AgentModel, examples: Sequence[E], *, max_tokens: int) -> list[R]:
         """Return the examples as the model reads them, cut off after max_tokens."""

@@ -28,6 +28,7 @@ from agent_server.objectives.texts import (
     target_logits,
     windows,
 )
+from agent_server.runtime.allowed_actions import masked_action
 from agent_server.train_config import Constraints
 
 # Tokens of an evaluation batch, padding included: the logits of so many are 250 MB at Cognate's vocabulary.
@@ -299,7 +300,7 @@ class LanguageObjective(Objective[Written, EncodedText]):
         self, model: AgentModel, rows: Sequence[EncodedText], *, between: Callable[[], None] = lambda: None
     ) -> list[str]:
         """Return the answer that an agent writes to each row's prompt, under the mask where one is set."""
-        written = [""] * len(rows)
+        written, writer = [""] * len(rows), ModelWriter(model, max_tokens=self._answer_tokens)
         order = sorted(range(len(rows)), key=lambda i: rows[i].prompt)
         for start in range(0, len(order), _GENERATION_BATCH):
             between()
@@ -308,10 +309,8 @@ class LanguageObjective(Objective[Written, EncodedText]):
             found = model.generate(prompts, max_tokens=self._answer_tokens)
             for i, prompt, tokens in zip(taken, prompts, found, strict=True):
                 written[i] = model.decode(tokens)
-                if self.mask_actions and actions.violates(written[i], self.allowed_actions):
-                    written[i] = masked_action(
-                        model, prompt, written[i], sorted(self.allowed_actions), max_tokens=self._answer_tokens
-                    )
+                if self.mask_actions:
+                    written[i] = masked_action(writer, prompt, written[i], sorted(self.allowed_actions))
         return written
 
     def _prompt(self, model: AgentModel, row: EncodedText) -> list[int]:
@@ -319,43 +318,34 @@ class LanguageObjective(Objective[Written, EncodedText]):
         return clip_left(tokens, max(1, model.context - self._answer_tokens)) if model.context else list(tokens)
 
 
-@torch.no_grad()
-def masked_action(model: AgentModel, prompt: Sequence[int], text: str, kinds: Sequence[str], *, max_tokens: int) -> str:
-    """Return a turn with an action of one of the kinds: what was written before its action, the likeliest kind token by
-    token, and what the model writes after that. A turn that begins no action is given one."""
-    if not kinds:
-        return text
-    head = actions.before_action(text)
-    if head is None:
-        head = f"{text.rstrip()}\nAction:" if text.strip() else "Action:"
-    # The space before a kind goes with it: tokenizers have it in the word's token, in demonstrations as here.
-    head = head.rstrip(" \t")
-    encoded = [list(one.tokens) for one in model.encode([head, *(f" {kind}[" for kind in kinds)])]
-    room_left = model.context - max_tokens if model.context else 0
-    before = [*prompt, *encoded[0]]
-    before = clip_left(before, max(1, room_left)) if model.context else before
-    kind = _likeliest(model, before, encoded[1:])
-    rest = model.generate([[*before, *encoded[1 + kind]]], max_tokens=max_tokens)[0]
-    line = model.decode(rest).split("\n", 1)[0]
-    argument = line[: line.rindex("]")] if "]" in line else line
-    return f"{head} {kinds[kind]}[{argument}]"
+class ModelWriter:
+    """A model that writes under a mask. max_tokens: of what it writes."""
 
+    def __init__(self, model: AgentModel, *, max_tokens: int) -> None:
+        self._model, self._max_tokens = model, max_tokens
 
-def _likeliest(model: AgentModel, before: Sequence[int], choices: Sequence[Sequence[int]]) -> int:
-    """Return which of several continuations greedy decoding would take if all others were forbidden."""
-    batch = collate([[*before, *choice] for choice in choices])
-    logits_BTV: Tensor = model(batch)  # of few rows
-    log_p_BTV = logits_BTV.float().log_softmax(-1)
-    alive, depth = list(range(len(choices))), 0
-    while len(alive) > 1:
-        going = [i for i in alive if depth < len(choices[i])]
-        if not going:
-            break
-        scores = {i: float(log_p_BTV[i, len(before) - 1 + depth, choices[i][depth]]) for i in going}
-        best = choices[max(going, key=lambda i: scores[i])][depth]
-        alive = [i for i in going if choices[i][depth] == best]
-        depth += 1
-    return alive[0]
+    def encode(self, text: str) -> list[int]:
+        """Return a text's tokens."""
+        return list(self._model.encode([text])[0].tokens)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        return self._model.decode(tokens)
+
+    def clip(self, tokens: Sequence[int]) -> list[int]:
+        """Return the newest tokens that leave room for an answer."""
+        context = self._model.context
+        return clip_left(tokens, max(1, context - self._max_tokens)) if context else list(tokens)
+
+    def go_on(self, tokens: Sequence[int]) -> list[int]:
+        """Return the likeliest continuation."""
+        return self._model.generate([list(tokens)], max_tokens=self._max_tokens)[0]
+
+    def next_logits(self, before: Sequence[int], choices: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return the logits of each choice's tokens."""
+        logits_BTV: Tensor = self._model(collate([[*before, *choice] for choice in choices]))  # of few rows
+        start = len(before) - 1
+        return [logits_BTV[i, start : start + len(choice)] for i, choice in enumerate(choices)]
 
 
 def _kl(log_p_NV: Tensor, reference_NK: Tensor, reference_log_p_NK: Tensor) -> Tensor:

@@ -63,6 +63,9 @@ class Agent:
         try:
             module = importlib.import_module(self._package["module"])
             self.model: Model = module.load(folder, config, self._package["output"])
+            # Kinds of action that it was held to in training, and is held to here.
+            self._kinds = sorted(self._package.get("allowed_actions", ()))
+            self._masked = importlib.import_module("allowed_actions").masked_action if self._kinds else None
         finally:
             sys.path.remove(runtime)
 
@@ -97,17 +100,11 @@ class Agent:
         return str(row["text"]), torch.tensor([row["features"]], dtype=torch.float32)
 
     def _continue(self, tokens: Sequence[int], max_new_tokens: int) -> str:
-        """Return the likeliest continuation, token by token."""
-        # The newest ones count: what was asked last stands at the end.
-        room = max(1, self._max_tokens - max_new_tokens - 1)
-        written = [self.model.begin_token, *tokens[-room:]]
-        start = len(written)
-        for _ in range(max_new_tokens):
-            token = int(self.model(*collate([written]))[0, -1].argmax())
-            if token == self.model.end_token:
-                break
-            written.append(token)
-        return self.model.decode(written[start:])
+        """Return the likeliest continuation, token by token, under the mask where there is one."""
+        writer = _Writer(self.model, context=self._max_tokens, max_new_tokens=max_new_tokens)
+        prompt = [self.model.begin_token, *writer.clip(tokens)]
+        text = writer.decode(writer.go_on(prompt))
+        return text if self._masked is None else str(self._masked(writer, prompt, text, self._kinds))
 
     @torch.inference_mode()
     def check(self) -> dict[str, Any]:
@@ -125,6 +122,40 @@ class Agent:
             "tolerance": self._package["tolerance"],
             "equal": equal and apart(found, probe["untrained_logits"]) > distance,
         }
+
+
+class _Writer:
+    """A language model that goes on with texts. context: most tokens of all it reads and writes."""
+
+    def __init__(self, model: Model, *, context: int, max_new_tokens: int) -> None:
+        self._model, self._max_new_tokens = model, max_new_tokens
+        self._room = max(1, context - max_new_tokens - 1)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)[0]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._model.decode(tokens)
+
+    def clip(self, tokens: Sequence[int]) -> list[int]:
+        """Return the newest tokens that leave room: what was asked last stands at the end."""
+        return list(tokens[-self._room :])
+
+    def go_on(self, tokens: Sequence[int]) -> list[int]:
+        """Return the likeliest continuation, without the token that ends it."""
+        written = list(tokens)
+        for _ in range(self._max_new_tokens):
+            token = int(self._model(*collate([written]))[0, -1].argmax())
+            if token == self._model.end_token:
+                break
+            written.append(token)
+        return written[len(tokens) :]
+
+    def next_logits(self, before: Sequence[int], choices: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return, for each choice after `before`, the logits of its tokens: [tokens of the choice, V]."""
+        logits_BTV = self._model(*collate([[*before, *choice] for choice in choices]))
+        start = len(before) - 1
+        return [logits_BTV[i, start : start + len(choice)] for i, choice in enumerate(choices)]
 
 
 def compared(model: Model, tokens_BT: Tensor, valid_BT: Tensor, features_BF: Tensor | None = None) -> Tensor:

@@ -13,8 +13,9 @@ from agent_server.architectures.factory import AgentArchitectureFactory, BuildRe
 from agent_server.architectures.model import collate
 from agent_server.data.examples import Segment, Written
 from agent_server.objectives.base import Measurement
-from agent_server.objectives.language import LanguageObjective, masked_action
+from agent_server.objectives.language import LanguageObjective, ModelWriter
 from agent_server.objectives.texts import EncodedText, encode_prompt
+from agent_server.runtime.allowed_actions import masked_action
 from agent_server.train_config import Constraints
 from cognateforge.exceptions import InvalidFieldError
 from tests.agent._language import BEGIN, END, BigramModel
@@ -315,9 +316,9 @@ def test_a_turn_that_begins_no_action_is_given_one() -> None:
     model = behaving()
     prompt = encode_prompt(model, [Segment("say")], max_tokens=8)
     assert prompt == [BEGIN, model.numbers["say"]]
-    text = masked_action(model, prompt, "nothing", ["search"], max_tokens=4)
-    assert text == "nothing\nAction: search[x]"
-    assert masked_action(model, prompt, "nothing", [], max_tokens=4) == "nothing"
+    writer = ModelWriter(model, max_tokens=4)
+    assert masked_action(writer, prompt, "nothing", ["search"]) == "nothing\nAction: search[x]"
+    assert masked_action(writer, prompt, "nothing", []) == "nothing"
 
 
 def test_the_divergence_from_the_untrained_model_is_zero_before_training() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ from agent_server.architectures.multimodal import MultimodalArchitecture
 from agent_server.architectures.policy import PolicyArchitecture, PolicyRequest
 from agent_server.architectures.recurrent import RecurrentArchitecture
 from agent_server.architectures.sequence_classifier import SequenceClassifierArchitecture
-from agent_server.data.examples import texts_of
+from agent_server.data.examples import Segment, texts_of
 from agent_server.export import export_agent, main
+from agent_server.objectives.language import ModelWriter
+from agent_server.objectives.metrics import actions
+from agent_server.objectives.texts import encode_prompt
 from agent_server.package import RUNTIMES, probe_batch, probe_logits, write_package
 from agent_server.rl.spaces import AgentSpaces, Space
+from agent_server.runtime.allowed_actions import masked_action
 from cognateforge.exceptions import (
     ArtifactCorruptError,
     IntegrityCheckFailedError,
@@ -96,7 +100,7 @@ def packages(bases: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
     return package
 
 
-def pack(folder: Path, case: Case, bases: Mapping[str, Path]) -> None:
+def pack(folder: Path, case: Case, bases: Mapping[str, Path], *, allowed_actions: Sequence[str] = ()) -> None:
     name, task, adaptation, base, given = case
     architecture = ARCHITECTURES[name]
     settings = {key: setting.default for key, setting in architecture.settings.items()}
@@ -113,8 +117,8 @@ def pack(folder: Path, case: Case, bases: Mapping[str, Path]) -> None:
     untrained, model = architecture.build(request).eval(), architecture.build(request).eval()
     disturb(model)
     merge_checked(model.base_model(), lambda: torch.zeros(1))
-    model.save(folder, extra={"max_tokens": 32})
-    write_package(folder, model, untrained, architecture=name)
+    model.save(folder, extra={"max_tokens": 96})
+    write_package(folder, model, untrained, architecture=name, allowed_actions=allowed_actions)
 
 
 def disturb(model: nn.Module) -> None:
@@ -124,6 +128,28 @@ def disturb(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+@pytest.mark.parametrize("name", ["cognate-language", "recurrent-language", "gpt2-language"])
+def test_a_package_keeps_to_the_actions_that_its_training_enforced(
+    name: str, bases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Where it runs elsewhere, as where it was measured: under the mask it takes the same action."""
+    folder, kinds = tmp_path / "agent", ["finish", "search"]
+    folder.mkdir()
+    pack(folder, CASES[name], bases, allowed_actions=kinds)
+    done = isolated(folder / "run.py", "--max-new-tokens", "8", "pay")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)["answer"]
+    assert not actions.violates(answer, kinds), answer
+
+    model = ARCHITECTURES[CASES[name][0]].load(folder).eval()
+    writer = ModelWriter(model, max_tokens=8)
+    prompt = encode_prompt(model, [Segment("pay")], max_tokens=87)
+    with torch.no_grad():
+        free = model.decode(writer.go_on(prompt))
+        assert actions.violates(free, kinds)
+        assert answer == masked_action(writer, prompt, free, kinds)
 
 
 def policy(folder: Path, *, coordination: str = "shared_parameters", several: bool = True) -> None:
