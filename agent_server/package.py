@@ -264,7 +264,8 @@ def copy_licences(data_folder: Path | None, path: str, folder: Path) -> list[str
     """Copy the licences of a set into a package, and return their names.
 
     They are files named after a licence in the set's own folder or one above it, up to the data folder; or, in a folder
-    `licenses` there, files in whose name the set's folder stands between underscores: "clinc150_CC-BY-3.0.txt".
+    `licenses` there, files in whose name the set's folder stands between underscores: "clinc150_CC-BY-3.0.txt". A link
+    that leads out of the data folder is not followed: a package is handed on.
     """
     if data_folder is None or not path:
         return []
@@ -276,6 +277,10 @@ def copy_licences(data_folder: Path | None, path: str, folder: Path) -> list[str
     return [file.name for file in found]
 
 
+def _file_within(root: Path, file: Path) -> bool:
+    return file.is_file() and file.resolve().is_relative_to(root)
+
+
 _LICENCE = re.compile(r"(licen[cs]e|copying)([._-].*)?", re.IGNORECASE)
 _LICENCE_DIR = re.compile(r"licen[cs]es?", re.IGNORECASE)
 
@@ -285,10 +290,11 @@ def _licences(root: Path, data: Path) -> Iterator[Path]:
     word = (data.name.partition(".")[0] if place == root else place.name).lower()
     while place.is_relative_to(root):
         files = sorted(place.iterdir()) if place.is_dir() else []
-        own = [file for file in files if file.is_file() and _LICENCE.fullmatch(file.name)]
+        own = [file for file in files if _LICENCE.fullmatch(file.name) and _file_within(root, file)]
         for below in files:
             if below.is_dir() and _LICENCE_DIR.fullmatch(below.name):
-                own += [file for file in sorted(below.iterdir()) if word in file.stem.lower().split("_")]
+                named = (file for file in sorted(below.iterdir()) if word in file.stem.lower().split("_"))
+                own += [file for file in named if _file_within(root, file)]
         if own:
             yield from own
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -332,3 +333,18 @@ def test_the_licence_of_a_set_goes_with_it(tmp_path: Path, path: str, expected: 
     copied = {file.name: file.read_text(encoding="utf-8") for file in out.rglob("*") if file.is_file()}
     assert expected == sorted(copied)
     assert [] == copy_licences(None, path, out)
+
+
+def test_a_licence_is_a_file_of_the_data_folder(tmp_path: Path) -> None:
+    """What a link brings from elsewhere would be handed on with the package, and a folder or a pipe cannot be copied."""
+    data = write(tmp_path / "data", {"agent/set/rows.jsonl": "", "agent/set/COPYING": "own"})
+    write(tmp_path, {"secret.txt": "secret"})
+    (data / "agent" / "set" / "LICENSE").symlink_to(tmp_path / "secret.txt")
+    below = data / "agent" / "set" / "licenses"
+    (below / "set_folder").mkdir(parents=True)
+    (below / "set_link.txt").symlink_to(tmp_path / "secret.txt")
+    os.mkfifo(below / "set_pipe.txt")
+    out = tmp_path / "package"
+    out.mkdir()
+    assert ["COPYING"] == copy_licences(data, "agent/set/rows.jsonl", out)
+    assert ["COPYING"] == [file.name for file in (out / "licences").iterdir()]
