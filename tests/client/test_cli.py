@@ -345,7 +345,8 @@ def test_train_asks_for_every_method(
         (("--model-folder", "org/tiny"), "model_folder", "sequence_classifier", "lora"),
         (("--model-folder", "org/tiny", "--task", "dialogue"), "model_folder", "causal_lm", "lora"),
         (("--scratch",), "scratch", "recurrent", "full"),
-        (("--continue", "router@3", "--architecture", "recurrent"), "agent_version", "recurrent", "lora"),
+        (("--continue", "router@3", "--architecture", "recurrent"), "agent_version", "recurrent", "full"),
+        (("--continue", "router@3", "--architecture", "cognate"), "agent_version", "cognate", "lora"),
     ],
 )
 def test_train_names_its_base(

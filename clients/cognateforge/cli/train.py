@@ -282,7 +282,8 @@ def _train(app: typer.Typer) -> None:
         setting: bases.Settings = None,
         task: Annotated[Task, typer.Option(help="What it is to learn.")] = Task.CLASSIFICATION,
         adaptation: Annotated[
-            AdaptationKind | None, typer.Option(help="How much is trained. Default: lora, or full from random values.")
+            AdaptationKind | None,
+            typer.Option(help="How much is trained. Default: lora, or full from random values and of recurrent."),
         ] = None,
         lora_rank: Annotated[int, typer.Option(help="0: 8.")] = 0,
         lora_alpha: Annotated[float, typer.Option(help="0: twice the rank.")] = 0.0,
@@ -394,7 +395,9 @@ def _train(app: typer.Typer) -> None:
             rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, weight_decomposed=weight_decomposed
         )
         from_scratch = plan.WhichOneof("base") == "scratch"
-        adaptation = adaptation or (AdaptationKind.FULL if from_scratch else AdaptationKind.LORA)
+        # Recurrent layers have no maps for low-rank updates.
+        trains_all = from_scratch or plan.architecture == "recurrent"
+        adaptation = adaptation or (AdaptationKind.FULL if trains_all else AdaptationKind.LORA)
         _set_adaptation(plan.adaptation, adaptation, lora, trained_blocks, bottleneck_width)
         if early_stopping:
             plan.optimization.early_stopping.patience = patience
