@@ -44,9 +44,13 @@ class Space:
         return math.prod(self.shape) if self.kind == "box" else sum(self.counts)
 
     def flatten(self, value: Any) -> Tensor:
-        """Return a value as numbers; discrete parts are one-hot."""
+        """Return a value as numbers; discrete parts are one-hot. Errors: ValueError, for a value of another space."""
         parts = torch.as_tensor(value).reshape(-1)
-        if self.kind in ("box", "multi_binary"):
+        discrete = self.kind not in ("box", "multi_binary")
+        expected = len(self.counts) if discrete else self.width
+        if len(parts) != expected:
+            raise ValueError(f"an observation has {len(parts)} numbers, and the agent reads {expected}")
+        if not discrete:
             return parts.float()
         flat = torch.zeros(self.width)
         flat[torch.tensor([0, *itertools.accumulate(self.counts[:-1])]) + parts.long() - torch.tensor(self.starts)] = 1

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 _FORMAT = 1
+_NEW_TOKENS = 64
 
 
 class Model(Protocol):
@@ -70,13 +71,15 @@ class Agent:
             sys.path.remove(runtime)
 
     @torch.inference_mode()
-    def answer(self, text: str, *, max_new_tokens: int = 64) -> dict[str, Any]:
+    def answer(self, text: str, *, max_new_tokens: int | None = None) -> dict[str, Any]:
         """Return the answer to a text: its label, its spans, or what follows it; to an observation, the action.
 
-        Errors: ValueError, for numbers that the agent does not read.
+        max_new_tokens: by default 64, or half of what the agent reads and writes together where that is less.
+        Errors: ValueError, for what is no JSON, for numbers that the agent does not read, and for more new tokens than
+        it can write.
         """
         if self.model.output == "actions":
-            observation = json.loads(text)
+            observation = _json(text)
             return {"observation": observation, "action": self.model.act(observation)}  # type: ignore[attr-defined]
         text, features_BF = self._read(text)
         tokens, offsets = self.model.encode(text)
@@ -94,13 +97,18 @@ class Agent:
         count = getattr(self.model, "features", 0)
         if not count:
             return given, None
-        row = json.loads(given)
+        row = _json(given)
         if len(row["features"]) != count:
             raise ValueError(f"a row has {len(row['features'])} features, and the agent reads {count}")
         return str(row["text"]), torch.tensor([row["features"]], dtype=torch.float32)
 
-    def _continue(self, tokens: Sequence[int], max_new_tokens: int) -> str:
+    def _continue(self, tokens: Sequence[int], max_new_tokens: int | None) -> str:
         """Return the likeliest continuation, token by token, under the mask where there is one."""
+        most = self._max_tokens - 2  # a token that begins, and one of the text, are read at least
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(_NEW_TOKENS, self._max_tokens // 2))
+        elif not 1 <= max_new_tokens <= most:
+            raise ValueError(f"--max-new-tokens must be from 1 to {most} for this agent, not {max_new_tokens}")
         writer = _Writer(self.model, context=self._max_tokens, max_new_tokens=max_new_tokens)
         prompt = [self.model.begin_token, *writer.clip(tokens)]
         text = writer.decode(writer.go_on(prompt))
@@ -158,6 +166,15 @@ class _Writer:
         return [logits_BTV[i, start : start + len(choice)] for i, choice in enumerate(choices)]
 
 
+def _json(given: str) -> Any:
+    """Return what JSON says. Errors: ValueError; NaN is no JSON."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number of JSON")
+
+    return json.loads(given, parse_constant=refuse)
+
+
 def compared(model: Model, tokens_BT: Tensor, valid_BT: Tensor, features_BF: Tensor | None = None) -> Tensor:
     """Return the logits by which two models are compared: [B, L], those of every valid token, or of each last one."""
     return where_they_count(model.output, model.comparable(tokens_BT, valid_BT, features_BF), valid_BT)
@@ -209,18 +226,32 @@ def main(arguments: Sequence[str] | None = None, *, lines: Iterable[str] = sys.s
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Answers with this agent: a line of JSON for each text.")
     parser.add_argument("text", nargs="*", help="none: each line of the standard input is one")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a continuation (default: 64)")
+    parser.add_argument("--max-new-tokens", type=int, help="of a continuation (default: 64, or half of its context)")
     parser.add_argument("--check", action="store_true", help="compare logits with those of where it was made")
     given = parser.parse_args(arguments)
-    agent = Agent(Path(__file__).resolve().parent)
+    folder = Path(__file__).resolve().parent
+    try:
+        agent = Agent(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        return _refuse(f"{folder} is damaged, fetch the agent again", error)
     if given.check:
         checked = agent.check()
         print(json.dumps(checked))  # noqa: T201 - a command's output
         return 0 if checked["equal"] else 1
-    for text in given.text or (line.rstrip("\n") for line in lines):
-        answer = agent.answer(text, max_new_tokens=given.max_new_tokens)
+    for number, text in enumerate(given.text or (line.rstrip("\n") for line in lines), start=1):
+        try:
+            answer = agent.answer(text, max_new_tokens=given.max_new_tokens)
+        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            return _refuse(f"text {number} cannot be answered", error)
         print(json.dumps(answer, ensure_ascii=False), flush=True)  # noqa: T201 - a command's output
     return 0
+
+
+def _refuse(what: str, error: Exception) -> int:
+    """Tell what is wrong in one line; return the exit code."""
+    why = str(error).partition("\n")[0]
+    print(f"run.py: {what}: {why if isinstance(error, ValueError) else repr(error)}", file=sys.stderr)  # noqa: T201
+    return 2
 
 
 if __name__ == "__main__":

@@ -148,6 +148,31 @@ def test_the_command_answers_texts_and_checks_itself(package: Path) -> None:
     assert (1, False) == (checked.returncode, json.loads(checked.stdout)["equal"])
 
 
+def test_the_command_tells_in_a_line_what_is_wrong(package: Path) -> None:
+    """Text that no tokenizer reads, and a package whose weights were cut off: no traceback, and another exit code."""
+    good = isolated(package / "run.py", "--max-new-tokens", "7", "pay")
+    assert 0 == good.returncode
+    done = isolated(package / "run.py", "pay", "\udcff")
+    assert (2, 1) == (done.returncode, len(done.stderr.splitlines())), done.stderr
+    assert "run.py: text 2 cannot be answered: " in done.stderr
+    os.truncate(package / "model.safetensors", 100)
+    done = isolated(package / "run.py", "pay")
+    assert (2, "", 1) == (done.returncode, done.stdout, len(done.stderr.splitlines())), done.stderr
+    assert "is damaged, fetch the agent again: " in done.stderr
+
+
+def test_a_language_model_writes_no_more_than_it_can_read(package: Path) -> None:
+    """Beyond its context it would read positions that it does not have, or nothing of the prompt."""
+    config = json.loads((package / "config.json").read_text(encoding="utf-8"))
+    (package / "config.json").write_text(json.dumps(config | {"max_tokens": 8}), encoding="utf-8")
+    agent = run.Agent(package)
+    agent.model = cast("run.Model", Counting())
+    assert {"text": "123", "answer": "4567"} == agent.answer("123")
+    for tokens in (7, 0, -5):
+        with pytest.raises(ValueError, match="--max-new-tokens must be from 1 to 6"):
+            agent.answer("123", max_new_tokens=tokens)
+
+
 def test_a_package_holds_its_modules_byte_for_byte_and_no_row(package: Path) -> None:
     """Of the project it has the frozen forward pass and what the entry needs; of the data nothing."""
     assert {
@@ -336,7 +361,7 @@ def test_the_licence_of_a_set_goes_with_it(tmp_path: Path, path: str, expected: 
 
 
 def test_a_licence_is_a_file_of_the_data_folder(tmp_path: Path) -> None:
-    """What a link brings from elsewhere would be handed on with the package, and a folder or a pipe cannot be copied."""
+    """What a link brings from elsewhere would be handed on with the package; a folder or a pipe cannot be copied."""
     data = write(tmp_path / "data", {"agent/set/rows.jsonl": "", "agent/set/COPYING": "own"})
     write(tmp_path, {"secret.txt": "secret"})
     (data / "agent" / "set" / "LICENSE").symlink_to(tmp_path / "secret.txt")

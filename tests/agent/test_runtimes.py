@@ -206,6 +206,9 @@ def test_every_package_answers_elsewhere(packages: Callable[[str], Path], tmp_pa
         assert isinstance(answers[name]["answer"], str)
     assert all({"b"} == answers[name]["action"].keys() <= {"b"} for name in ("shared_parameters", "independent"))
     assert answers["shared_parameters"]["action"]["b"] in range(2, 6)
+    for observation in ("left", "[0.1]", "[NaN, 0.2, 0.3]", '{"a": 1}'):
+        refused = isolated(tmp_path / "single" / "run.py", observation)
+        assert (2, "", 1) == (refused.returncode, refused.stdout, len(refused.stderr.splitlines())), refused.stderr
     bounded = answers["single"]["action"]
     assert 3 == len(bounded)
     assert -1 <= bounded[0] <= 1
