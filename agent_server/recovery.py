@@ -43,14 +43,35 @@ class Action(enum.StrEnum):
 LADDER: Mapping[str, Sequence[str]] = {
     # Twice: one bad batch may be followed by its neighbour. Three in a row are not the data's fault.
     Detector.NOT_FINITE: (Action.SKIP_BATCH, Action.SKIP_BATCH, Action.ROLL_BACK, Action.ROLL_BACK),
-    Detector.LOSS_TREND: (Action.TIGHTEN_CLIP, Action.ROLL_BACK, Action.ENLARGE_BATCH, Action.ROLL_BACK),
+    # A lower rate also where there is nothing to roll back to.
+    Detector.LOSS_TREND: (
+        Action.TIGHTEN_CLIP,
+        Action.ROLL_BACK,
+        Action.LOWER_RATE,
+        Action.ENLARGE_BATCH,
+        Action.ROLL_BACK,
+        Action.LOWER_RATE,
+    ),
     # Towards the base first, which costs the least; enforcing always works, and hides what was not learnt.
     Detector.VIOLATIONS: (Action.PENALIZE, Action.PENALIZE, Action.ENFORCE),
     # What learnt too fast goes back and on more slowly; then only the head learns, which can spoil least.
     Detector.VALIDATION: (Action.LOWER_RATE, Action.ROLL_BACK, Action.FREEZE_BASE),
 }
 # These make an agent worse, not void.
-QUALITY = (Detector.VIOLATIONS, Detector.VALIDATION)
+_QUALITY = (Detector.VIOLATIONS, Detector.VALIDATION)
+
+
+def voids(finding: Finding) -> bool:
+    """Whether a run in such trouble, which no action has mended, makes no agent.
+
+    A loss that wanders makes none where it is back at the loss of the first steps: nothing that was learnt is left.
+    Below that the agent has learnt, later steps with a lower rate may mend it, and its evaluations tell how good it is.
+    """
+    if finding.detector == Detector.LOSS_TREND:
+        return not finding.evidence["mean_loss"] < finding.evidence["first_mean_loss"]
+    return finding.detector not in _QUALITY
+
+
 # Of a whole job, over all its attempts. A run that needs more is another run than the one that was asked for.
 BUDGET: Mapping[str, int] = {
     Action.SKIP_BATCH: 10,
@@ -90,12 +111,14 @@ class RecoveryLimits:
 class History(RunHistory):
     """What was observed. losses: of the newest steps. scores: of the newest validations, higher is better.
 
+    first_loss: the mean of the first window, when nothing was learnt yet.
     violations: the newest share of actions that break the constraints, and its limit; none where none are measured.
     """
 
     step: int = 0
     not_finite: str = ""
     losses: list[float] = field(default_factory=list)
+    first_loss: float = math.inf
     best_loss: float = math.inf
     scores: list[float] = field(default_factory=list)
     best_score: float = -math.inf
@@ -106,7 +129,10 @@ class History(RunHistory):
         kept = limits.loss_window_steps + limits.loss_sustained_steps - 1
         self.losses = [*self.losses, loss][-kept:]
         if len(self.losses) >= limits.loss_window_steps:
-            self.best_loss = min(self.best_loss, _mean(self.losses[-limits.loss_window_steps :]))
+            mean = _mean(self.losses[-limits.loss_window_steps :])
+            self.best_loss = min(self.best_loss, mean)
+            if math.isinf(self.first_loss):
+                self.first_loss = mean
 
     def add_score(self, score: float, limits: RecoveryLimits) -> None:
         """Add a validation's score."""
@@ -130,7 +156,7 @@ class History(RunHistory):
         return cls(**{**value, **bests, "violations": None if found is None else (found[0], found[1])})
 
 
-_BESTS = {"best_loss": math.inf, "best_score": -math.inf}
+_BESTS = {"first_loss": math.inf, "best_loss": math.inf, "best_score": -math.inf}
 
 
 def not_finite(history: History, limits: RecoveryLimits) -> Evidence | None:
@@ -147,7 +173,12 @@ def loss_trend(history: History, limits: RecoveryLimits) -> Evidence | None:
     limit = max(limits.loss_multiple * history.best_loss, history.best_loss + limits.loss_margin)
     if min(means) <= limit:
         return None
-    return {"mean_loss": means[0], "best_mean_loss": history.best_loss, "limit": limit}
+    return {
+        "mean_loss": means[0],
+        "best_mean_loss": history.best_loss,
+        "first_mean_loss": history.first_loss,
+        "limit": limit,
+    }
 
 
 def violations(history: History, limits: RecoveryLimits) -> Evidence | None:

@@ -43,7 +43,7 @@ from agent_server.optim import (
     set_lr,
     warmup_steps,
 )
-from agent_server.recovery import QUALITY, Action, AgentRecoveryManager, Correction
+from agent_server.recovery import Action, AgentRecoveryManager, Correction, voids
 from agent_server.tracker import (
     NO_COST,
     AgentProgressTracker,
@@ -470,7 +470,7 @@ class _Run:
     def _recover(self, finding: Finding | None) -> None:
         """Apply the first action that is left and possible.
 
-        Errors: TrainingDivergedError, with the evidence, when there is none and the trouble is not one of quality.
+        Errors: TrainingDivergedError, with the evidence, when there is none and the trouble leaves no agent.
         """
         if finding is None:
             return
@@ -479,7 +479,7 @@ class _Run:
             if change is not None:
                 self._tell(self.recovery.record(finding, action, change))
                 return
-        if finding.detector not in QUALITY:
+        if voids(finding):
             raise TrainingDivergedError(
                 f"{finding.detector} at step {self.step} ({finding.text}); {len(self.recovery.events)} recovery "
                 "actions were taken and none is left for it: lower optimization.peak_learning_rate, or look at the data"

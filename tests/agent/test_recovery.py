@@ -142,6 +142,29 @@ def test_a_rising_loss_is_met_step_by_step(foundation: Path, tmp_path: Path, har
     assert attempt.told[-1][2] == "return"
 
 
+@pytest.mark.parametrize(("found", "fails"), [(1.0, False), (8.0, True)])
+def test_what_is_left_when_no_action_has_helped(
+    foundation: Path, tmp_path: Path, harm: Callable[[Harm], None], found: float, fails: bool
+) -> None:
+    """A loss that wanders below where it began is left to the evaluation; one that is back there fails the job."""
+
+    # About 1.1 at first and 0.5 after 24 steps.
+    def wander(number: int, loss: Loss) -> Loss:
+        return dataclasses.replace(loss, mean=loss.mean - loss.mean.detach() + found) if number > 24 else loss
+
+    harm(wander)
+    attempt = ToldAttempt(tmp_path)
+    config = dataclasses.replace(CONFIG, total_steps=120)
+    if fails:
+        with pytest.raises(TrainingDivergedError, match=r"loss_trend at step .* first_mean_loss"):
+            run(foundation, attempt, config)
+    else:
+        assert run(foundation, attempt, config).steps == 120
+    actions = [told[2] for told in attempt.told if told[1] == Detector.LOSS_TREND]
+    # The rate cannot fall below an eighth, so that the last rung is passed over.
+    assert actions == [*LADDER[Detector.LOSS_TREND][:-1], *([] if fails else [Action.LEAVE])]
+
+
 def test_validation_that_only_gets_worse_slows_training_down(
     foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
