@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Float, Index, Integer, MetaData, String, Table
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, UniqueConstraint
 
 from training_common.store.tables import KEY
 from training_common.store.tables import metadata as common
@@ -16,9 +16,12 @@ agents = Table(
     Column("artifact_id", KEY, primary_key=True, autoincrement=False),
     Column("task", String(48), nullable=False),
     Column("lifecycle", String(16), nullable=False),
-    # A page of one task, or of one state, newest first, is read off an index.
+    # The model that it was made of, empty for none. Null: written by a release that did not know of it.
+    Column("foundation", String(64)),
+    # A page of one of them, newest first, is read off an index.
     Index("ix_agents_task", "task", "artifact_id"),
     Index("ix_agents_lifecycle", "lifecycle", "artifact_id"),
+    Index("ix_agents_foundation", "foundation", "artifact_id"),
 )
 
 aliases = Table(
@@ -61,4 +64,21 @@ evaluations = Table(
     Column("request_id", String(36), nullable=False),
     Column("time_us", BigInteger, nullable=False),
     Index("ix_evaluations_artifact_id", "artifact_id", "id"),
+)
+
+# What of this service descends from a foundation model, and whether Cognate has been told. A job that makes an agent
+# descends from it while it is open, the agent from then on.
+descents = Table(
+    "descents",
+    metadata,
+    Column("id", KEY, primary_key=True, autoincrement=True),
+    Column("model", String(64), nullable=False),
+    Column("name", String(64), nullable=False),
+    # Digest of the agent's manifest. Empty for a job.
+    Column("digest", String(71), nullable=False),
+    # Whether it still does. What does not, and of which Cognate was told so, is removed.
+    Column("holds", Boolean, nullable=False),
+    Column("told", Boolean, nullable=False),
+    UniqueConstraint("model", "name"),
+    Index("ix_descents_told", "told", "id"),
 )

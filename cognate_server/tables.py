@@ -1,8 +1,8 @@
-"""Cognate's own tables, beside the common ones: leases of its capacity."""
+"""Cognate's own tables, beside the common ones: leases of its capacity, and what descends from its models."""
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, String, Table
+from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, String, Table, UniqueConstraint
 
 from training_common.store.tables import KEY
 from training_common.store.tables import metadata as common
@@ -50,4 +50,18 @@ lease_clock = Table(
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("revision", BigInteger, nullable=False),
+)
+
+# What others make of models, as agent services tell: agents, and jobs that make them. What is here is not collected.
+dependents = Table(
+    "dependents",
+    metadata,
+    Column("id", KEY, primary_key=True, autoincrement=True),
+    Column("artifact_id", KEY, nullable=False),
+    Column("name", String(64), nullable=False),
+    # Digest of the agent's manifest. Empty for a job.
+    Column("digest", String(71), nullable=False),
+    Column("owner", String(255), nullable=False),
+    Column("create_us", BigInteger, nullable=False),
+    UniqueConstraint("artifact_id", "name", "owner"),
 )

@@ -25,7 +25,7 @@ _DEVICE = re.compile(r"\d{1,3}|(GPU|MIG)-[A-Za-z0-9-]{1,80}")
 MOST_SHARES = 64
 _PORT = re.compile(r"(?:^[^:]+|\]):\d+$")
 # Keys that hold lists: comma-separated in the environment.
-_LISTS = ("roles", "tags", "callers", "devices")
+_LISTS = ("roles", "tags", "callers", "devices", "public_key_files")
 S = TypeVar("S", bound="ServiceSettings")
 
 
@@ -299,6 +299,40 @@ class RetentionSettings(Section):
     sweep_interval_s: float = Field(default=600.0, gt=0, le=86_400, description="seconds between two sweeps")
 
 
+class ArtifactSettings(Section):
+    """Where published artifacts are kept, for how long, and how they are looked after. 0 days keeps them for good."""
+
+    url: str = Field(
+        default="",
+        description="store of their bytes: a folder, or s3://BUCKET/PREFIX; empty: the folder artifacts of shared_dir",
+    )
+    archive_url: str = Field(default="", description="store of archived versions' bytes; empty: there is no archive")
+    options: dict[str, str] = Field(
+        default={},
+        repr=False,
+        description="of the object store, such as endpoint and region; what is not here comes from the environment",
+    )
+    keep_newest: int = Field(default=5, ge=1, le=10_000, description="newest versions of a family that always stay")
+    archive_after_days: float = Field(
+        default=0.0, ge=0, le=36_500, description="after its publication, a version's bytes move to the archive"
+    )
+    collect_after_days: float = Field(
+        default=0.0, ge=0, le=36_500, description="after its publication, a version that nothing depends on is removed"
+    )
+    orphan_hours: float = Field(
+        default=24.0, ge=1, le=8760, description="age at which stored bytes that no version names are removed"
+    )
+    scrub_interval_hours: float = Field(
+        default=24.0, ge=0, le=8760, description="hours between two verifications of everything; 0: only on request"
+    )
+    scrub_bytes_per_s: int = Field(
+        default=64 << 20, ge=0, description="bytes that a periodic verification reads a second at most; 0: no bound"
+    )
+    signing_key_file: Path | None = Field(
+        default=None, description="private key (PEM, P-256) that signs what is published; none: nothing is signed"
+    )
+
+
 class LimitSettings(Section):
     """Bounds of what one server takes on."""
 
@@ -354,6 +388,7 @@ class ServiceSettings(Section):
     price: PriceSettings = PriceSettings()
     logs: LogSettings = LogSettings()
     retention: RetentionSettings = RetentionSettings()
+    artifacts: ArtifactSettings = ArtifactSettings()
 
     @model_validator(mode="after")
     def _plaintext_stays_local(self) -> Self:

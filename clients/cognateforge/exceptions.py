@@ -14,7 +14,7 @@
     │                                  FoundationNotFoundError, TooManyAliasesError, LeaseEndedError,
     │                                  CapacityTakenError, CheckpointGoneError, JobDeadlineExceededError,
     │                                  LogGoneError, VerificationOpenError, QuotaTooSmallError,
-    │                                  ReservationConflictError
+    │                                  ReservationConflictError, ArtifactInUseError, ProvenanceRefusedError
     ├── NotImplementedByServerError
     ├── ArtifactCorruptError
     ├── UnavailableError               CircuitOpenError
@@ -341,6 +341,18 @@ class ReservationConflictError(PreconditionError):
     """The slots are reserved already for a part of that time."""
 
     reason = Reason.REASON_RESERVATION_CONFLICT
+
+
+class ArtifactInUseError(PreconditionError):
+    """Something depends on the version: it is pinned, its family's newest, has an alias, or others descend from it."""
+
+    reason = Reason.REASON_ARTIFACT_IN_USE
+
+
+class ProvenanceRefusedError(PreconditionError):
+    """A version's statement or signature is missing or does not hold, and the reader's policy asks for it."""
+
+    reason = Reason.REASON_PROVENANCE_REFUSED
 
 
 class NotImplementedByServerError(ForgeError):

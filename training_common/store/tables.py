@@ -214,7 +214,47 @@ artifacts = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("job", String(64), nullable=False),
     Column("create_us", BigInteger, nullable=False),
+    # What may change of a version is how it is kept: the columns from here on, and nothing else.
+    Column("tier", String(16), nullable=False, default="STANDARD", server_default="STANDARD"),
+    Column("pinned", Boolean, nullable=False, default=False, server_default=false()),
+    # When its stored bytes were last found whole, and what was wrong when they were last read.
+    Column("verify_us", BigInteger),
+    Column("damage", String(500), nullable=False, default="", server_default=""),
+    # When it was removed: the row stays, so that its name is not given again.
+    Column("collect_us", BigInteger),
+    # A Sigstore bundle over manifest and files, and the fingerprint of the key that made it.
+    Column("signature", LargeBinary),
+    Column("key", String(71), nullable=False, default="", server_default=""),
     UniqueConstraint("family", "version"),
+    Index("ix_artifacts_create_us", "create_us", "id"),
+    Index("ix_artifacts_size_bytes", "size_bytes", "id"),
+    Index("ix_artifacts_family", "family", "id"),
+    # Of a few rows each: what is looked for is seldom so.
+    Index("ix_artifacts_pinned", "id", sqlite_where=text("pinned IS 1"), postgresql_where=text("pinned IS true")),
+    Index("ix_artifacts_damage", "id", sqlite_where=text("damage != ''"), postgresql_where=text("damage != ''")),
+    Index("ix_artifacts_tier", "tier", "id"),
+)
+
+# What versions are looked for by: the newest result of each metric on each set, and the sets they were trained on.
+results = Table(
+    "results",
+    metadata,
+    Column("artifact_id", ForeignKey("artifacts.id"), primary_key=True),
+    Column("metric", String(64), primary_key=True),
+    Column("dataset", String(128), primary_key=True),
+    Column("value", Float, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Index("ix_results_metric", "metric", "dataset", "value", "artifact_id"),
+)
+
+sources = Table(
+    "sources",
+    metadata,
+    Column("artifact_id", ForeignKey("artifacts.id"), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("digest", String(71), primary_key=True),
+    Index("ix_sources_name", "name", "artifact_id"),
+    Index("ix_sources_digest", "digest", "artifact_id"),
 )
 
 # The outbox: written in the transaction of the change it tells of.

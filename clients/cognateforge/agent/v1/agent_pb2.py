@@ -24,11 +24,12 @@ _sym_db = _symbol_database.Default()
 
 from cognateforge._vendor.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from cognateforge.artifact.v1 import artifact_pb2 as cognateforge_dot_artifact_dot_v1_dot_artifact__pb2
+from cognateforge.artifact.v1 import storage_pb2 as cognateforge_dot_artifact_dot_v1_dot_storage__pb2
 from cognateforge.policy.v1 import policy_pb2 as cognateforge_dot_policy_dot_v1_dot_policy__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cognateforge/agent/v1/agent.proto\x12\x15\x63ognateforge.agent.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\'cognateforge/artifact/v1/artifact.proto\x1a#cognateforge/policy/v1/policy.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"f\n\nEvaluation\x12\x17\n\x06metric\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x19\n\x07\x64\x61taset\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\r\n\x05value\x18\x03 \x01(\x01\x12\x15\n\x04rows\x18\x04 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x99\x05\n\x05\x41gent\x12\x15\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x19\n\x07\x61liases\x18\x02 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10@\x12\x17\n\x06\x64igest\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18G\x12\x1d\n\x0c\x61rchitecture\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18\x30\x12\x15\n\x04task\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18\x30\x12\x19\n\x06labels\x18\x06 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80 \x12\x1b\n\nfoundation\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\"\n\x11\x66oundation_digest\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18G\x12\x37\n\x05\x66iles\x18\t \x03(\x0b\x32\x1e.cognateforge.artifact.v1.FileB\x08\xbaH\x05\x92\x01\x02\x10@\x12\x1b\n\nsize_bytes\x18\n \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x03job\x18\x0c \x01(\tB\x07\xbaH\x04r\x02\x18@\x12%\n\x14trainable_parameters\x18\r \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12!\n\x10total_parameters\x18\x0e \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12@\n\x0b\x65valuations\x18\x0f \x03(\x0b\x32!.cognateforge.agent.v1.EvaluationB\x08\xbaH\x05\x92\x01\x02\x10@\x12<\n\x04\x64\x61ta\x18\x10 \x03(\x0b\x32$.cognateforge.artifact.v1.DataSourceB\x08\xbaH\x05\x92\x01\x02\x10\x10\x12\x33\n\tlifecycle\x18\x11 \x01(\x0e\x32 .cognateforge.agent.v1.Lifecycle\x12\x17\n\x06parent\x18\x12 \x01(\tB\x07\xbaH\x04r\x02\x18@\"j\n\x0fGetAgentRequest\x12W\n\x04name\x18\x01 \x01(\tBI\xbaHFrD\x18\x61\x32@^[a-z][a-z0-9-]{0,47}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,47}))?$\"?\n\x10GetAgentResponse\x12+\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1c.cognateforge.agent.v1.Agent\"\xf8\x01\n\x11ListAgentsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12\x30\n\x06\x66\x61mily\x18\x03 \x01(\tB \xbaH\x1dr\x1b\x32\x19^([a-z][a-z0-9-]{0,47})?$\x12.\n\x04task\x18\x04 \x01(\tB \xbaH\x1dr\x1b\x32\x19^([a-z][a-z0-9_]{0,47})?$\x12G\n\nlifecycles\x18\x05 \x03(\x0e\x32 .cognateforge.agent.v1.LifecycleB\x11\xbaH\x0e\x92\x01\x0b\x10\x08\"\x07\x82\x01\x04\x10\x01 \x00\"p\n\x12ListAgentsResponse\x12\x37\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x1c.cognateforge.agent.v1.AgentB\t\xbaH\x06\x92\x01\x03\x10\xf4\x03\x12!\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"\x8b\x01\n\x11\x46\x65tchAgentRequest\x12W\n\x04name\x18\x01 \x01(\tBI\xbaHFrD\x18\x61\x32@^[a-z][a-z0-9-]{0,47}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,47}))?$\x12\x1d\n\x0coffset_bytes\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\\\n\x10\x46\x65tchAgentHeader\x12+\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1c.cognateforge.agent.v1.Agent\x12\x1b\n\x08manifest\x18\x02 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\"\x8a\x01\n\x12\x46\x65tchAgentResponse\x12\x39\n\x06header\x18\x01 \x01(\x0b\x32\'.cognateforge.agent.v1.FetchAgentHeaderH\x00\x12\x30\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1f.cognateforge.artifact.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\x9e\x01\n\x0fSetAliasRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12=\n\x04name\x18\x02 \x01(\tB/\xbaH,r*\x18@2&^[a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8}$\x12.\n\x05\x61lias\x18\x03 \x01(\tB\x1f\xbaH\x1cr\x1a\x18\x30\x32\x16^[a-z][a-z0-9-]{0,47}$\"?\n\x10SetAliasResponse\x12+\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1c.cognateforge.agent.v1.Agent\"\xb3\x01\n\x13SetLifecycleRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12=\n\x04name\x18\x02 \x01(\tB/\xbaH,r*\x18@2&^[a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8}$\x12?\n\tlifecycle\x18\x03 \x01(\x0e\x32 .cognateforge.agent.v1.LifecycleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\"C\n\x14SetLifecycleResponse\x12+\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1c.cognateforge.agent.v1.Agent\"{\n\x10ListMovesRequest\x12-\n\x06\x66\x61mily\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9-]{0,47}$\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"B\n\tAliasMove\x12\x16\n\x05\x61lias\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18\x30\x12\x1d\n\x0c\x66rom_version\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\"\x81\x01\n\rLifecycleMove\x12\x38\n\x0e\x66rom_lifecycle\x18\x01 \x01(\x0e\x32 .cognateforge.agent.v1.Lifecycle\x12\x36\n\x0cto_lifecycle\x18\x02 \x01(\x0e\x32 .cognateforge.agent.v1.Lifecycle\"\xda\x01\n\x04Move\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x06\x63\x61ller\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x18\n\x07version\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01\x12\x31\n\x05\x61lias\x18\x04 \x01(\x0b\x32 .cognateforge.agent.v1.AliasMoveH\x00\x12\x39\n\tlifecycle\x18\x05 \x01(\x0b\x32$.cognateforge.agent.v1.LifecycleMoveH\x00\x42\x06\n\x04kind\"m\n\x11ListMovesResponse\x12\x35\n\x05moves\x18\x01 \x03(\x0b\x32\x1b.cognateforge.agent.v1.MoveB\t\xbaH\x06\x92\x01\x03\x10\xf4\x03\x12!\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04*\x85\x01\n\tLifecycle\x12\x19\n\x15LIFECYCLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLIFECYCLE_DRAFT\x10\x01\x12\x17\n\x13LIFECYCLE_CANDIDATE\x10\x02\x12\x18\n\x14LIFECYCLE_PRODUCTION\x10\x03\x12\x15\n\x11LIFECYCLE_RETIRED\x10\x04\x32\xb5\x05\n\x0c\x41gentService\x12l\n\x08GetAgent\x12&.cognateforge.agent.v1.GetAgentRequest\x1a\'.cognateforge.agent.v1.GetAgentResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12r\n\nListAgents\x12(.cognateforge.agent.v1.ListAgentsRequest\x1a).cognateforge.agent.v1.ListAgentsResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12r\n\nFetchAgent\x12(.cognateforge.agent.v1.FetchAgentRequest\x1a).cognateforge.agent.v1.FetchAgentResponse\"\r\x90\x02\x01\xaa\xbb\x18\x06\n\x02\x01\x02\x10\x01\x30\x01\x12h\n\x08SetAlias\x12&.cognateforge.agent.v1.SetAliasRequest\x1a\'.cognateforge.agent.v1.SetAliasResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12t\n\x0cSetLifecycle\x12*.cognateforge.agent.v1.SetLifecycleRequest\x1a+.cognateforge.agent.v1.SetLifecycleResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12o\n\tListMoves\x12\'.cognateforge.agent.v1.ListMovesRequest\x1a(.cognateforge.agent.v1.ListMovesResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cognateforge/agent/v1/agent.proto\x12\x15\x63ognateforge.agent.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\'cognateforge/artifact/v1/artifact.proto\x1a&cognateforge/artifact/v1/storage.proto\x1a#cognateforge/policy/v1/policy.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"f\n\nEvaluation\x12\x17\n\x06metric\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x19\n\x07\x64\x61taset\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\r\n\x05value\x18\x03 \x01(\x01\x12\x15\n\x04rows\x18\x04 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\xcd\x05\n\x05\x41gent\x12\x15\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x19\n\x07\x61liases\x18\x02 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10@\x12\x17\n\x06\x64igest\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18G\x12\x1d\n\x0c\x61rchitecture\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18\x30\x12\x15\n\x04task\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18\x30\x12\x19\n\x06labels\x18\x06 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x80 \x12\x1b\n\nfoundation\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\"\n\x11\x66oundation_digest\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18G\x12\x37\n\x05\x66iles\x18\t \x03(\x0b\x32\x1e.cognateforge.artifact.v1.FileB\x08\xbaH\x05\x92\x01\x02\x10@\x12\x1b\n\nsize_bytes\x18\n \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x03job\x18\x0c \x01(\tB\x07\xbaH\x04r\x02\x18@\x12%\n\x14trainable_parameters\x18\r \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12!\n\x10total_parameters\x18\x0e \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12@\n\x0b\x65valuations\x18\x0f \x03(\x0b\x32!.cognateforge.agent.v1.EvaluationB\x08\xbaH\x05\x92\x01\x02\x10@\x12<\n\x04\x64\x61ta\x18\x10 \x03(\x0b\x32$.cognateforge.artifact.v1.DataSourceB\x08\xbaH\x05\x92\x01\x02\x10\x10\x12\x33\n\tlifecycle\x18\x11 \x01(\x0e\x32 .cognateforge.agent.v1.Lifecycle\x12\x17\n\x06parent\x18\x12 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x32\n\x07storage\x18\x13 \x01(\x0b\x32!.cognateforge.artifact.v1.Storage\"j\n\x0fGetAgentRequest\x12W\n\x04name\x18\x01 \x01(\tBI\xbaHFrD\x18\x61\x32@^[a-z][a-z0-9-]{0,47}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,47}))?$\"?\n\x10GetAgentResponse\x12+\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1c.cognateforge.agent.v1.Agent\"\xb0\x03\n\x11ListAgentsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12\x30\n\x06\x66\x61mily\x18\x03 \x01(\tB \xbaH\x1dr\x1b\x32\x19^([a-z][a-z0-9-]{0,47})?$\x12.\n\x04task\x18\x04 \x01(\tB \xbaH\x1dr\x1b\x32\x19^([a-z][a-z0-9_]{0,47})?$\x12G\n\nlifecycles\x18\x05 \x03(\x0e\x32 .cognateforge.agent.v1.LifecycleB\x11\xbaH\x0e\x92\x01\x0b\x10\x08\"\x07\x82\x01\x04\x10\x01 \x00\x12\x44\n\nfoundation\x18\x06 \x01(\tB0\xbaH-r+2)^([a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8})?$\x12\x38\n\x06\x66ilter\x18\x07 \x01(\x0b\x32(.cognateforge.artifact.v1.ArtifactFilter\x12\x36\n\x05order\x18\x08 \x01(\x0b\x32\'.cognateforge.artifact.v1.ArtifactOrder\"p\n\x12ListAgentsResponse\x12\x37\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x1c.cognateforge.agent.v1.AgentB\t\xbaH\x06\x92\x01\x03\x10\xf4\x03\x12!\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"\x8b\x01\n\x11\x46\x65tchAgentRequest\x12W\n\x04name\x18\x01 \x01(\tBI\xbaHFrD\x18\x61\x32@^[a-z][a-z0-9-]{0,47}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,47}))?$\x12\x1d\n\x0coffset_bytes\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"z\n\x10\x46\x65tchAgentHeader\x12+\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1c.cognateforge.agent.v1.Agent\x12\x1b\n\x08manifest\x18\x02 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\tsignature\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80\x10\"\x8a\x01\n\x12\x46\x65tchAgentResponse\x12\x39\n\x06header\x18\x01 \x01(\x0b\x32\'.cognateforge.agent.v1.FetchAgentHeaderH\x00\x12\x30\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1f.cognateforge.artifact.v1.ChunkH\x00\x42\x07\n\x05\x66rame\"\x9e\x01\n\x0fSetAliasRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12=\n\x04name\x18\x02 \x01(\tB/\xbaH,r*\x18@2&^[a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8}$\x12.\n\x05\x61lias\x18\x03 \x01(\tB\x1f\xbaH\x1cr\x1a\x18\x30\x32\x16^[a-z][a-z0-9-]{0,47}$\"?\n\x10SetAliasResponse\x12+\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1c.cognateforge.agent.v1.Agent\"\xb3\x01\n\x13SetLifecycleRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12=\n\x04name\x18\x02 \x01(\tB/\xbaH,r*\x18@2&^[a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8}$\x12?\n\tlifecycle\x18\x03 \x01(\x0e\x32 .cognateforge.agent.v1.LifecycleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\"C\n\x14SetLifecycleResponse\x12+\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1c.cognateforge.agent.v1.Agent\"{\n\x10ListMovesRequest\x12-\n\x06\x66\x61mily\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x32\x16^[a-z][a-z0-9-]{0,47}$\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"B\n\tAliasMove\x12\x16\n\x05\x61lias\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18\x30\x12\x1d\n\x0c\x66rom_version\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\"\x81\x01\n\rLifecycleMove\x12\x38\n\x0e\x66rom_lifecycle\x18\x01 \x01(\x0e\x32 .cognateforge.agent.v1.Lifecycle\x12\x36\n\x0cto_lifecycle\x18\x02 \x01(\x0e\x32 .cognateforge.agent.v1.Lifecycle\"\xda\x01\n\x04Move\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x06\x63\x61ller\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01\x12\x18\n\x07version\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01\x12\x31\n\x05\x61lias\x18\x04 \x01(\x0b\x32 .cognateforge.agent.v1.AliasMoveH\x00\x12\x39\n\tlifecycle\x18\x05 \x01(\x0b\x32$.cognateforge.agent.v1.LifecycleMoveH\x00\x42\x06\n\x04kind\"m\n\x11ListMovesResponse\x12\x35\n\x05moves\x18\x01 \x03(\x0b\x32\x1b.cognateforge.agent.v1.MoveB\t\xbaH\x06\x92\x01\x03\x10\xf4\x03\x12!\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\"n\n\x13GetAgentCardRequest\x12W\n\x04name\x18\x01 \x01(\tBI\xbaHFrD\x18\x61\x32@^[a-z][a-z0-9-]{0,47}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,47}))?$\"J\n\x14GetAgentCardResponse\x12\x15\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x1b\n\x08markdown\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x18\x80\x80\x04\"t\n\x19GetAgentProvenanceRequest\x12W\n\x04name\x18\x01 \x01(\tBI\xbaHFrD\x18\x61\x32@^[a-z][a-z0-9-]{0,47}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,47}))?$\"V\n\x1aGetAgentProvenanceResponse\x12\x38\n\nprovenance\x18\x01 \x01(\x0b\x32$.cognateforge.artifact.v1.Provenance*\x85\x01\n\tLifecycle\x12\x19\n\x15LIFECYCLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLIFECYCLE_DRAFT\x10\x01\x12\x17\n\x13LIFECYCLE_CANDIDATE\x10\x02\x12\x18\n\x14LIFECYCLE_PRODUCTION\x10\x03\x12\x15\n\x11LIFECYCLE_RETIRED\x10\x04\x32\xbc\x07\n\x0c\x41gentService\x12l\n\x08GetAgent\x12&.cognateforge.agent.v1.GetAgentRequest\x1a\'.cognateforge.agent.v1.GetAgentResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12r\n\nListAgents\x12(.cognateforge.agent.v1.ListAgentsRequest\x1a).cognateforge.agent.v1.ListAgentsResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12r\n\nFetchAgent\x12(.cognateforge.agent.v1.FetchAgentRequest\x1a).cognateforge.agent.v1.FetchAgentResponse\"\r\x90\x02\x01\xaa\xbb\x18\x06\n\x02\x01\x02\x10\x01\x30\x01\x12h\n\x08SetAlias\x12&.cognateforge.agent.v1.SetAliasRequest\x1a\'.cognateforge.agent.v1.SetAliasResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12t\n\x0cSetLifecycle\x12*.cognateforge.agent.v1.SetLifecycleRequest\x1a+.cognateforge.agent.v1.SetLifecycleResponse\"\x0b\xaa\xbb\x18\x07\n\x01\x02\x10\x02\x18\x01\x12o\n\tListMoves\x12\'.cognateforge.agent.v1.ListMovesRequest\x1a(.cognateforge.agent.v1.ListMovesResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12x\n\x0cGetAgentCard\x12*.cognateforge.agent.v1.GetAgentCardRequest\x1a+.cognateforge.agent.v1.GetAgentCardResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x12\x8a\x01\n\x12GetAgentProvenance\x12\x30.cognateforge.agent.v1.GetAgentProvenanceRequest\x1a\x31.cognateforge.agent.v1.GetAgentProvenanceResponse\"\x0f\x90\x02\x01\xaa\xbb\x18\x08\n\x02\x01\x02\x10\x01\x18\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -85,6 +86,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTAGENTSREQUEST'].fields_by_name['task']._serialized_options = b'\272H\035r\0332\031^([a-z][a-z0-9_]{0,47})?$'
   _globals['_LISTAGENTSREQUEST'].fields_by_name['lifecycles']._loaded_options = None
   _globals['_LISTAGENTSREQUEST'].fields_by_name['lifecycles']._serialized_options = b'\272H\016\222\001\013\020\010\"\007\202\001\004\020\001 \000'
+  _globals['_LISTAGENTSREQUEST'].fields_by_name['foundation']._loaded_options = None
+  _globals['_LISTAGENTSREQUEST'].fields_by_name['foundation']._serialized_options = b'\272H-r+2)^([a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8})?$'
   _globals['_LISTAGENTSRESPONSE'].fields_by_name['agents']._loaded_options = None
   _globals['_LISTAGENTSRESPONSE'].fields_by_name['agents']._serialized_options = b'\272H\006\222\001\003\020\364\003'
   _globals['_LISTAGENTSRESPONSE'].fields_by_name['next_page_token']._loaded_options = None
@@ -95,6 +98,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHAGENTREQUEST'].fields_by_name['offset_bytes']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_FETCHAGENTHEADER'].fields_by_name['manifest']._loaded_options = None
   _globals['_FETCHAGENTHEADER'].fields_by_name['manifest']._serialized_options = b'\272H\006z\004\030\200\200@'
+  _globals['_FETCHAGENTHEADER'].fields_by_name['signature']._loaded_options = None
+  _globals['_FETCHAGENTHEADER'].fields_by_name['signature']._serialized_options = b'\272H\006z\004\030\200\200\020'
   _globals['_SETALIASREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_SETALIASREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_SETALIASREQUEST'].fields_by_name['name']._loaded_options = None
@@ -125,6 +130,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMOVESRESPONSE'].fields_by_name['moves']._serialized_options = b'\272H\006\222\001\003\020\364\003'
   _globals['_LISTMOVESRESPONSE'].fields_by_name['next_page_token']._loaded_options = None
   _globals['_LISTMOVESRESPONSE'].fields_by_name['next_page_token']._serialized_options = b'\272H\005r\003\030\200\004'
+  _globals['_GETAGENTCARDREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_GETAGENTCARDREQUEST'].fields_by_name['name']._serialized_options = b'\272HFrD\030a2@^[a-z][a-z0-9-]{0,47}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,47}))?$'
+  _globals['_GETAGENTCARDRESPONSE'].fields_by_name['name']._loaded_options = None
+  _globals['_GETAGENTCARDRESPONSE'].fields_by_name['name']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_GETAGENTCARDRESPONSE'].fields_by_name['markdown']._loaded_options = None
+  _globals['_GETAGENTCARDRESPONSE'].fields_by_name['markdown']._serialized_options = b'\272H\006r\004\030\200\200\004'
+  _globals['_GETAGENTPROVENANCEREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_GETAGENTPROVENANCEREQUEST'].fields_by_name['name']._serialized_options = b'\272HFrD\030a2@^[a-z][a-z0-9-]{0,47}(@([1-9][0-9]{0,8}|[a-z][a-z0-9-]{0,47}))?$'
   _globals['_AGENTSERVICE'].methods_by_name['GetAgent']._loaded_options = None
   _globals['_AGENTSERVICE'].methods_by_name['GetAgent']._serialized_options = b'\220\002\001\252\273\030\010\n\002\001\002\020\001\030\001'
   _globals['_AGENTSERVICE'].methods_by_name['ListAgents']._loaded_options = None
@@ -137,44 +150,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AGENTSERVICE'].methods_by_name['SetLifecycle']._serialized_options = b'\252\273\030\007\n\001\002\020\002\030\001'
   _globals['_AGENTSERVICE'].methods_by_name['ListMoves']._loaded_options = None
   _globals['_AGENTSERVICE'].methods_by_name['ListMoves']._serialized_options = b'\220\002\001\252\273\030\010\n\002\001\002\020\001\030\001'
-  _globals['_LIFECYCLE']._serialized_start=3022
-  _globals['_LIFECYCLE']._serialized_end=3155
-  _globals['_EVALUATION']._serialized_start=200
-  _globals['_EVALUATION']._serialized_end=302
-  _globals['_AGENT']._serialized_start=305
-  _globals['_AGENT']._serialized_end=970
-  _globals['_GETAGENTREQUEST']._serialized_start=972
-  _globals['_GETAGENTREQUEST']._serialized_end=1078
-  _globals['_GETAGENTRESPONSE']._serialized_start=1080
-  _globals['_GETAGENTRESPONSE']._serialized_end=1143
-  _globals['_LISTAGENTSREQUEST']._serialized_start=1146
-  _globals['_LISTAGENTSREQUEST']._serialized_end=1394
-  _globals['_LISTAGENTSRESPONSE']._serialized_start=1396
-  _globals['_LISTAGENTSRESPONSE']._serialized_end=1508
-  _globals['_FETCHAGENTREQUEST']._serialized_start=1511
-  _globals['_FETCHAGENTREQUEST']._serialized_end=1650
-  _globals['_FETCHAGENTHEADER']._serialized_start=1652
-  _globals['_FETCHAGENTHEADER']._serialized_end=1744
-  _globals['_FETCHAGENTRESPONSE']._serialized_start=1747
-  _globals['_FETCHAGENTRESPONSE']._serialized_end=1885
-  _globals['_SETALIASREQUEST']._serialized_start=1888
-  _globals['_SETALIASREQUEST']._serialized_end=2046
-  _globals['_SETALIASRESPONSE']._serialized_start=2048
-  _globals['_SETALIASRESPONSE']._serialized_end=2111
-  _globals['_SETLIFECYCLEREQUEST']._serialized_start=2114
-  _globals['_SETLIFECYCLEREQUEST']._serialized_end=2293
-  _globals['_SETLIFECYCLERESPONSE']._serialized_start=2295
-  _globals['_SETLIFECYCLERESPONSE']._serialized_end=2362
-  _globals['_LISTMOVESREQUEST']._serialized_start=2364
-  _globals['_LISTMOVESREQUEST']._serialized_end=2487
-  _globals['_ALIASMOVE']._serialized_start=2489
-  _globals['_ALIASMOVE']._serialized_end=2555
-  _globals['_LIFECYCLEMOVE']._serialized_start=2558
-  _globals['_LIFECYCLEMOVE']._serialized_end=2687
-  _globals['_MOVE']._serialized_start=2690
-  _globals['_MOVE']._serialized_end=2908
-  _globals['_LISTMOVESRESPONSE']._serialized_start=2910
-  _globals['_LISTMOVESRESPONSE']._serialized_end=3019
-  _globals['_AGENTSERVICE']._serialized_start=3158
-  _globals['_AGENTSERVICE']._serialized_end=3851
+  _globals['_AGENTSERVICE'].methods_by_name['GetAgentCard']._loaded_options = None
+  _globals['_AGENTSERVICE'].methods_by_name['GetAgentCard']._serialized_options = b'\220\002\001\252\273\030\010\n\002\001\002\020\001\030\001'
+  _globals['_AGENTSERVICE'].methods_by_name['GetAgentProvenance']._loaded_options = None
+  _globals['_AGENTSERVICE'].methods_by_name['GetAgentProvenance']._serialized_options = b'\220\002\001\252\273\030\010\n\002\001\002\020\001\030\001'
+  _globals['_LIFECYCLE']._serialized_start=3722
+  _globals['_LIFECYCLE']._serialized_end=3855
+  _globals['_EVALUATION']._serialized_start=240
+  _globals['_EVALUATION']._serialized_end=342
+  _globals['_AGENT']._serialized_start=345
+  _globals['_AGENT']._serialized_end=1062
+  _globals['_GETAGENTREQUEST']._serialized_start=1064
+  _globals['_GETAGENTREQUEST']._serialized_end=1170
+  _globals['_GETAGENTRESPONSE']._serialized_start=1172
+  _globals['_GETAGENTRESPONSE']._serialized_end=1235
+  _globals['_LISTAGENTSREQUEST']._serialized_start=1238
+  _globals['_LISTAGENTSREQUEST']._serialized_end=1670
+  _globals['_LISTAGENTSRESPONSE']._serialized_start=1672
+  _globals['_LISTAGENTSRESPONSE']._serialized_end=1784
+  _globals['_FETCHAGENTREQUEST']._serialized_start=1787
+  _globals['_FETCHAGENTREQUEST']._serialized_end=1926
+  _globals['_FETCHAGENTHEADER']._serialized_start=1928
+  _globals['_FETCHAGENTHEADER']._serialized_end=2050
+  _globals['_FETCHAGENTRESPONSE']._serialized_start=2053
+  _globals['_FETCHAGENTRESPONSE']._serialized_end=2191
+  _globals['_SETALIASREQUEST']._serialized_start=2194
+  _globals['_SETALIASREQUEST']._serialized_end=2352
+  _globals['_SETALIASRESPONSE']._serialized_start=2354
+  _globals['_SETALIASRESPONSE']._serialized_end=2417
+  _globals['_SETLIFECYCLEREQUEST']._serialized_start=2420
+  _globals['_SETLIFECYCLEREQUEST']._serialized_end=2599
+  _globals['_SETLIFECYCLERESPONSE']._serialized_start=2601
+  _globals['_SETLIFECYCLERESPONSE']._serialized_end=2668
+  _globals['_LISTMOVESREQUEST']._serialized_start=2670
+  _globals['_LISTMOVESREQUEST']._serialized_end=2793
+  _globals['_ALIASMOVE']._serialized_start=2795
+  _globals['_ALIASMOVE']._serialized_end=2861
+  _globals['_LIFECYCLEMOVE']._serialized_start=2864
+  _globals['_LIFECYCLEMOVE']._serialized_end=2993
+  _globals['_MOVE']._serialized_start=2996
+  _globals['_MOVE']._serialized_end=3214
+  _globals['_LISTMOVESRESPONSE']._serialized_start=3216
+  _globals['_LISTMOVESRESPONSE']._serialized_end=3325
+  _globals['_GETAGENTCARDREQUEST']._serialized_start=3327
+  _globals['_GETAGENTCARDREQUEST']._serialized_end=3437
+  _globals['_GETAGENTCARDRESPONSE']._serialized_start=3439
+  _globals['_GETAGENTCARDRESPONSE']._serialized_end=3513
+  _globals['_GETAGENTPROVENANCEREQUEST']._serialized_start=3515
+  _globals['_GETAGENTPROVENANCEREQUEST']._serialized_end=3631
+  _globals['_GETAGENTPROVENANCERESPONSE']._serialized_start=3633
+  _globals['_GETAGENTPROVENANCERESPONSE']._serialized_end=3719
+  _globals['_AGENTSERVICE']._serialized_start=3858
+  _globals['_AGENTSERVICE']._serialized_end=4814
 # @@protoc_insertion_point(module_scope)

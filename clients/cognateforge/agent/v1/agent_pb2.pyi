@@ -4,6 +4,7 @@ isort:skip_file
 Agents: immutable versions under aliases that move."""
 
 from cognateforge.artifact.v1 import artifact_pb2 as _artifact_pb2
+from cognateforge.artifact.v1 import storage_pb2 as _storage_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -109,6 +110,7 @@ class Agent(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     LIFECYCLE_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Family and version, for instance "intent-router@3"."""
     digest: _builtins.str
@@ -157,6 +159,10 @@ class Agent(_message.Message):
     def data(self) -> _containers.RepeatedCompositeFieldContainer[_artifact_pb2.DataSource]:
         """The data it was trained on."""
 
+    @_builtins.property
+    def storage(self) -> _storage_pb2.Storage:
+        """How it is kept."""
+
     def __init__(
         self,
         *,
@@ -178,10 +184,11 @@ class Agent(_message.Message):
         data: _abc.Iterable[_artifact_pb2.DataSource] | None = ...,
         lifecycle: Global___Lifecycle.ValueType = ...,
         parent: _builtins.str = ...,
+        storage: _storage_pb2.Storage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "architecture", b"architecture", "create_time", b"create_time", "data", b"data", "digest", b"digest", "evaluations", b"evaluations", "files", b"files", "foundation", b"foundation", "foundation_digest", b"foundation_digest", "job", b"job", "labels", b"labels", "lifecycle", b"lifecycle", "name", b"name", "parent", b"parent", "size_bytes", b"size_bytes", "task", b"task", "total_parameters", b"total_parameters", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "architecture", b"architecture", "create_time", b"create_time", "data", b"data", "digest", b"digest", "evaluations", b"evaluations", "files", b"files", "foundation", b"foundation", "foundation_digest", b"foundation_digest", "job", b"job", "labels", b"labels", "lifecycle", b"lifecycle", "name", b"name", "parent", b"parent", "size_bytes", b"size_bytes", "storage", b"storage", "task", b"task", "total_parameters", b"total_parameters", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,6 +253,9 @@ class ListAgentsRequest(_message.Message):
     FAMILY_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     LIFECYCLES_FIELD_NUMBER: _builtins.int
+    FOUNDATION_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most agents in the answer. 0 means 50, and what is above 500 counts as 500."""
     page_token: _builtins.str
@@ -254,9 +264,19 @@ class ListAgentsRequest(_message.Message):
     """Only agents of this family. Empty means all."""
     task: _builtins.str
     """Only agents of this task, by its field name in TrainingPlan. Empty means all."""
+    foundation: _builtins.str
+    """Only agents made of this foundation model, for instance "cognate-25m@7". Empty means all."""
     @_builtins.property
     def lifecycles(self) -> _containers.RepeatedScalarFieldContainer[Global___Lifecycle.ValueType]:
         """Only agents in one of these states. Empty means all."""
+
+    @_builtins.property
+    def filter(self) -> _artifact_pb2.ArtifactFilter:
+        """Further restrictions."""
+
+    @_builtins.property
+    def order(self) -> _artifact_pb2.ArtifactOrder:
+        """The order. Newest first where it is not set."""
 
     def __init__(
         self,
@@ -266,10 +286,13 @@ class ListAgentsRequest(_message.Message):
         family: _builtins.str = ...,
         task: _builtins.str = ...,
         lifecycles: _abc.Iterable[Global___Lifecycle.ValueType] | None = ...,
+        foundation: _builtins.str = ...,
+        filter: _artifact_pb2.ArtifactFilter | None = ...,
+        order: _artifact_pb2.ArtifactOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order", b"order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["family", b"family", "lifecycles", b"lifecycles", "page_size", b"page_size", "page_token", b"page_token", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["family", b"family", "filter", b"filter", "foundation", b"foundation", "lifecycles", b"lifecycles", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,8 +360,11 @@ class FetchAgentHeader(_message.Message):
 
     AGENT_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     manifest: _builtins.bytes
     """The manifest as stored: its sha256 is the agent's digest. At most 1 MiB."""
+    signature: _builtins.bytes
+    """Signature over manifest and files, as a Sigstore bundle in JSON. Empty: the agent is not signed."""
     @_builtins.property
     def agent(self) -> Global___Agent:
         """The agent."""
@@ -348,10 +374,11 @@ class FetchAgentHeader(_message.Message):
         *,
         agent: Global___Agent | None = ...,
         manifest: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "manifest", b"manifest", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -652,3 +679,97 @@ class ListMovesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListMovesResponse: _TypeAlias = ListMovesResponse  # noqa: Y015
+
+@_typing.final
+class GetAgentCardRequest(_message.Message):
+    """Names an agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in GetAgent."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAgentCardRequest: _TypeAlias = GetAgentCardRequest  # noqa: Y015
+
+@_typing.final
+class GetAgentCardResponse(_message.Message):
+    """An agent's card."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MARKDOWN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Family and version."""
+    markdown: _builtins.str
+    """Markdown. Empty for a version that was published without a card. At most 65,536 characters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        markdown: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["markdown", b"markdown", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAgentCardResponse: _TypeAlias = GetAgentCardResponse  # noqa: Y015
+
+@_typing.final
+class GetAgentProvenanceRequest(_message.Message):
+    """Names an agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in GetAgent."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAgentProvenanceRequest: _TypeAlias = GetAgentProvenanceRequest  # noqa: Y015
+
+@_typing.final
+class GetAgentProvenanceResponse(_message.Message):
+    """Where an agent comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def provenance(self) -> _artifact_pb2.Provenance:
+        """Manifest, statement and signature."""
+
+    def __init__(
+        self,
+        *,
+        provenance: _artifact_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAgentProvenanceResponse: _TypeAlias = GetAgentProvenanceResponse  # noqa: Y015

@@ -65,6 +65,16 @@ class AgentServiceStub:
                 request_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesResponse.FromString,
                 _registered_method=True)
+        self.GetAgentCard = channel.unary_unary(
+                '/cognateforge.agent.v1.AgentService/GetAgentCard',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentCardRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentCardResponse.FromString,
+                _registered_method=True)
+        self.GetAgentProvenance = channel.unary_unary(
+                '/cognateforge.agent.v1.AgentService/GetAgentProvenance',
+                request_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentProvenanceRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentProvenanceResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -82,10 +92,10 @@ class AgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAgents(self, request, context):
-        """Lists agents, newest first, without their labels: GetAgent has them.
+        """Lists agents, newest first or as `order` says, without their labels: GetAgent has them.
 
         Callers: viewer, operator. Repeat: safe.
-        Reasons: INVALID_PAGE_TOKEN.
+        Reasons: INVALID_PAGE_TOKEN, INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,6 +142,26 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAgentCard(self, request, context):
+        """Returns the card of one agent: what it is for, what it was made of, what was measured, its limits.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: AGENT_NOT_FOUND, ARTIFACT_CORRUPT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAgentProvenance(self, request, context):
+        """Returns what proves where one agent comes from.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: AGENT_NOT_FOUND, ARTIFACT_CORRUPT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -164,6 +194,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.ListMoves,
                     request_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesRequest.FromString,
                     response_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesResponse.SerializeToString,
+            ),
+            'GetAgentCard': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAgentCard,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentCardRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentCardResponse.SerializeToString,
+            ),
+            'GetAgentProvenance': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAgentProvenance,
+                    request_deserializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentProvenanceRequest.FromString,
+                    response_serializer=cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentProvenanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -329,6 +369,60 @@ class AgentService:
             '/cognateforge.agent.v1.AgentService/ListMoves',
             cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesRequest.SerializeToString,
             cognateforge_dot_agent_dot_v1_dot_agent__pb2.ListMovesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAgentCard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentService/GetAgentCard',
+            cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentCardRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentCardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAgentProvenance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.agent.v1.AgentService/GetAgentProvenance',
+            cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentProvenanceRequest.SerializeToString,
+            cognateforge_dot_agent_dot_v1_dot_agent__pb2.GetAgentProvenanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

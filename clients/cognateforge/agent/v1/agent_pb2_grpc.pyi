@@ -40,10 +40,10 @@ class AgentServiceStub:
     Reasons: AGENT_NOT_FOUND.
     """
     ListAgents: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]
-    """Lists agents, newest first, without their labels: GetAgent has them.
+    """Lists agents, newest first or as `order` says, without their labels: GetAgent has them.
 
     Callers: viewer, operator. Repeat: safe.
-    Reasons: INVALID_PAGE_TOKEN.
+    Reasons: INVALID_PAGE_TOKEN, INVALID_FIELD.
     """
     FetchAgent: _grpc.UnaryStreamMultiCallable[_agent_pb2.FetchAgentRequest, _agent_pb2.FetchAgentResponse]
     """Streams one agent: a header with the manifest, then the payload in chunks, as FetchModel does.
@@ -70,6 +70,18 @@ class AgentServiceStub:
     Callers: viewer, operator. Repeat: safe.
     Reasons: AGENT_NOT_FOUND, INVALID_PAGE_TOKEN.
     """
+    GetAgentCard: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetAgentCardRequest, _agent_pb2.GetAgentCardResponse]
+    """Returns the card of one agent: what it is for, what it was made of, what was measured, its limits.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: AGENT_NOT_FOUND, ARTIFACT_CORRUPT.
+    """
+    GetAgentProvenance: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetAgentProvenanceRequest, _agent_pb2.GetAgentProvenanceResponse]
+    """Returns what proves where one agent comes from.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: AGENT_NOT_FOUND, ARTIFACT_CORRUPT.
+    """
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -83,10 +95,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Reasons: AGENT_NOT_FOUND.
     """
     ListAgents: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]  # type: ignore[assignment]
-    """Lists agents, newest first, without their labels: GetAgent has them.
+    """Lists agents, newest first or as `order` says, without their labels: GetAgent has them.
 
     Callers: viewer, operator. Repeat: safe.
-    Reasons: INVALID_PAGE_TOKEN.
+    Reasons: INVALID_PAGE_TOKEN, INVALID_FIELD.
     """
     FetchAgent: _aio.UnaryStreamMultiCallable[_agent_pb2.FetchAgentRequest, _agent_pb2.FetchAgentResponse]  # type: ignore[assignment]
     """Streams one agent: a header with the manifest, then the payload in chunks, as FetchModel does.
@@ -113,6 +125,18 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Callers: viewer, operator. Repeat: safe.
     Reasons: AGENT_NOT_FOUND, INVALID_PAGE_TOKEN.
     """
+    GetAgentCard: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetAgentCardRequest, _agent_pb2.GetAgentCardResponse]  # type: ignore[assignment]
+    """Returns the card of one agent: what it is for, what it was made of, what was measured, its limits.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: AGENT_NOT_FOUND, ARTIFACT_CORRUPT.
+    """
+    GetAgentProvenance: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetAgentProvenanceRequest, _agent_pb2.GetAgentProvenanceResponse]  # type: ignore[assignment]
+    """Returns what proves where one agent comes from.
+
+    Callers: viewer, operator. Repeat: safe.
+    Reasons: AGENT_NOT_FOUND, ARTIFACT_CORRUPT.
+    """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """The registry of agents."""
@@ -135,10 +159,10 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.ListAgentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ListAgentsResponse, _abc.Awaitable[_agent_pb2.ListAgentsResponse]]:
-        """Lists agents, newest first, without their labels: GetAgent has them.
+        """Lists agents, newest first or as `order` says, without their labels: GetAgent has them.
 
         Callers: viewer, operator. Repeat: safe.
-        Reasons: INVALID_PAGE_TOKEN.
+        Reasons: INVALID_PAGE_TOKEN, INVALID_FIELD.
         """
 
     @_abc_1.abstractmethod
@@ -188,6 +212,30 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: AGENT_NOT_FOUND, INVALID_PAGE_TOKEN.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAgentCard(
+        self,
+        request: _agent_pb2.GetAgentCardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.GetAgentCardResponse, _abc.Awaitable[_agent_pb2.GetAgentCardResponse]]:
+        """Returns the card of one agent: what it is for, what it was made of, what was measured, its limits.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: AGENT_NOT_FOUND, ARTIFACT_CORRUPT.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAgentProvenance(
+        self,
+        request: _agent_pb2.GetAgentProvenanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.GetAgentProvenanceResponse, _abc.Awaitable[_agent_pb2.GetAgentProvenanceResponse]]:
+        """Returns what proves where one agent comes from.
+
+        Callers: viewer, operator. Repeat: safe.
+        Reasons: AGENT_NOT_FOUND, ARTIFACT_CORRUPT.
         """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -23,9 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from cognateforge._vendor.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from cognateforge.artifact.v1 import storage_pb2 as cognateforge_dot_artifact_dot_v1_dot_storage__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'cognateforge/artifact/v1/artifact.proto\x12\x18\x63ognateforge.artifact.v1\x1a\x1b\x62uf/validate/validate.proto\"\xa9\x01\n\x04\x46ile\x12V\n\x04path\x18\x01 \x01(\tBH\xbaHErC\x10\x01\x18\xff\x01\x32<^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$\x12\x1b\n\nsize_bytes\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12,\n\x06\x64igest\x18\x03 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^sha256:[0-9a-f]{64}$\"?\n\x05\x43hunk\x12\x1d\n\x0coffset_bytes\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x17\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\"\xa1\x01\n\x05\x43heck\x12\x17\n\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x11\n\tintegrity\x18\x02 \x01(\x08\x12\x12\n\x05value\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tthreshold\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06passed\x18\x05 \x01(\x08\x12\x18\n\x06\x64\x65tail\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x42\x08\n\x06_valueB\x0c\n\n_threshold\"j\n\nDataSource\x12\x15\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x15\n\x04kind\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x10\x12\x15\n\x04rows\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x17\n\x06\x64igest\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18Gb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'cognateforge/artifact/v1/artifact.proto\x12\x18\x63ognateforge.artifact.v1\x1a\x1b\x62uf/validate/validate.proto\x1a&cognateforge/artifact/v1/storage.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa9\x01\n\x04\x46ile\x12V\n\x04path\x18\x01 \x01(\tBH\xbaHErC\x10\x01\x18\xff\x01\x32<^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$\x12\x1b\n\nsize_bytes\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12,\n\x06\x64igest\x18\x03 \x01(\tB\x1c\xbaH\x19r\x17\x32\x15^sha256:[0-9a-f]{64}$\"?\n\x05\x43hunk\x12\x1d\n\x0coffset_bytes\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x17\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\"\xa1\x01\n\x05\x43heck\x12\x17\n\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x11\n\tintegrity\x18\x02 \x01(\x08\x12\x12\n\x05value\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tthreshold\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06passed\x18\x05 \x01(\x08\x12\x18\n\x06\x64\x65tail\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xf4\x03\x42\x08\n\x06_valueB\x0c\n\n_threshold\"j\n\nDataSource\x12\x15\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x15\n\x04kind\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18\x10\x12\x15\n\x04rows\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x17\n\x06\x64igest\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18G\"b\n\x06Result\x12\x17\n\x06metric\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x19\n\x07\x64\x61taset\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\r\n\x05value\x18\x03 \x01(\x01\x12\x15\n\x04rows\x18\x04 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x9c\x01\n\x0cResultFilter\x12\x19\n\x06metric\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x19\n\x07\x64\x61taset\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1e\n\x08\x61t_least\x18\x03 \x01(\x01\x42\x07\xbaH\x04\x12\x02@\x01H\x00\x88\x01\x01\x12\x1d\n\x07\x61t_most\x18\x04 \x01(\x01\x42\x07\xbaH\x04\x12\x02@\x01H\x01\x88\x01\x01\x42\x0b\n\t_at_leastB\n\n\x08_at_most\"\xf1\x02\n\x0e\x41rtifactFilter\x12\x34\n\x10\x63reate_time_from\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12\x63reate_time_before\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x04\x64\x61ta\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x34\n\x0b\x64\x61ta_digest\x18\x04 \x01(\tB\x1f\xbaH\x1cr\x1a\x32\x18^(sha256:[0-9a-f]{64})?$\x12\x41\n\x07results\x18\x05 \x03(\x0b\x32&.cognateforge.artifact.v1.ResultFilterB\x08\xbaH\x05\x92\x01\x02\x10\x08\x12@\n\x05tiers\x18\x06 \x03(\x0e\x32\x1e.cognateforge.artifact.v1.TierB\x11\xbaH\x0e\x92\x01\x0b\x10\x04\"\x07\x82\x01\x04\x10\x01 \x00\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x12\x0f\n\x07\x64\x61maged\x18\x08 \x01(\x08\"\x91\x01\n\rArtifactOrder\x12\x39\n\x03key\x18\x01 \x01(\x0e\x32\".cognateforge.artifact.v1.OrderKeyB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x11\n\tascending\x18\x02 \x01(\x08\x12\x17\n\x06metric\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x19\n\x07\x64\x61taset\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"\x95\x01\n\nProvenance\x12\x15\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x17\n\x06\x64igest\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18G\x12\x1b\n\x08manifest\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\tstatement\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\tsignature\x18\x05 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80\x10*j\n\x08OrderKey\x12\x19\n\x15ORDER_KEY_UNSPECIFIED\x10\x00\x12\x19\n\x15ORDER_KEY_CREATE_TIME\x10\x01\x12\x12\n\x0eORDER_KEY_SIZE\x10\x02\x12\x14\n\x10ORDER_KEY_RESULT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,12 +56,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DATASOURCE'].fields_by_name['rows']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_DATASOURCE'].fields_by_name['digest']._loaded_options = None
   _globals['_DATASOURCE'].fields_by_name['digest']._serialized_options = b'\272H\004r\002\030G'
-  _globals['_FILE']._serialized_start=99
-  _globals['_FILE']._serialized_end=268
-  _globals['_CHUNK']._serialized_start=270
-  _globals['_CHUNK']._serialized_end=333
-  _globals['_CHECK']._serialized_start=336
-  _globals['_CHECK']._serialized_end=497
-  _globals['_DATASOURCE']._serialized_start=499
-  _globals['_DATASOURCE']._serialized_end=605
+  _globals['_RESULT'].fields_by_name['metric']._loaded_options = None
+  _globals['_RESULT'].fields_by_name['metric']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_RESULT'].fields_by_name['dataset']._loaded_options = None
+  _globals['_RESULT'].fields_by_name['dataset']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_RESULT'].fields_by_name['rows']._loaded_options = None
+  _globals['_RESULT'].fields_by_name['rows']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_RESULTFILTER'].fields_by_name['metric']._loaded_options = None
+  _globals['_RESULTFILTER'].fields_by_name['metric']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_RESULTFILTER'].fields_by_name['dataset']._loaded_options = None
+  _globals['_RESULTFILTER'].fields_by_name['dataset']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_RESULTFILTER'].fields_by_name['at_least']._loaded_options = None
+  _globals['_RESULTFILTER'].fields_by_name['at_least']._serialized_options = b'\272H\004\022\002@\001'
+  _globals['_RESULTFILTER'].fields_by_name['at_most']._loaded_options = None
+  _globals['_RESULTFILTER'].fields_by_name['at_most']._serialized_options = b'\272H\004\022\002@\001'
+  _globals['_ARTIFACTFILTER'].fields_by_name['data']._loaded_options = None
+  _globals['_ARTIFACTFILTER'].fields_by_name['data']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_ARTIFACTFILTER'].fields_by_name['data_digest']._loaded_options = None
+  _globals['_ARTIFACTFILTER'].fields_by_name['data_digest']._serialized_options = b'\272H\034r\0322\030^(sha256:[0-9a-f]{64})?$'
+  _globals['_ARTIFACTFILTER'].fields_by_name['results']._loaded_options = None
+  _globals['_ARTIFACTFILTER'].fields_by_name['results']._serialized_options = b'\272H\005\222\001\002\020\010'
+  _globals['_ARTIFACTFILTER'].fields_by_name['tiers']._loaded_options = None
+  _globals['_ARTIFACTFILTER'].fields_by_name['tiers']._serialized_options = b'\272H\016\222\001\013\020\004\"\007\202\001\004\020\001 \000'
+  _globals['_ARTIFACTORDER'].fields_by_name['key']._loaded_options = None
+  _globals['_ARTIFACTORDER'].fields_by_name['key']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_ARTIFACTORDER'].fields_by_name['metric']._loaded_options = None
+  _globals['_ARTIFACTORDER'].fields_by_name['metric']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_ARTIFACTORDER'].fields_by_name['dataset']._loaded_options = None
+  _globals['_ARTIFACTORDER'].fields_by_name['dataset']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_PROVENANCE'].fields_by_name['name']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['name']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_PROVENANCE'].fields_by_name['digest']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['digest']._serialized_options = b'\272H\004r\002\030G'
+  _globals['_PROVENANCE'].fields_by_name['manifest']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['manifest']._serialized_options = b'\272H\006z\004\030\200\200@'
+  _globals['_PROVENANCE'].fields_by_name['statement']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['statement']._serialized_options = b'\272H\006z\004\030\200\200@'
+  _globals['_PROVENANCE'].fields_by_name['signature']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['signature']._serialized_options = b'\272H\006z\004\030\200\200\020'
+  _globals['_ORDERKEY']._serialized_start=1611
+  _globals['_ORDERKEY']._serialized_end=1717
+  _globals['_FILE']._serialized_start=172
+  _globals['_FILE']._serialized_end=341
+  _globals['_CHUNK']._serialized_start=343
+  _globals['_CHUNK']._serialized_end=406
+  _globals['_CHECK']._serialized_start=409
+  _globals['_CHECK']._serialized_end=570
+  _globals['_DATASOURCE']._serialized_start=572
+  _globals['_DATASOURCE']._serialized_end=678
+  _globals['_RESULT']._serialized_start=680
+  _globals['_RESULT']._serialized_end=778
+  _globals['_RESULTFILTER']._serialized_start=781
+  _globals['_RESULTFILTER']._serialized_end=937
+  _globals['_ARTIFACTFILTER']._serialized_start=940
+  _globals['_ARTIFACTFILTER']._serialized_end=1309
+  _globals['_ARTIFACTORDER']._serialized_start=1312
+  _globals['_ARTIFACTORDER']._serialized_end=1457
+  _globals['_PROVENANCE']._serialized_start=1460
+  _globals['_PROVENANCE']._serialized_end=1609
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,13 @@
 isort:skip_file
 Words for stored artifacts, shared by the exchange and the operator APIs."""
 
+from cognateforge.artifact.v1 import storage_pb2 as _storage_pb2
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -15,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _OrderKey:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OrderKeyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OrderKey.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ORDER_KEY_UNSPECIFIED: _OrderKey.ValueType  # 0
+    """As ORDER_KEY_CREATE_TIME."""
+    ORDER_KEY_CREATE_TIME: _OrderKey.ValueType  # 1
+    """When it was published."""
+    ORDER_KEY_SIZE: _OrderKey.ValueType  # 2
+    """Size of the payload."""
+    ORDER_KEY_RESULT: _OrderKey.ValueType  # 3
+    """A measured result; artifacts without it are left out."""
+
+class OrderKey(_OrderKey, metaclass=_OrderKeyEnumTypeWrapper):
+    """What a list is ordered by. Versions that are equal in it are in the order of their publication, in the list's direction."""
+
+ORDER_KEY_UNSPECIFIED: OrderKey.ValueType  # 0
+"""As ORDER_KEY_CREATE_TIME."""
+ORDER_KEY_CREATE_TIME: OrderKey.ValueType  # 1
+"""When it was published."""
+ORDER_KEY_SIZE: OrderKey.ValueType  # 2
+"""Size of the payload."""
+ORDER_KEY_RESULT: OrderKey.ValueType  # 3
+"""A measured result; artifacts without it are left out."""
+Global___OrderKey: _TypeAlias = OrderKey  # noqa: Y015
 
 @_typing.final
 class File(_message.Message):
@@ -156,3 +189,208 @@ class DataSource(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DataSource: _TypeAlias = DataSource  # noqa: Y015
+
+@_typing.final
+class Result(_message.Message):
+    """One measured result of a model or an agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METRIC_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    metric: _builtins.str
+    """For instance "gsm8k_exact_match". docs/metrics.md defines each one."""
+    dataset: _builtins.str
+    """The set it was measured on, for instance "gsm8k/validation"."""
+    value: _builtins.float
+    """The result."""
+    rows: _builtins.int
+    """Rows it was measured on."""
+    def __init__(
+        self,
+        *,
+        metric: _builtins.str = ...,
+        dataset: _builtins.str = ...,
+        value: _builtins.float = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "metric", b"metric", "rows", b"rows", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Result: _TypeAlias = Result  # noqa: Y015
+
+@_typing.final
+class ResultFilter(_message.Message):
+    """A bound on a measured result. An artifact that was not measured so does not match."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METRIC_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    AT_LEAST_FIELD_NUMBER: _builtins.int
+    AT_MOST_FIELD_NUMBER: _builtins.int
+    metric: _builtins.str
+    """The metric."""
+    dataset: _builtins.str
+    """The set it was measured on. Empty means any."""
+    at_least: _builtins.float
+    """The value is this or more."""
+    at_most: _builtins.float
+    """The value is this or less."""
+    def __init__(
+        self,
+        *,
+        metric: _builtins.str = ...,
+        dataset: _builtins.str = ...,
+        at_least: _builtins.float | None = ...,
+        at_most: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at_least", b"_at_least", "_at_most", b"_at_most", "at_least", b"at_least", "at_most", b"at_most"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at_least", b"_at_least", "_at_most", b"_at_most", "at_least", b"at_least", "at_most", b"at_most", "dataset", b"dataset", "metric", b"metric"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__at_least: _TypeAlias = _typing.Literal["at_least"]  # noqa: Y015
+    _WhichOneofArgType__at_least: _TypeAlias = _typing.Literal["_at_least", b"_at_least"]  # noqa: Y015
+    _WhichOneofReturnType__at_most: _TypeAlias = _typing.Literal["at_most"]  # noqa: Y015
+    _WhichOneofArgType__at_most: _TypeAlias = _typing.Literal["_at_most", b"_at_most"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at_least) -> _WhichOneofReturnType__at_least | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at_most) -> _WhichOneofReturnType__at_most | None: ...
+
+Global___ResultFilter: _TypeAlias = ResultFilter  # noqa: Y015
+
+@_typing.final
+class ArtifactFilter(_message.Message):
+    """Which artifacts to list. What is not set does not restrict."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREATE_TIME_FROM_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_BEFORE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    DATA_DIGEST_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    data: _builtins.str
+    """Trained on a set of this name."""
+    data_digest: _builtins.str
+    """Trained on data of this digest."""
+    pinned: _builtins.bool
+    """Only pinned ones."""
+    damaged: _builtins.bool
+    """Only those whose stored bytes were found damaged."""
+    @_builtins.property
+    def create_time_from(self) -> _timestamp_pb2.Timestamp:
+        """Published at this moment or later."""
+
+    @_builtins.property
+    def create_time_before(self) -> _timestamp_pb2.Timestamp:
+        """Published before this moment."""
+
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResultFilter]:
+        """Bounds on measured results, all of which hold. At most 8."""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_storage_pb2.Tier.ValueType]:
+        """Kept in one of these tiers. Empty means any."""
+
+    def __init__(
+        self,
+        *,
+        create_time_from: _timestamp_pb2.Timestamp | None = ...,
+        create_time_before: _timestamp_pb2.Timestamp | None = ...,
+        data: _builtins.str = ...,
+        data_digest: _builtins.str = ...,
+        results: _abc.Iterable[Global___ResultFilter] | None = ...,
+        tiers: _abc.Iterable[_storage_pb2.Tier.ValueType] | None = ...,
+        pinned: _builtins.bool = ...,
+        damaged: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time_before", b"create_time_before", "create_time_from", b"create_time_from"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time_before", b"create_time_before", "create_time_from", b"create_time_from", "damaged", b"damaged", "data", b"data", "data_digest", b"data_digest", "pinned", b"pinned", "results", b"results", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactFilter: _TypeAlias = ArtifactFilter  # noqa: Y015
+
+@_typing.final
+class ArtifactOrder(_message.Message):
+    """The order of a list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    ASCENDING_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    key: Global___OrderKey.ValueType
+    """What it is ordered by."""
+    ascending: _builtins.bool
+    """Smallest or oldest first. Otherwise largest or newest first."""
+    metric: _builtins.str
+    """The metric of ORDER_KEY_RESULT."""
+    dataset: _builtins.str
+    """The set that it was measured on. Required for ORDER_KEY_RESULT."""
+    def __init__(
+        self,
+        *,
+        key: Global___OrderKey.ValueType = ...,
+        ascending: _builtins.bool = ...,
+        metric: _builtins.str = ...,
+        dataset: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ascending", b"ascending", "dataset", b"dataset", "key", b"key", "metric", b"metric"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactOrder: _TypeAlias = ArtifactOrder  # noqa: Y015
+
+@_typing.final
+class Provenance(_message.Message):
+    """What proves where a version comes from: what the client library's verification reads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    STATEMENT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Family and version."""
+    digest: _builtins.str
+    """Digest of the manifest."""
+    manifest: _builtins.bytes
+    """The manifest as stored. At most 1 MiB."""
+    statement: _builtins.bytes
+    """The in-toto statement, one of the version's files: what it was made of, by what, and how. Empty: it has none."""
+    signature: _builtins.bytes
+    """Signature over manifest and files, as a Sigstore bundle in JSON. Empty: it is not signed."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        manifest: _builtins.bytes = ...,
+        statement: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "manifest", b"manifest", "name", b"name", "signature", b"signature", "statement", b"statement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Provenance: _TypeAlias = Provenance  # noqa: Y015

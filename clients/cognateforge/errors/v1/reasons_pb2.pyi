@@ -114,6 +114,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """There is no reservation of that name, or it was cancelled, or it has ended."""
     REASON_RESERVATION_CONFLICT: _Reason.ValueType  # 56
     """The slots are reserved already for a part of the time."""
+    REASON_ARTIFACT_IN_USE: _Reason.ValueType  # 57
+    """Something depends on the version: it is pinned, the newest of its family, has an alias, or others descend from it."""
+    REASON_PROVENANCE_REFUSED: _Reason.ValueType  # 58
+    """A version's statement or signature is missing, or does not hold, and the reader's policy asks for it."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Carried as google.rpc.ErrorInfo.reason without the prefix, in the domain "cognateforge"."""
@@ -205,6 +209,10 @@ REASON_RESERVATION_NOT_FOUND: Reason.ValueType  # 55
 """There is no reservation of that name, or it was cancelled, or it has ended."""
 REASON_RESERVATION_CONFLICT: Reason.ValueType  # 56
 """The slots are reserved already for a part of the time."""
+REASON_ARTIFACT_IN_USE: Reason.ValueType  # 57
+"""Something depends on the version: it is pinned, the newest of its family, has an alias, or others descend from it."""
+REASON_PROVENANCE_REFUSED: Reason.ValueType  # 58
+"""A version's statement or signature is missing, or does not hold, and the reader's policy asks for it."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final

@@ -6,6 +6,7 @@ models and their metadata, resource.proto about capacity. What is not here canno
 """
 
 from cognateforge.artifact.v1 import artifact_pb2 as _artifact_pb2
+from cognateforge.artifact.v1 import storage_pb2 as _storage_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -111,6 +112,40 @@ MISMATCH_KIND_EXPERIMENTAL: MismatchKind.ValueType  # 7
 """FoundationModel.state: it is EXPERIMENTAL, and accept_experimental is not set."""
 Global___MismatchKind: _TypeAlias = MismatchKind  # noqa: Y015
 
+class _ModelChange:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelChangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelChange.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_CHANGE_UNSPECIFIED: _ModelChange.ValueType  # 0
+    MODEL_CHANGE_ARCHIVED: _ModelChange.ValueType  # 1
+    """Its bytes were moved to the archive."""
+    MODEL_CHANGE_RESTORED: _ModelChange.ValueType  # 2
+    """Its bytes were moved back."""
+    MODEL_CHANGE_DAMAGED: _ModelChange.ValueType  # 3
+    """Its stored bytes are not what was published. FoundationModel.storage tells what is wrong."""
+    MODEL_CHANGE_MENDED: _ModelChange.ValueType  # 4
+    """Its stored bytes are again what was published."""
+    MODEL_CHANGE_COLLECTED: _ModelChange.ValueType  # 5
+    """It was removed. Its name is not given again."""
+
+class ModelChange(_ModelChange, metaclass=_ModelChangeEnumTypeWrapper):
+    """What can happen to a published version."""
+
+MODEL_CHANGE_UNSPECIFIED: ModelChange.ValueType  # 0
+MODEL_CHANGE_ARCHIVED: ModelChange.ValueType  # 1
+"""Its bytes were moved to the archive."""
+MODEL_CHANGE_RESTORED: ModelChange.ValueType  # 2
+"""Its bytes were moved back."""
+MODEL_CHANGE_DAMAGED: ModelChange.ValueType  # 3
+"""Its stored bytes are not what was published. FoundationModel.storage tells what is wrong."""
+MODEL_CHANGE_MENDED: ModelChange.ValueType  # 4
+"""Its stored bytes are again what was published."""
+MODEL_CHANGE_COLLECTED: ModelChange.ValueType  # 5
+"""It was removed. Its name is not given again."""
+Global___ModelChange: _TypeAlias = ModelChange  # noqa: Y015
+
 @_typing.final
 class Architecture(_message.Message):
     """The frozen forward pass that a model's weights are for."""
@@ -168,6 +203,8 @@ class FoundationModel(_message.Message):
     CHECKS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Family and version, for instance "cognate-25m@7"."""
     state: Global___ModelState.ValueType
@@ -204,6 +241,14 @@ class FoundationModel(_message.Message):
     def checks(self) -> _containers.RepeatedCompositeFieldContainer[_artifact_pb2.Check]:
         """What the validation gate measured. At most 64."""
 
+    @_builtins.property
+    def storage(self) -> _storage_pb2.Storage:
+        """How it is kept. In an event, at the moment that the event is sent."""
+
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[_artifact_pb2.Result]:
+        """What was measured of it, by named set. At most 64."""
+
     def __init__(
         self,
         *,
@@ -220,10 +265,12 @@ class FoundationModel(_message.Message):
         checks: _abc.Iterable[_artifact_pb2.Check] | None = ...,
         steps: _builtins.int = ...,
         tokens: _builtins.int = ...,
+        storage: _storage_pb2.Storage | None = ...,
+        results: _abc.Iterable[_artifact_pb2.Result] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "checks", b"checks", "create_time", b"create_time", "data", b"data", "digest", b"digest", "files", b"files", "job", b"job", "name", b"name", "size_bytes", b"size_bytes", "state", b"state", "steps", b"steps", "tokenizer_digest", b"tokenizer_digest", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "checks", b"checks", "create_time", b"create_time", "data", b"data", "digest", b"digest", "files", b"files", "job", b"job", "name", b"name", "results", b"results", "size_bytes", b"size_bytes", "state", b"state", "steps", b"steps", "storage", b"storage", "tokenizer_digest", b"tokenizer_digest", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -284,13 +331,26 @@ class ListModelsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
+    FAMILY_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most models in the answer. 0 means 50, and what is above 500 counts as 500."""
     page_token: _builtins.str
     """next_page_token of the answer before, with every other field as it was."""
+    family: _builtins.str
+    """Only models of this family. Empty means all."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___ModelState.ValueType]:
         """Only models in one of these states. Empty means all."""
+
+    @_builtins.property
+    def filter(self) -> _artifact_pb2.ArtifactFilter:
+        """Further restrictions."""
+
+    @_builtins.property
+    def order(self) -> _artifact_pb2.ArtifactOrder:
+        """The order. Newest first where it is not set."""
 
     def __init__(
         self,
@@ -298,10 +358,13 @@ class ListModelsRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         states: _abc.Iterable[Global___ModelState.ValueType] | None = ...,
+        family: _builtins.str = ...,
+        filter: _artifact_pb2.ArtifactFilter | None = ...,
+        order: _artifact_pb2.ArtifactOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order", b"order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["family", b"family", "filter", b"filter", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,8 +432,11 @@ class FetchHeader(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     manifest: _builtins.bytes
     """The manifest as stored: its sha256 is the model's digest. At most 1 MiB."""
+    signature: _builtins.bytes
+    """Signature over manifest and files, as a Sigstore bundle in JSON. Empty: the model is not signed."""
     @_builtins.property
     def model(self) -> Global___FoundationModel:
         """The model."""
@@ -380,10 +446,11 @@ class FetchHeader(_message.Message):
         *,
         model: Global___FoundationModel | None = ...,
         manifest: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "model", b"model", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -555,6 +622,34 @@ class WatchModelsRequest(_message.Message):
 Global___WatchModelsRequest: _TypeAlias = WatchModelsRequest  # noqa: Y015
 
 @_typing.final
+class ModelChanged(_message.Message):
+    """A published version has changed in how it is kept. What it is does not change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    change: Global___ModelChange.ValueType
+    """What happened to it."""
+    @_builtins.property
+    def model(self) -> Global___FoundationModel:
+        """The version."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___FoundationModel | None = ...,
+        change: Global___ModelChange.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelChanged: _TypeAlias = ModelChanged  # noqa: Y015
+
+@_typing.final
 class ModelEvent(_message.Message):
     """Something happened to a foundation model."""
 
@@ -563,6 +658,7 @@ class ModelEvent(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     PUBLISHED_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Position in the outbox, contiguous from 1."""
     @_builtins.property
@@ -573,18 +669,23 @@ class ModelEvent(_message.Message):
     def published(self) -> Global___FoundationModel:
         """A version was published."""
 
+    @_builtins.property
+    def changed(self) -> Global___ModelChanged:
+        """A published version has changed in how it is kept."""
+
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
         published: Global___FoundationModel | None = ...,
+        changed: Global___ModelChanged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "published", b"published", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "kind", b"kind", "published", b"published", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "published", b"published", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "kind", b"kind", "published", b"published", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["published"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["published", "changed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -684,3 +785,285 @@ class WatchModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
 Global___WatchModelsResponse: _TypeAlias = WatchModelsResponse  # noqa: Y015
+
+@_typing.final
+class GetModelCardRequest(_message.Message):
+    """Names a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in GetModel."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelCardRequest: _TypeAlias = GetModelCardRequest  # noqa: Y015
+
+@_typing.final
+class GetModelCardResponse(_message.Message):
+    """A model's card."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MARKDOWN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Family and version."""
+    markdown: _builtins.str
+    """Markdown. Empty for a version that was published without a card. At most 65,536 characters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        markdown: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["markdown", b"markdown", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelCardResponse: _TypeAlias = GetModelCardResponse  # noqa: Y015
+
+@_typing.final
+class GetModelProvenanceRequest(_message.Message):
+    """Names a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in GetModel."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelProvenanceRequest: _TypeAlias = GetModelProvenanceRequest  # noqa: Y015
+
+@_typing.final
+class GetModelProvenanceResponse(_message.Message):
+    """Where a model comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def provenance(self) -> _artifact_pb2.Provenance:
+        """Manifest, statement and signature."""
+
+    def __init__(
+        self,
+        *,
+        provenance: _artifact_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelProvenanceResponse: _TypeAlias = GetModelProvenanceResponse  # noqa: Y015
+
+@_typing.final
+class Dependent(_message.Message):
+    """What descends from a foundation model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The version it descends from, for instance "cognate-25m@7"."""
+    name: _builtins.str
+    """An agent's version, for instance "intent-router@3", or a job that makes one: "jobs/" and a UUID."""
+    digest: _builtins.str
+    """Digest of the agent's manifest. Empty for a job."""
+    owner: _builtins.str
+    """Which agent service it belongs to, as Cognate knows its caller. Set by Cognate."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was told. Set by Cognate."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "model", b"model", "name", b"name", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Dependent: _TypeAlias = Dependent  # noqa: Y015
+
+@_typing.final
+class RegisterDependentsRequest(_message.Message):
+    """What descends from models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DEPENDENTS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID, new for every new wish."""
+    @_builtins.property
+    def dependents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dependent]:
+        """1 to 100 of them."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        dependents: _abc.Iterable[Global___Dependent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dependents", b"dependents", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterDependentsRequest: _TypeAlias = RegisterDependentsRequest  # noqa: Y015
+
+@_typing.final
+class RegisterDependentsResponse(_message.Message):
+    """All of them are known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterDependentsResponse: _TypeAlias = RegisterDependentsResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseDependentsRequest(_message.Message):
+    """What descends from models no longer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DEPENDENTS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID, new for every new wish."""
+    @_builtins.property
+    def dependents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dependent]:
+        """1 to 100 of them, by model and name."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        dependents: _abc.Iterable[Global___Dependent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dependents", b"dependents", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseDependentsRequest: _TypeAlias = ReleaseDependentsRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseDependentsResponse(_message.Message):
+    """None of them holds a model any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseDependentsResponse: _TypeAlias = ReleaseDependentsResponse  # noqa: Y015
+
+@_typing.final
+class ListDependentsRequest(_message.Message):
+    """Whose dependents to list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in GetModel."""
+    page_size: _builtins.int
+    """Most dependents in the answer. 0 means 50, and what is above 500 counts as 500."""
+    page_token: _builtins.str
+    """next_page_token of the answer before, with every other field as it was."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDependentsRequest: _TypeAlias = ListDependentsRequest  # noqa: Y015
+
+@_typing.final
+class ListDependentsResponse(_message.Message):
+    """A page of dependents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPENDENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def dependents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dependent]:
+        """At most page_size dependents."""
+
+    def __init__(
+        self,
+        *,
+        dependents: _abc.Iterable[Global___Dependent] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dependents", b"dependents", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDependentsResponse: _TypeAlias = ListDependentsResponse  # noqa: Y015

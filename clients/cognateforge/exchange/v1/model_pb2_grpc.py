@@ -60,6 +60,31 @@ class ModelServiceStub:
                 request_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.WatchModelsRequest.SerializeToString,
                 response_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.WatchModelsResponse.FromString,
                 _registered_method=True)
+        self.GetModelCard = channel.unary_unary(
+                '/cognateforge.exchange.v1.ModelService/GetModelCard',
+                request_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelCardRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelCardResponse.FromString,
+                _registered_method=True)
+        self.GetModelProvenance = channel.unary_unary(
+                '/cognateforge.exchange.v1.ModelService/GetModelProvenance',
+                request_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelProvenanceRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelProvenanceResponse.FromString,
+                _registered_method=True)
+        self.RegisterDependents = channel.unary_unary(
+                '/cognateforge.exchange.v1.ModelService/RegisterDependents',
+                request_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.RegisterDependentsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.RegisterDependentsResponse.FromString,
+                _registered_method=True)
+        self.ReleaseDependents = channel.unary_unary(
+                '/cognateforge.exchange.v1.ModelService/ReleaseDependents',
+                request_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.ReleaseDependentsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.ReleaseDependentsResponse.FromString,
+                _registered_method=True)
+        self.ListDependents = channel.unary_unary(
+                '/cognateforge.exchange.v1.ModelService/ListDependents',
+                request_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.ListDependentsRequest.SerializeToString,
+                response_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.ListDependentsResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -77,10 +102,10 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists published foundation models, newest first.
+        """Lists published foundation models, newest first or as `order` says.
 
         Callers: viewer, operator, agent service. Repeat: safe.
-        Reasons: INVALID_PAGE_TOKEN.
+        Reasons: INVALID_PAGE_TOKEN, INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,6 +146,57 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetModelCard(self, request, context):
+        """Returns the card of one published foundation model: what it is, what it was made of, what was measured, its limits.
+
+        Callers: viewer, operator, agent service. Repeat: safe.
+        Reasons: MODEL_NOT_FOUND, ARTIFACT_CORRUPT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelProvenance(self, request, context):
+        """Returns what proves where one published foundation model comes from.
+
+        Callers: viewer, operator, agent service. Repeat: safe.
+        Reasons: MODEL_NOT_FOUND, ARTIFACT_CORRUPT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RegisterDependents(self, request, context):
+        """Tells that agents, or jobs that make them, descend from foundation models, which are not collected while they do.
+        What is known already stays as it is.
+
+        Callers: agent service. Repeat: by request id.
+        Reasons: MODEL_NOT_FOUND, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseDependents(self, request, context):
+        """Tells that they do no longer: a job has ended, an agent is gone. What is not known is passed over.
+
+        Callers: agent service. Repeat: by request id.
+        Reasons: REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDependents(self, request, context):
+        """Lists what descends from a foundation model, newest first.
+
+        Callers: viewer, operator, agent service. Repeat: safe.
+        Reasons: MODEL_NOT_FOUND, INVALID_PAGE_TOKEN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +224,31 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.WatchModels,
                     request_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.WatchModelsRequest.FromString,
                     response_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.WatchModelsResponse.SerializeToString,
+            ),
+            'GetModelCard': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelCard,
+                    request_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelCardRequest.FromString,
+                    response_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelCardResponse.SerializeToString,
+            ),
+            'GetModelProvenance': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelProvenance,
+                    request_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelProvenanceRequest.FromString,
+                    response_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelProvenanceResponse.SerializeToString,
+            ),
+            'RegisterDependents': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterDependents,
+                    request_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.RegisterDependentsRequest.FromString,
+                    response_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.RegisterDependentsResponse.SerializeToString,
+            ),
+            'ReleaseDependents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseDependents,
+                    request_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.ReleaseDependentsRequest.FromString,
+                    response_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.ReleaseDependentsResponse.SerializeToString,
+            ),
+            'ListDependents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDependents,
+                    request_deserializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.ListDependentsRequest.FromString,
+                    response_serializer=cognateforge_dot_exchange_dot_v1_dot_model__pb2.ListDependentsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -286,6 +387,141 @@ class ModelService:
             '/cognateforge.exchange.v1.ModelService/WatchModels',
             cognateforge_dot_exchange_dot_v1_dot_model__pb2.WatchModelsRequest.SerializeToString,
             cognateforge_dot_exchange_dot_v1_dot_model__pb2.WatchModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelCard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.exchange.v1.ModelService/GetModelCard',
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelCardRequest.SerializeToString,
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelCardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelProvenance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.exchange.v1.ModelService/GetModelProvenance',
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelProvenanceRequest.SerializeToString,
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.GetModelProvenanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterDependents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.exchange.v1.ModelService/RegisterDependents',
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.RegisterDependentsRequest.SerializeToString,
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.RegisterDependentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseDependents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.exchange.v1.ModelService/ReleaseDependents',
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.ReleaseDependentsRequest.SerializeToString,
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.ReleaseDependentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDependents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cognateforge.exchange.v1.ModelService/ListDependents',
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.ListDependentsRequest.SerializeToString,
+            cognateforge_dot_exchange_dot_v1_dot_model__pb2.ListDependentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,10 +42,10 @@ class ModelServiceStub:
     Reasons: MODEL_NOT_FOUND.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Lists published foundation models, newest first.
+    """Lists published foundation models, newest first or as `order` says.
 
     Callers: viewer, operator, agent service. Repeat: safe.
-    Reasons: INVALID_PAGE_TOKEN.
+    Reasons: INVALID_PAGE_TOKEN, INVALID_FIELD.
     """
     FetchModel: _grpc.UnaryStreamMultiCallable[_model_pb2.FetchModelRequest, _model_pb2.FetchModelResponse]
     """Streams one published foundation model. The first frame is the header with the manifest, then the payload
@@ -70,6 +70,37 @@ class ModelServiceStub:
     Callers: viewer, operator, agent service. Repeat: safe; set after_sequence to resume.
     Reasons: SEQUENCE_OUT_OF_RANGE.
     """
+    GetModelCard: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelCardRequest, _model_pb2.GetModelCardResponse]
+    """Returns the card of one published foundation model: what it is, what it was made of, what was measured, its limits.
+
+    Callers: viewer, operator, agent service. Repeat: safe.
+    Reasons: MODEL_NOT_FOUND, ARTIFACT_CORRUPT.
+    """
+    GetModelProvenance: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelProvenanceRequest, _model_pb2.GetModelProvenanceResponse]
+    """Returns what proves where one published foundation model comes from.
+
+    Callers: viewer, operator, agent service. Repeat: safe.
+    Reasons: MODEL_NOT_FOUND, ARTIFACT_CORRUPT.
+    """
+    RegisterDependents: _grpc.UnaryUnaryMultiCallable[_model_pb2.RegisterDependentsRequest, _model_pb2.RegisterDependentsResponse]
+    """Tells that agents, or jobs that make them, descend from foundation models, which are not collected while they do.
+    What is known already stays as it is.
+
+    Callers: agent service. Repeat: by request id.
+    Reasons: MODEL_NOT_FOUND, REQUEST_ID_REUSED.
+    """
+    ReleaseDependents: _grpc.UnaryUnaryMultiCallable[_model_pb2.ReleaseDependentsRequest, _model_pb2.ReleaseDependentsResponse]
+    """Tells that they do no longer: a job has ended, an agent is gone. What is not known is passed over.
+
+    Callers: agent service. Repeat: by request id.
+    Reasons: REQUEST_ID_REUSED.
+    """
+    ListDependents: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListDependentsRequest, _model_pb2.ListDependentsResponse]
+    """Lists what descends from a foundation model, newest first.
+
+    Callers: viewer, operator, agent service. Repeat: safe.
+    Reasons: MODEL_NOT_FOUND, INVALID_PAGE_TOKEN.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -83,10 +114,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Reasons: MODEL_NOT_FOUND.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists published foundation models, newest first.
+    """Lists published foundation models, newest first or as `order` says.
 
     Callers: viewer, operator, agent service. Repeat: safe.
-    Reasons: INVALID_PAGE_TOKEN.
+    Reasons: INVALID_PAGE_TOKEN, INVALID_FIELD.
     """
     FetchModel: _aio.UnaryStreamMultiCallable[_model_pb2.FetchModelRequest, _model_pb2.FetchModelResponse]  # type: ignore[assignment]
     """Streams one published foundation model. The first frame is the header with the manifest, then the payload
@@ -111,6 +142,37 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Callers: viewer, operator, agent service. Repeat: safe; set after_sequence to resume.
     Reasons: SEQUENCE_OUT_OF_RANGE.
     """
+    GetModelCard: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelCardRequest, _model_pb2.GetModelCardResponse]  # type: ignore[assignment]
+    """Returns the card of one published foundation model: what it is, what it was made of, what was measured, its limits.
+
+    Callers: viewer, operator, agent service. Repeat: safe.
+    Reasons: MODEL_NOT_FOUND, ARTIFACT_CORRUPT.
+    """
+    GetModelProvenance: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelProvenanceRequest, _model_pb2.GetModelProvenanceResponse]  # type: ignore[assignment]
+    """Returns what proves where one published foundation model comes from.
+
+    Callers: viewer, operator, agent service. Repeat: safe.
+    Reasons: MODEL_NOT_FOUND, ARTIFACT_CORRUPT.
+    """
+    RegisterDependents: _aio.UnaryUnaryMultiCallable[_model_pb2.RegisterDependentsRequest, _model_pb2.RegisterDependentsResponse]  # type: ignore[assignment]
+    """Tells that agents, or jobs that make them, descend from foundation models, which are not collected while they do.
+    What is known already stays as it is.
+
+    Callers: agent service. Repeat: by request id.
+    Reasons: MODEL_NOT_FOUND, REQUEST_ID_REUSED.
+    """
+    ReleaseDependents: _aio.UnaryUnaryMultiCallable[_model_pb2.ReleaseDependentsRequest, _model_pb2.ReleaseDependentsResponse]  # type: ignore[assignment]
+    """Tells that they do no longer: a job has ended, an agent is gone. What is not known is passed over.
+
+    Callers: agent service. Repeat: by request id.
+    Reasons: REQUEST_ID_REUSED.
+    """
+    ListDependents: _aio.UnaryUnaryMultiCallable[_model_pb2.ListDependentsRequest, _model_pb2.ListDependentsResponse]  # type: ignore[assignment]
+    """Lists what descends from a foundation model, newest first.
+
+    Callers: viewer, operator, agent service. Repeat: safe.
+    Reasons: MODEL_NOT_FOUND, INVALID_PAGE_TOKEN.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Foundation models, read-only. Served by Cognate."""
@@ -133,10 +195,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Lists published foundation models, newest first.
+        """Lists published foundation models, newest first or as `order` says.
 
         Callers: viewer, operator, agent service. Repeat: safe.
-        Reasons: INVALID_PAGE_TOKEN.
+        Reasons: INVALID_PAGE_TOKEN, INVALID_FIELD.
         """
 
     @_abc_1.abstractmethod
@@ -178,6 +240,67 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: viewer, operator, agent service. Repeat: safe; set after_sequence to resume.
         Reasons: SEQUENCE_OUT_OF_RANGE.
+        """
+
+    @_abc_1.abstractmethod
+    def GetModelCard(
+        self,
+        request: _model_pb2.GetModelCardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.GetModelCardResponse, _abc.Awaitable[_model_pb2.GetModelCardResponse]]:
+        """Returns the card of one published foundation model: what it is, what it was made of, what was measured, its limits.
+
+        Callers: viewer, operator, agent service. Repeat: safe.
+        Reasons: MODEL_NOT_FOUND, ARTIFACT_CORRUPT.
+        """
+
+    @_abc_1.abstractmethod
+    def GetModelProvenance(
+        self,
+        request: _model_pb2.GetModelProvenanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.GetModelProvenanceResponse, _abc.Awaitable[_model_pb2.GetModelProvenanceResponse]]:
+        """Returns what proves where one published foundation model comes from.
+
+        Callers: viewer, operator, agent service. Repeat: safe.
+        Reasons: MODEL_NOT_FOUND, ARTIFACT_CORRUPT.
+        """
+
+    @_abc_1.abstractmethod
+    def RegisterDependents(
+        self,
+        request: _model_pb2.RegisterDependentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.RegisterDependentsResponse, _abc.Awaitable[_model_pb2.RegisterDependentsResponse]]:
+        """Tells that agents, or jobs that make them, descend from foundation models, which are not collected while they do.
+        What is known already stays as it is.
+
+        Callers: agent service. Repeat: by request id.
+        Reasons: MODEL_NOT_FOUND, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseDependents(
+        self,
+        request: _model_pb2.ReleaseDependentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ReleaseDependentsResponse, _abc.Awaitable[_model_pb2.ReleaseDependentsResponse]]:
+        """Tells that they do no longer: a job has ended, an agent is gone. What is not known is passed over.
+
+        Callers: agent service. Repeat: by request id.
+        Reasons: REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def ListDependents(
+        self,
+        request: _model_pb2.ListDependentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ListDependentsResponse, _abc.Awaitable[_model_pb2.ListDependentsResponse]]:
+        """Lists what descends from a foundation model, newest first.
+
+        Callers: viewer, operator, agent service. Repeat: safe.
+        Reasons: MODEL_NOT_FOUND, INVALID_PAGE_TOKEN.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

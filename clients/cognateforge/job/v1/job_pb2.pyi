@@ -1547,8 +1547,13 @@ class ServerInfo(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
+    DAMAGED_ARTIFACTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the distribution."""
+    damaged_artifacts: _builtins.int
+    """Published versions whose stored bytes are known to be damaged, as of a minute ago at most. Anything above 0 is an
+    alarm: VerifyArtifacts of cognateforge.artifact.v1.StorageService names the files.
+    """
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of what this server serves beyond the plain contract, sorted. At most 64."""
@@ -1568,10 +1573,11 @@ class ServerInfo(_message.Message):
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
         removed: Global___Removed | None = ...,
+        damaged_artifacts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "peers", b"peers", "removed", b"removed", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "damaged_artifacts", b"damaged_artifacts", "peers", b"peers", "removed", b"removed", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
