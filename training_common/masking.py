@@ -54,4 +54,6 @@ def secrets_of_environment(environment: Mapping[str, str] | None = None) -> list
 def secrets_of(settings: ServiceSettings) -> list[str]:
     """Return the secrets that the settings hold."""
     password = sa.make_url(settings.database_url).password
-    return [str(secret) for secret in (password, settings.consul.token) if secret]
+    options = settings.artifacts.options.items()
+    of_artifacts = [value for name, value in options if _NAMED_SECRET.search(name)]
+    return [str(secret) for secret in (password, settings.consul.token, *of_artifacts) if secret]

@@ -1,9 +1,5 @@
 """Published versions: whole or not there, each number once, whoever races and wherever a process dies."""
 
-import json
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,53 +139,6 @@ def test_bytes_are_visible_whole_or_not_at_all(tmp_path: Path) -> None:
     assert content == blob.read_bytes()
 
 
-CRASH = """
-import os, signal, sys
-from pathlib import Path
-from tests.store.test_artifacts import FAMILY, open_registry
-
-folder, moment = Path(sys.argv[1]), sys.argv[2]
-registry = open_registry(folder, sys.argv[3])
-if moment == "bytes":
-    import obstore
-    def dies(store, key, *_, **__):
-        (folder / "artifacts" / key).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "artifacts" / f"{key}#1").write_bytes(b"wei")  # how the store stages what it has not finished
-        os.kill(os.getpid(), signal.SIGKILL)
-    obstore.put = dies
-file = registry.blobs.put(folder / "weights", "weights.bin")
-with registry.database.write() as connection:
-    if moment == "manifest":
-        os.kill(os.getpid(), signal.SIGKILL)
-    registry.publish(connection, family=FAMILY, state="READY", job="jobs/x", files=[file], body={})
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.parametrize("moment", ["bytes", "manifest", "commit"])
-def test_a_crash_before_the_commit_publishes_nothing(registry: ArtifactRegistry, tmp_path: Path, moment: str) -> None:
-    """A process that is killed while bytes are written, after them, or after the manifest leaves no version behind.
-
-    The next publication goes through, and its number was never anybody else's.
-    """
-    (tmp_path / "weights").write_bytes(b"weights")
-    died = subprocess.run(
-        [sys.executable, "-c", CRASH, str(tmp_path), moment, registry.database.url],
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-    assert -signal.SIGKILL == died.returncode, died.stderr.decode()
-    left = stored(tmp_path)
-    assert {"bytes": 1, "manifest": 1, "commit": 2}[moment] == len(left)
-    assert (None, [], []) == (registry.find(FAMILY, None), registry.page(limit=9), registry.events_after(0, 9))
-    row = publish(registry, tmp_path / "weights")
-    assert (2 if moment == "commit" else 1) == row.version
-    assert b"weights" == payload(registry, row)
-    assert [row] == registry.page(limit=9)
-    assert json.loads(row.manifest)["name"] == row.name
-
-
 def test_a_rolled_back_publication_is_not_told(registry: ArtifactRegistry, tmp_path: Path) -> None:
     """Version and outbox entry go with whatever else the transaction holds."""
     (tmp_path / "weights").write_bytes(b"weights")
@@ -243,7 +192,7 @@ def test_a_family_never_leads_out_of_the_folder(registry: ArtifactRegistry, tmp_
     """The contract refuses such names long before; the store has its own lock."""
     (tmp_path / "weights").write_bytes(b"weights")
     before = sorted(tmp_path.rglob("*.json"))
-    with pytest.raises(ValueError, match="Could not parse path"):
+    with pytest.raises(ValueError, match="leads out of its folder"):
         publish(registry, tmp_path / "weights", family=family)
     assert before == sorted(tmp_path.rglob("*.json")) == []
     assert [] == registry.page(limit=9)

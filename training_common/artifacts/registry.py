@@ -6,7 +6,7 @@ A manifest is canonical JSON; its sha256 is the version's identity. It names eve
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from cognateforge.exceptions import IntegrityCheckFailedError
+from training_common.artifacts import search
 from training_common.artifacts.blobs import BlobStore, ManifestExistsError, StoredFile
+from training_common.artifacts.signing import ArtifactSigner
 from training_common.digests import canonical_json, sha256_bytes
 from training_common.store import tables as t
 from training_common.store.database import Database, Turn, now_us
@@ -37,6 +39,13 @@ class ArtifactRow:
     size_bytes: int
     job: str
     create_us: int
+    tier: str = "STANDARD"
+    pinned: bool = False
+    verify_us: int | None = None
+    damage: str = ""
+    collect_us: int | None = None
+    signature: bytes | None = None
+    key: str = ""
 
     @property
     def name(self) -> str:
@@ -74,12 +83,21 @@ class SnapshotPage:
     more: bool
 
 
-class ArtifactRegistry:
-    """Versions in one service's database, over its blobs."""
+class BytesGoneError(Exception):
+    """Bytes that were stored for a publication are not there any more: put these files again, and publish again."""
 
-    def __init__(self, database: Database, blobs: BlobStore) -> None:
+    def __init__(self, files: Sequence[StoredFile]) -> None:
+        super().__init__(", ".join(file.path for file in files))
+        self.files = tuple(files)
+
+
+class ArtifactRegistry:
+    """Versions in one service's database, over its blobs. signer: signs what is published."""
+
+    def __init__(self, database: Database, blobs: BlobStore, signer: ArtifactSigner | None = None) -> None:
         self.database = database
         self.blobs = blobs
+        self.signer = signer
 
     def publish(
         self,
@@ -95,9 +113,13 @@ class ArtifactRegistry:
 
         `body` is the manifest's own part. Row, outbox entry and whatever else the caller writes are one transaction. A
         crash between manifest and commit leaves a manifest that no row names: its number is passed over from then on.
-        Errors: IntegrityCheckFailedError, for a manifest that is larger than the contract's messages hold.
+        Errors: IntegrityCheckFailedError, for a manifest that is larger than the contract's messages hold;
+        SigningKeyError; BytesGoneError; StoreAwayError.
         """
         self.database.in_turn(connection, Turn.PUBLISH)
+        # Bytes that no version names may be collected, in the same turn: from here on these are named.
+        if gone := [file for file in files if not self.blobs.has(file.digest)]:
+            raise BytesGoneError(gone)
         newest = connection.execute(sa.select(sa.func.max(t.artifacts.c.version)).filter_by(family=family)).scalar()
         version = (newest or 0) + 1
         listed = [{"path": f.path, "size_bytes": f.size_bytes, "digest": f.digest} for f in files]
@@ -109,6 +131,8 @@ class ArtifactRegistry:
                     f"the manifest of {name} has {len(manifest)} bytes, at most {MAX_MANIFEST_BYTES} can be fetched: "
                     "use fewer or shorter labels and files"
                 )
+            # Before the manifest is stored: a key that is gone leaves nothing behind.
+            signed = None if self.signer is None else self.signer.sign(name, manifest, tuple(files))
             try:
                 self.blobs.put_manifest(family, version, manifest)
                 break
@@ -124,35 +148,40 @@ class ArtifactRegistry:
             "job": job,
             "create_us": now_us(),
         }
+        if signed is not None:
+            values |= {"signature": signed.bundle, "key": signed.key}
         key = connection.execute(sa.insert(t.artifacts).values(**values).returning(t.artifacts.c.id)).scalar_one()
+        self.tell(connection, key, "published")
+        row = ArtifactRow(id=key, **values)
+        search.record(connection, row)
+        return row
+
+    def tell(self, connection: sa.Connection, artifact_id: int, kind: str) -> None:
+        """Write an entry of the outbox, in the transaction of what it tells of, whose turn is Turn.PUBLISH.
+
+        kind: "published"; or "archived", "restored", "damaged", "mended", "collected".
+        """
         sequence = _newest_sequence(connection) + 1
-        connection.execute(
-            sa.insert(t.artifact_events).values(sequence=sequence, time_us=now_us(), kind="published", artifact_id=key)
-        )
-        return ArtifactRow(id=key, **values)
+        values = {"sequence": sequence, "time_us": now_us(), "kind": kind, "artifact_id": artifact_id}
+        connection.execute(sa.insert(t.artifact_events).values(**values))
 
     def find(self, family: str, version: int | None) -> ArtifactRow | None:
         """Return one version, or the family's newest where `version` is None, or None where there is none."""
-        query = sa.select(t.artifacts).filter_by(family=family).order_by(t.artifacts.c.version.desc()).limit(1)
+        query = sa.select(t.artifacts).filter_by(family=family, collect_us=None).limit(1)
+        query = query.order_by(t.artifacts.c.version.desc())
         if version is not None:
             query = query.where(t.artifacts.c.version == version)
         with self.database.read() as connection:
             row = connection.execute(query).mappings().one_or_none()
         return None if row is None else ArtifactRow(**row)
 
-    def page(
-        self, *, limit: int, before_id: int | None = None, family: str = "", states: Collection[str] = ()
-    ) -> list[ArtifactRow]:
-        """Return up to `limit` versions, newest first, that are older than `before_id`."""
-        query = sa.select(t.artifacts).order_by(t.artifacts.c.id.desc()).limit(limit)
-        if before_id is not None:
-            query = query.where(t.artifacts.c.id < before_id)
-        if family:
-            query = query.where(t.artifacts.c.family == family)
-        if states:
-            query = query.where(t.artifacts.c.state.in_(list(states)))
-        with self.database.read() as connection:
-            return [ArtifactRow(**row) for row in connection.execute(query).mappings()]
+    def page(self, *, limit: int) -> list[ArtifactRow]:
+        """Return up to `limit` versions, newest first."""
+        return list(search.page(self, search.Asked(), limit=limit).rows)
+
+    def rows(self, connection: sa.Connection, query: sa.Select[Any]) -> list[ArtifactRow]:
+        """Return the versions that a query of whole rows finds, in the caller's transaction."""
+        return [ArtifactRow(**row) for row in connection.execute(query).mappings()]
 
     def events_after(self, sequence: int, limit: int) -> list[ArtifactEvent]:
         """Return up to `limit` outbox entries after `sequence`, in order."""
@@ -184,13 +213,16 @@ class ArtifactRegistry:
     def snapshot_page(self, after: SnapshotPage | None, limit: int) -> SnapshotPage:
         """Return the first page of what is published, or the page that follows `after`, with up to `limit` versions.
 
-        The first page's transaction settles the sequence. Versions never change and never go, so later pages need no
-        transaction that stays open while a slow reader takes them: they leave out what a later entry tells of.
+        The first page's transaction settles the sequence. Versions never change, so later pages need no transaction
+        that stays open while a slow reader takes them: they leave out what was published later, which a later entry
+        tells of. What was collected meanwhile is left out too, and the entry about it follows.
         """
         with self.database.read() as connection:
             sequence = _newest_sequence(connection) if after is None else after.sequence
-            later = sa.select(t.artifact_events.c.artifact_id).where(t.artifact_events.c.sequence > sequence)
-            query = sa.select(t.artifacts).where(t.artifacts.c.id.not_in(later)).order_by(t.artifacts.c.id)
+            events = t.artifact_events.c
+            later = sa.select(events.artifact_id).where(events.sequence > sequence, events.kind == "published")
+            query = sa.select(t.artifacts).filter_by(collect_us=None).order_by(t.artifacts.c.id)
+            query = query.where(t.artifacts.c.id.not_in(later))
             if after is not None and after.rows:
                 query = query.where(t.artifacts.c.id > after.rows[-1].id)
             rows = [ArtifactRow(**row) for row in connection.execute(query.limit(limit + 1)).mappings()]
