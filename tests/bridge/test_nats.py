@@ -15,6 +15,7 @@ from typing import Any
 
 import nats
 import pytest
+import sqlalchemy as sa
 from nats.js import JetStreamContext, api
 from nats.js.client import JetStreamContext as Context
 
@@ -24,7 +25,10 @@ from cognateforge.exceptions import ClientSetupError, UnavailableError
 from tests.support.nats_server import NatsServer
 from tests.support.outbox import DIGEST, open_database, publish_rows
 from tests.support.servers import running_cognate
+from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.registry import ArtifactRegistry
 from training_common.rpc.server import RunningServer
+from training_common.store import tables as t
 from training_common.store.database import Database
 
 STREAM, SUBJECT = "COGNATE_MODELS", "cognate.models"
@@ -143,6 +147,37 @@ async def test_a_bridge_goes_on_where_the_stream_ends(
             SUBJECT, b"x", headers={api.Header.MSG_ID: f"{DEFAULT_SOURCE}#cognate-25m@7/published"}
         )
     assert (True, 7) == (again.duplicate, again.seq)
+
+
+async def test_changes_are_told_and_gone_on_behind(
+    server: NatsServer, cognate_server_up: RunningServer, database: Database, tmp_path: Path
+) -> None:
+    """A collected model is told of; a bridge that stopped behind it goes on, also where only a snapshot is left."""
+    publish_rows(database, 3)
+    registry = ArtifactRegistry(database, BlobStore(tmp_path / "artifacts"))
+
+    def change(version: int, kind: str) -> None:
+        with database.write() as connection:
+            row = registry.find("cognate-25m", version)
+            assert row is not None
+            registry.tell(connection, row.id, kind)
+            if kind == "collected":
+                connection.execute(sa.update(t.artifacts).filter_by(id=row.id).values(collect_us=1))
+
+    change(1, "damaged")
+    await bridged(server, cognate_server_up.address, 4)
+    [*_, event] = await consume(server, 4)
+    assert ("cognateforge.exchange.v1.ModelChanged", "cognate-25m@1/4", "cognate-25m@3") == (
+        event["type"],
+        event["id"],
+        event["newestmodel"],
+    )
+    assert ("MODEL_CHANGE_DAMAGED", "cognate-25m@1") == (event["data"]["change"], event["data"]["model"]["name"])
+    publish_rows(database, 2)
+    change(3, "collected")
+    registry.compact(keep=1, limit=100)
+    await bridged(server, cognate_server_up.address, 2)
+    assert ["cognate-25m@4", "cognate-25m@5"] == subjects(await consume(server, 2, of=6))
 
 
 async def test_two_bridges_tell_each_event_once(

@@ -197,18 +197,28 @@ class NatsBridge:
 
     def _missing(self, news: ModelNews) -> Iterator[ModelCloudEvent]:
         if not isinstance(news, ModelSnapshot):
-            yield cloudevents.from_event(news, self._source)
+            yield cloudevents.from_event(news, self._source, self._last_model)
             return
-        names = [model.name for model in news.models]
-        if self._last_model and self._last_model not in names:
-            raise ClientSetupError(
-                f"Cognate has no {self._last_model}, which {self._stream} tells of: is it another one?"
-            )
-        # A snapshot is in the order of publication, so what was told before is its beginning.
-        rest = news.models[names.index(self._last_model) + 1 if self._last_model else 0 :]
+        rest = news.models[self._told_of(news) :]
         for place, model in enumerate(rest, 1):
             sequence = news.last_sequence if place == len(rest) else 0
             yield cloudevents.from_snapshot(model, self._source, sequence=sequence)
+
+    def _told_of(self, snapshot: ModelSnapshot) -> int:
+        """Return how many models of a snapshot the stream tells of: a beginning, in the order of publication."""
+        if not self._last_model:
+            return 0
+        names = [model.name for model in snapshot.models]
+        if self._last_model in names:
+            return names.index(self._last_model) + 1
+        # It was collected since. The newest version of a family never is.
+        family, _, version = self._last_model.partition("@")
+        versions = [int(name.partition("@")[2]) if name.startswith(f"{family}@") else 0 for name in names]
+        if not any(other > int(version) for other in versions):
+            raise ClientSetupError(
+                f"Cognate has no {self._last_model}, which {self._stream} tells of: is it another one?"
+            )
+        return next(place for place, other in enumerate(versions) if other > int(version))
 
     async def _publish(self, event: ModelCloudEvent) -> Told:
         headers = {
@@ -225,7 +235,8 @@ class NatsBridge:
 
         ack = await self._patiently(publish)
         self._last_message = max(self._last_message, ack.seq)
-        self._last_model = event.subject
+        if event.type == cloudevents.MODEL_PUBLISHED:
+            self._last_model = event.subject
         return Told(event=event, stream_sequence=ack.seq, duplicate=bool(ack.duplicate))
 
     async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
