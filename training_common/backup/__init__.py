@@ -1,0 +1,1 @@
+"""Backups of a service: database and bytes of its artifacts, into a folder or an object store, and back from there."""

@@ -1,0 +1,45 @@
+"""What a backup has to know of a service. Each service tells it through the entry points `cognateforge.services`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, distribution
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from cognateforge.exceptions import InvalidRequestError
+from training_common.settings import ServiceSettings
+
+GROUP = "cognateforge.services"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredService:
+    """A service with a store of its own.
+
+    migrations: the folder of its Alembic environment.
+    tables: the names of those that its newest revision has.
+    after_restore: changes what the service's own tables tell and cannot be so any more.
+    """
+
+    name: str
+    load_settings: Callable[[Path | None], ServiceSettings]
+    migrations: Path
+    tables: frozenset[str]
+    after_restore: Callable[[sa.Connection], None] = lambda _connection: None
+
+
+def entry_points() -> dict[str, EntryPoint]:
+    """Return where services are found, by their names."""
+    return {entry.name: entry for entry in distribution("cognateforge").entry_points.select(group=GROUP)}
+
+
+def find_service(name: str) -> StoredService:
+    """Return a service by its name. Errors: InvalidRequestError, naming those that there are."""
+    found = entry_points()
+    if name not in found:
+        raise InvalidRequestError(f"--service {name}: there is no such service; name one of {', '.join(sorted(found))}")
+    service: StoredService = found[name].load()
+    return service
