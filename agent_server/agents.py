@@ -13,10 +13,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from agent_server import descents
 from agent_server import tables as t
 from cognateforge.exceptions import AgentNotFoundError, FieldViolation, IllegalTransitionError, TooManyAliasesError
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
-from training_common.store.database import now_us
+from training_common.artifacts.search import Way, adopt, keep_results
+from training_common.store.database import Database, Turn, now_us
 from training_common.store.tables import artifacts
 
 # What the contract lets one agent carry.
@@ -43,6 +45,10 @@ LEGAL: Mapping[Lifecycle, tuple[Lifecycle, ...]] = {
 }
 
 
+# Those of versions that are used, or about to be.
+_IN_SERVICE = frozenset({Lifecycle.CANDIDATE, Lifecycle.PRODUCTION})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """One result that was measured after the version was published."""
@@ -55,11 +61,15 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What of a version is not in its manifest: it changes, or came later. aliases: sorted. later: oldest first."""
+    """What of a version is not in its manifest: it changes, or came later. aliases: sorted. later: oldest first.
+
+    dependents: how many agents and open jobs go on with it.
+    """
 
     aliases: Sequence[str] = ()
     lifecycle: Lifecycle = Lifecycle.DRAFT
     later: Sequence[Measured] = field(default=())
+    dependents: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,30 +108,20 @@ def find_agent(registry: ArtifactRegistry, name: str) -> ArtifactRow:
     return row
 
 
-def page_of_agents(
-    registry: ArtifactRegistry,
-    *,
-    limit: int,
-    before_id: int | None = None,
-    family: str = "",
-    task: str = "",
-    lifecycles: Collection[Lifecycle] = (),
-) -> list[ArtifactRow]:
-    """Return up to `limit` versions, newest first, that are older than `before_id`."""
-    if not task and not lifecycles:
-        return registry.page(limit=limit, before_id=before_id, family=family)
-    key = t.agents.c.artifact_id
-    query = sa.select(artifacts).join(t.agents, key == artifacts.c.id).order_by(key.desc()).limit(limit)
-    if before_id is not None:
-        query = query.where(key < before_id)
-    if family:
-        query = query.where(artifacts.c.family == family)
+def ways_to(*, task: str = "", foundation: str = "", lifecycles: Collection[Lifecycle] = ()) -> list[Way]:
+    """Return the ways to agents of this task, made of this foundation model, and in one of these states."""
+    found = []
+    if foundation:
+        made_of = t.agents.alias("made_of")
+        found.append(Way(key=made_of.c.artifact_id, where=(made_of.c.foundation == foundation,), ordered=True))
     if task:
-        query = query.where(t.agents.c.task == task)
+        doing = t.agents.alias("doing")
+        found.append(Way(key=doing.c.artifact_id, where=(doing.c.task == task,), ordered=True))
     if lifecycles:
-        query = query.where(t.agents.c.lifecycle.in_(sorted(lifecycles)))
-    with registry.database.read() as connection:
-        return [ArtifactRow(**row) for row in connection.execute(query).mappings()]
+        stands = t.agents.alias("stands")
+        where = stands.c.lifecycle.in_(sorted(lifecycles))
+        found.append(Way(key=stands.c.artifact_id, where=(where,), ordered=len(set(lifecycles)) == 1))
+    return found
 
 
 def standings_of(registry: ArtifactRegistry, rows: Sequence[ArtifactRow]) -> dict[str, Standing]:
@@ -139,10 +139,13 @@ def standings_in(connection: sa.Connection, rows: Sequence[ArtifactRow]) -> dict
         aliases.get(f"{alias['family']}@{alias['version']}", []).append(alias["alias"])
     states = sa.select(t.agents.c.artifact_id, t.agents.c.lifecycle).where(t.agents.c.artifact_id.in_(names))
     lifecycles = {key: Lifecycle(word) for key, word in connection.execute(states)}
-    later = _later(connection, names)
+    later, counts = _later(connection, names), descents.counts(connection, rows)
     return {
         name: Standing(
-            aliases=aliases[name], lifecycle=lifecycles.get(key, Lifecycle.DRAFT), later=tuple(later.get(key, ()))
+            aliases=aliases[name],
+            lifecycle=lifecycles.get(key, Lifecycle.DRAFT),
+            later=tuple(later.get(key, ())),
+            dependents=counts.get(key, 0),
         )
         for key, name in names.items()
     }
@@ -165,17 +168,23 @@ def _later(connection: sa.Connection, keys: Iterable[int]) -> dict[int, list[Mea
 
 
 def record_agent(connection: sa.Connection, row: ArtifactRow) -> None:
-    """Write down what a version is looked for by, in the transaction that publishes it. It begins as a draft."""
+    """Write down what a version is looked for by, and what it descends from, in the transaction that publishes it.
+
+    It begins as a draft.
+    """
     _record(connection, [row])
+    descents.hold_parents(connection, [row])
 
 
 def adopt_agents(registry: ArtifactRegistry) -> int:
     """Write that down for versions that were published without it, by an earlier release; return how many."""
+    adopt(registry, _adopt_evaluations)
     adopted = 0
-    missing = sa.select(artifacts).where(artifacts.c.id.not_in(sa.select(t.agents.c.artifact_id))).limit(_ADOPTED)
+    complete = sa.select(t.agents.c.artifact_id).where(t.agents.c.foundation.is_not(None))
+    missing = sa.select(artifacts).where(artifacts.c.id.not_in(complete)).limit(_ADOPTED)
     while True:
         with registry.database.read() as connection:
-            rows = [ArtifactRow(**row) for row in connection.execute(missing).mappings()]
+            rows = registry.rows(connection, missing)
         if not rows:
             return adopted
         with registry.database.write() as connection:
@@ -183,21 +192,80 @@ def adopt_agents(registry: ArtifactRegistry) -> int:
         adopted += len(rows)
 
 
+def _adopt_evaluations(connection: sa.Connection, rows: Sequence[ArtifactRow]) -> None:
+    e = t.evaluations.c
+    found = sa.select(e.artifact_id, e.metric, e.dataset, e.value, e.rows)
+    found = found.where(e.artifact_id.in_([row.id for row in rows])).order_by(e.id)
+    for measured in connection.execute(found).mappings():
+        keep_results(connection, measured["artifact_id"], [dict(measured)])
+
+
 def _record(connection: sa.Connection, rows: Iterable[ArtifactRow]) -> None:
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    values = [{"artifact_id": row.id, "task": row.body["task"], "lifecycle": Lifecycle.DRAFT.value} for row in rows]
-    # Two servers that start at once adopt the same ones.
-    connection.execute(insert(t.agents).on_conflict_do_nothing(), values)
+    values = [
+        {
+            "artifact_id": row.id,
+            "task": row.body["task"],
+            "foundation": row.body["parent"]["name"],
+            "lifecycle": Lifecycle.DRAFT.value,
+        }
+        for row in rows
+    ]
+    given = insert(t.agents)
+    # Two servers that start at once adopt the same ones. A release of before left out the foundation.
+    kept = given.on_conflict_do_update(index_elements=["artifact_id"], set_={"foundation": given.excluded.foundation})
+    connection.execute(kept, values)
+
+
+class AgentHolds:
+    """What depends on agents: aliases, a lifecycle that is under way, and the agents and jobs that go on with them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def reasons(self, connection: sa.Connection, rows: Sequence[ArtifactRow]) -> Mapping[int, str]:
+        """Return by id what depends on an agent, and what would end that."""
+        # Until the transaction's end no alias comes to point at one.
+        self._database.in_turn(connection, Turn.ALIASES)
+        standings = standings_in(connection, rows)
+        found = {}
+        for row in rows:
+            standing = standings[row.name]
+            if count := standing.dependents:
+                newest = descents.one_that_holds(connection, row)
+                what = f"{newest} goes on with it" if count == 1 else f"{count} go on with it, the newest is {newest}"
+                found[row.id] = f"{what}: collect such agents first, and let such jobs end"
+            if standing.lifecycle in _IN_SERVICE:
+                retire = f"forge agents lifecycle {row.name} retired"
+                found[row.id] = f"it is {standing.lifecycle.value}: {retire}"
+            if standing.aliases:
+                found[row.id] = f"the alias {standing.aliases[0]} points at it: point it elsewhere (forge alias)"
+        return found
+
+    def counts(self, connection: sa.Connection, rows: Sequence[ArtifactRow]) -> Mapping[int, int]:
+        """Return by id how many agents and open jobs go on with an agent."""
+        return descents.counts(connection, rows)
+
+    def collected(self, connection: sa.Connection, rows: Sequence[ArtifactRow]) -> None:
+        """Let go of the foundations, and of the agents, that collected ones descend from."""
+        descents.let_go(connection, [row.name for row in rows])
 
 
 # --- moves: each in the caller's transaction, whose turn is Turn.ALIASES
 
 
+def require_there(connection: sa.Connection, row: ArtifactRow) -> None:
+    """Refuse a version that was collected since it was found. Errors: AgentNotFoundError."""
+    if connection.execute(sa.select(artifacts.c.id).filter_by(id=row.id, collect_us=None)).first() is None:
+        raise AgentNotFoundError(f"{row.name} was collected; list the agents to see what there is")
+
+
 def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller: str, request_id: str) -> None:
     """Point an alias at a version and keep the move.
 
-    Errors: TooManyAliasesError, when the version has as many as the contract allows.
+    Errors: TooManyAliasesError, when the version has as many as the contract allows; AgentNotFoundError.
     """
+    require_there(connection, row)
     key = {"family": row.family, "alias": alias}
     before = connection.execute(sa.select(t.aliases.c.version).filter_by(**key)).scalar()
     if before is None:
@@ -211,7 +279,11 @@ def set_alias(connection: sa.Connection, row: ArtifactRow, alias: str, *, caller
 
 
 def set_lifecycle(connection: sa.Connection, row: ArtifactRow, to: Lifecycle, *, caller: str, request_id: str) -> None:
-    """Move a version along its lifecycle and keep the move. Errors: IllegalTransitionError, naming what is legal."""
+    """Move a version along its lifecycle and keep the move.
+
+    Errors: IllegalTransitionError, naming what is legal; AgentNotFoundError.
+    """
+    require_there(connection, row)
     _record(connection, [row])
     found = connection.execute(sa.select(t.agents.c.lifecycle).filter_by(artifact_id=row.id).with_for_update())
     before = Lifecycle(found.scalar_one())
@@ -257,3 +329,4 @@ def keep_evaluations(
     values = [{"metric": m.metric, "dataset": m.dataset, "value": m.value, "rows": m.rows, **common} for m in found]
     if values:
         connection.execute(sa.insert(t.evaluations), values)
+        keep_results(connection, row.id, values)

@@ -17,8 +17,10 @@ from agent_server.data.examples import DataManifest
 from agent_server.package import copy_licences
 from agent_server.trainer import AgentResult
 from cognateforge.agent.v1 import training_pb2 as pb
+from training_common.artifacts.cards import CARD_FILE
 from training_common.artifacts.publish import publish_and_succeed
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.artifacts.statement import Ancestor, statement_in
 from training_common.worker import WorkerAttempt
 
 # Agents have no gate as foundation models do: their lifecycle and their aliases say which version is used for what.
@@ -55,6 +57,8 @@ class AgentArtifactManager:
             state=STATE,
             body=body,
             code=("agent_server", "training_common"),
+            plan=plan,
+            made_of=ancestors(plan, base),
             also=record_agent,
         )
 
@@ -82,7 +86,7 @@ class AgentArtifactManager:
         """Write what people and programs read of an agent beside running it."""
         folder, task = result.folder, str(plan.WhichOneof("task"))
         licences = copy_licences(self._data_folder, _path_of(getattr(plan, task)), folder)
-        card = folder / "README.md"
+        card = folder / CARD_FILE
         if card.exists():  # a policy has a card of its own
             runs = running("an observation as JSON") if (folder / "run.py").exists() else ""
             card.write_text(card.read_text(encoding="utf-8") + runs, encoding="utf-8")
@@ -113,6 +117,30 @@ class AgentArtifactManager:
             total_parameters=result.total_parameters,
             runs=(result.folder / "run.py").exists(),
         )
+
+
+def ancestors(plan: pb.TrainingPlan, base: Base) -> list[Ancestor]:
+    """Return what an agent descends from, the nearest first."""
+    kind = str(plan.WhichOneof("base"))
+    nearest, told = statement_in(base.base_dir if kind == "foundation" else base.agent_dir)
+    below = [] if kind == "foundation" else told.get("made_of", [])
+    found = []
+    if kind == "agent_version":
+        found.append(Ancestor(role="agent", name=base.name, digest=base.digest, statement=nearest))
+    elif kind == "model_folder":
+        found.append(Ancestor(role=kind, name=base.name, digest=base.digest))
+    if base.foundation:
+        # Below an agent, that agent's own statement tells of the foundation's.
+        of_agent = next((item["statement"] for item in below if item["digest"] == base.foundation_digest), "")
+        found.append(
+            Ancestor(
+                role="foundation",
+                name=base.foundation,
+                digest=base.foundation_digest,
+                statement=nearest if kind == "foundation" else of_agent,
+            )
+        )
+    return found
 
 
 def _path_of(task: Message) -> str:

@@ -21,6 +21,7 @@ from cognateforge.exceptions import (
 )
 from training_common.artifacts.blobs import BlobStore, StoredFile
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.artifacts.scrub import require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,12 @@ def resolve(
     models: ModelSettings | None = None,
     agent_name: str = "",
     model_digest: str = "",
+    hold: Callable[[ArtifactRow], None] = lambda _row: None,
 ) -> Base:
     """Return a plan's base, with its files on this machine.
 
     fetch: gets the foundation. models: where model folders are. agent_name, model_digest: what an earlier attempt
-    resolved, so that a job has one base.
+    resolved, so that a job has one base. hold: keeps an agent from being collected.
     Errors: those of `fetch`; AgentNotFoundError; ArtifactCorruptError; DataUnavailableError; IncompatibleError;
     NotImplementedByServerError.
     """
@@ -77,7 +79,9 @@ def resolve(
         case "scratch":
             return Base()
         case "agent_version":
-            return _agent(find_base(plan, registry, name=agent_name), registry, cache_dir)
+            row = find_base(plan, registry, name=agent_name)
+            hold(row)
+            return _agent(row, registry, cache_dir)
         case other:
             raise NotImplementedByServerError(f"this release cannot train on the base {other}")
 
@@ -112,6 +116,7 @@ def find_base(plan: pb.TrainingPlan, registry: ArtifactRegistry, *, name: str = 
 
 
 def _agent(row: ArtifactRow, registry: ArtifactRegistry, cache_dir: Path) -> Base:
+    require_whole(registry, row)
     folder = cache_dir / row.digest.removeprefix("sha256:")
     cache_dir.mkdir(parents=True, exist_ok=True)
     # Jobs side by side may want the same one; what is there is believed as far as its digests go.

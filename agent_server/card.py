@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from agent_server.bases import Base
 from agent_server.data.examples import DataManifest
 from agent_server.evaluation import Evaluation
 from agent_server.tasks import OUTPUTS, Output
+from training_common.artifacts.cards import results_table, source_text
 
 _USES = {
     "classification": "Gives a short text one of {labels}.",
@@ -56,7 +58,7 @@ def model_card(facts: CardFacts) -> str:
     """Return the card as Markdown. Every number in it was measured or counted in the run that made the agent."""
     training = facts.config["training"]
     optimization = training["optimization"]
-    measured = "\n".join(f"| {e.metric} | {e.dataset} | {e.value:.4f} | {e.rows} |" for e in facts.evaluations)
+    measured = results_table(dataclasses.asdict(evaluation) for evaluation in facts.evaluations)
     return f"""# {facts.agent}
 
 {_USES[facts.task].format(labels=_labels(facts.labels))}
@@ -65,7 +67,7 @@ def model_card(facts: CardFacts) -> str:
 
 {_bottom(facts.base)}
 - Architecture: {facts.architecture}
-- Training rows: {facts.data.rows["train"]} of {_data(facts.data)}
+- Training rows: {facts.data.rows["train"]} of {source_text(vars(facts.data))}
 - Licence of the data: {_licence(facts.data, facts.licences)}
 - Trained parameters: {facts.trainable_parameters:,} of {facts.total_parameters:,} ({facts.config["adaptation"]})
 - {_steps(facts.config)} of {training["batch_size"]} rows, {optimization["optimizer"]}, peak learning rate \
@@ -75,8 +77,6 @@ lineage.json has the digests of all of it.
 
 ## Measured
 
-| metric | rows from | value | rows |
-| --- | --- | --- | --- |
 {measured}
 
 {_merge_line(facts.config["merge_logit_change"])}
@@ -119,10 +119,6 @@ def _steps(config: Mapping[str, Any]) -> str:
     taken, kept = config["steps"], config["weights_of_step"]
     best = "" if kept == taken else f" (the weights are those of the best validation, after step {kept})"
     return f"{taken} steps{best}"
-
-
-def _data(data: DataManifest) -> str:
-    return f"{data.name} ({data.kind}, {data.digest})"
 
 
 def _licence(data: DataManifest, licences: Sequence[str]) -> str:

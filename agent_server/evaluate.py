@@ -44,7 +44,8 @@ from cognateforge.exceptions import (
     IncompatibleError,
 )
 from training_common.artifacts.blobs import BlobStore, StoredFile
-from training_common.settings import DataSettings
+from training_common.artifacts.open import open_store
+from training_common.settings import ArtifactSettings, DataSettings
 
 # Labels that a refusal names.
 _NAMED_LABELS = 10
@@ -55,6 +56,7 @@ class Order:
     """What is to be measured.
 
     body: the agent's manifest. request: on which set. data, hub_dir: where sets are. modules: where environments are.
+    blobs: where the agent's files are.
     """
 
     body: dict[str, Any]
@@ -62,7 +64,7 @@ class Order:
     data: DataSettings
     hub_dir: Path
     modules: tuple[str, ...]
-    artifacts_dir: Path
+    blobs: BlobStore
     threads: int
 
     @property
@@ -85,7 +87,7 @@ def read_order(folder: Path) -> Order:
         data=DataSettings.model_validate(order["data"]),
         hub_dir=Path(order["hub_dir"]),
         modules=tuple(order["modules"]),
-        artifacts_dir=Path(order["artifacts_dir"]),
+        blobs=open_store(ArtifactSettings.model_validate(order["artifacts"]), Path(order["files_dir"])),
         threads=order["threads"],
     )
 
@@ -96,7 +98,7 @@ def evaluate(order: Order, folder: Path, *, factory: AgentArchitectureFactory | 
     Errors: DataUnavailableError, InvalidFieldError, IncompatibleError, ArchitectureNotFoundError, ArtifactCorruptError.
     """
     agent_dir, place = folder / "agent", f"{order.task}."
-    unpack([StoredFile(**file) for file in order.body["files"]], BlobStore(order.artifacts_dir), agent_dir)
+    unpack([StoredFile(**file) for file in order.body["files"]], order.blobs, agent_dir)
     architecture = (factory or AgentArchitectureFactory()).get(order.body["architecture"])
     try:
         config = json.loads((agent_dir / "config.json").read_text(encoding="utf-8"))

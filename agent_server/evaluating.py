@@ -36,11 +36,12 @@ from cognateforge.exceptions import (
     UnavailableError,
 )
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.artifacts.scrub import require_whole
 from training_common.engines.processes import WORKER_ENVIRONMENT
 from training_common.jobs.store import answer_to, reused
 from training_common.rpc.identity import current_caller
 from training_common.rpc.mutations import mutate, payload_of
-from training_common.settings import DataSettings
+from training_common.settings import ArtifactSettings, DataSettings
 
 log = structlog.get_logger(__name__)
 
@@ -53,10 +54,14 @@ _TOLD_CHARS = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where a worker finds things. artifacts_dir: the registry's blobs. data, hub_dir: sets. modules: environments."""
+    """Where a worker finds things.
 
-    artifacts_dir: Path
+    files_dir, artifacts: the registry's blobs. data, hub_dir: sets. modules: environments.
+    """
+
+    files_dir: Path
     hub_dir: Path
+    artifacts: ArtifactSettings
     data: DataSettings
     modules: tuple[str, ...] = ()
 
@@ -147,6 +152,7 @@ class Evaluator:
             )
 
     async def _run(self, request: pb.EvaluateAgentRequest, row: ArtifactRow) -> bytes:
+        await asyncio.to_thread(require_whole, self._registry, row)
         self._scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=self._scratch))
         try:
@@ -164,7 +170,9 @@ class Evaluator:
     async def _measure(self, request: pb.EvaluateAgentRequest, row: ArtifactRow, folder: Path) -> list[Measured]:
         """Run a worker in a folder, and return what it has measured. It ends with this server, and when cancelled."""
         order = {
-            "artifacts_dir": str(self._places.artifacts_dir.resolve()),
+            "files_dir": str(self._places.files_dir.resolve()),
+            # With credentials, if there are any: nobody else can open a folder that mkdtemp made.
+            "artifacts": self._places.artifacts.model_dump(mode="json"),
             "hub_dir": str(self._places.hub_dir.resolve()),
             "data": self._places.data.model_dump(mode="json"),
             "modules": list(self._places.modules),

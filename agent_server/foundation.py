@@ -14,9 +14,11 @@ import hashlib
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -34,18 +36,24 @@ from cognateforge.client.breaker import BreakerSnapshot, BreakerState
 from cognateforge.client.discovery import discovery_for
 from cognateforge.client.manifest import MANIFEST_NAME
 from cognateforge.client.patience import BREAKS, GIVE_UP_AFTER_S
+from cognateforge.client.provenance import Problem, VerifiedProvenance, refused, verify_provenance
 from cognateforge.exceptions import (
     ArtifactCorruptError,
+    ClientSetupError,
     FieldViolation,
     ForgeError,
     FoundationNotFoundError,
     IncompatibleError,
     ModelExperimentalError,
     ModelNotFoundError,
+    NotImplementedByServerError,
     PreconditionError,
+    ProvenanceRefusedError,
     UnavailableError,
 )
 from cognateforge.exchange.v1 import model_pb2 as pb
+from cognateforge.signatures import load_library, read_public_key
+from training_common.settings import SettingsError
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +73,15 @@ class Foundation:
     name: str
     digest: str
     model: pb.FoundationModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """An agent or a job, and the foundation model that it descends from. digest: the agent's, empty for a job."""
+
+    model: str
+    name: str
+    digest: str = ""
 
 
 # What says that Cognate is away, and nothing about the model that was asked for.
@@ -107,11 +124,18 @@ class CognateLink:
         """Return how the calls fare."""
         return self._breaker.snapshot()
 
-    async def keep(self) -> None:
-        """Hold the connection until cancelled."""
+    async def keep(self, *users: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run what uses the connection until cancelled, and let go of it when all of that has ended.
+
+        gRPC crashes where a call begins on a channel that was closed under it.
+        """
+        tasks = [asyncio.create_task(user()) for user in users]
         try:
-            await asyncio.Event().wait()
+            await asyncio.gather(asyncio.Event().wait(), *tasks)
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(self.close)
 
     def close(self) -> None:
@@ -151,22 +175,29 @@ def fetch(
     required: FoundationRequirement | None,
     cache_dir: Path,
     tokenizer_digest: str = "",
+    trusted: Sequence[Path] = (),
+    on_resolved: Callable[[str], None] = lambda _name: None,
     on_progress: Callable[[int, int], None] | None = None,
     patience_s: float = GIVE_UP_AFTER_S,
 ) -> Foundation:
     """Return a foundation model that fits, from the cache where it is there already.
 
     name: family and version, or a family alone for its newest version at this moment.
+    trusted: public keys, one of which must have signed it; none: nobody need have. Looked at before anything is
+    transferred, and as well where nothing has to be.
+    on_resolved: called with the exact version, before anything of it is needed.
     on_progress: bytes there are, bytes there will be; not called on a cache hit.
     patience_s: how long a broken transfer is tried again without a new byte. The next fetch goes on where it stopped.
 
-    Errors: ModelNotFoundError, ModelExperimentalError, IncompatibleError, ArtifactCorruptError, LocalStorageError;
-    UnavailableError and its kin when Cognate cannot be reached.
+    Errors: ModelNotFoundError, ModelExperimentalError, IncompatibleError, ProvenanceRefusedError, ArtifactCorruptError,
+    LocalStorageError; UnavailableError and its kin when Cognate cannot be reached.
     """
     model = client.models.GetModel(pb.GetModelRequest(name=name)).model
     check_compatible(
         client, model, required=required, accept_experimental=accept_experimental, tokenizer_digest=tokenizer_digest
     )
+    check_provenance(client, model, trusted)
+    on_resolved(model.name)
     path = cache_dir / _hexadecimal(model)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with locked(cache_dir / f"{path.name}.lock"):
@@ -178,6 +209,27 @@ def fetch(
             if fetched.digest != model.digest or not holds(path, model):
                 raise ArtifactCorruptError(f"what came for {model.name} is not what {model.digest} names")
     return Foundation(path=path, name=model.name, digest=model.digest, model=model)
+
+
+def register(client: CognateClient, descents: Sequence[Descent]) -> None:
+    """Tell Cognate what descends from its models, at most 100 at once. All of it is known then, or nothing new.
+
+    Errors: ModelNotFoundError; NotImplementedByServerError, by a Cognate of an earlier release.
+    """
+    client.models.RegisterDependents(
+        pb.RegisterDependentsRequest(request_id=str(uuid.uuid4()), dependents=map(_dependent, descents))
+    )
+
+
+def release(client: CognateClient, descents: Sequence[Descent]) -> None:
+    """Tell Cognate what descends from its models no longer. Errors: as `register`."""
+    client.models.ReleaseDependents(
+        pb.ReleaseDependentsRequest(request_id=str(uuid.uuid4()), dependents=map(_dependent, descents))
+    )
+
+
+def _dependent(one: Descent) -> pb.Dependent:
+    return pb.Dependent(model=one.model, name=one.name, digest=one.digest)
 
 
 def refusal(
@@ -203,12 +255,15 @@ def refusal(
             client = link.client()
             model = client.models.GetModel(pb.GetModelRequest(name=name)).model
             check_compatible(client, model, required=required, accept_experimental=accept_experimental)
+            check_provenance(client, model, trusted_keys(link.endpoint))
     except ModelNotFoundError as error:
         return FoundationNotFoundError(error.message, violations=_blame("name", error))
     except ModelExperimentalError as error:
         return ModelExperimentalError(error.message, violations=_blame("accept_experimental", error))
     except IncompatibleError as error:
         return IncompatibleError(error.message, violations=_blame("name", error), metadata=error.metadata)
+    except ProvenanceRefusedError as error:
+        return ProvenanceRefusedError(error.message, violations=_blame("name", error), metadata=error.metadata)
     except ForgeError:
         return None
     return None
@@ -224,6 +279,61 @@ def _hexadecimal(model: pb.FoundationModel) -> str:
     if found is None:
         raise ArtifactCorruptError(f"Cognate names {model.digest!r} as the digest of {model.name}, which is no sha256")
     return found[1]
+
+
+def trusted_keys(endpoint: CognateEndpoint) -> tuple[Path, ...]:
+    """Return the keys that a model must be signed with one of; none where it need not be signed."""
+    return endpoint.public_key_files if endpoint.provenance == "require" else ()
+
+
+def require_public_keys(endpoint: CognateEndpoint) -> None:
+    """Refuse keys that could verify nothing, and load what verifies. Errors: SettingsError."""
+    if endpoint.provenance != "require":
+        return
+    try:
+        for path in endpoint.public_key_files:
+            read_public_key(path)
+        load_library()
+    except ClientSetupError as error:
+        raise SettingsError(f"cognate.public_key_files: {error.message}; or leave cognate.provenance out") from error
+
+
+def check_provenance(client: CognateClient, model: pb.FoundationModel, trusted: Sequence[Path]) -> None:
+    """Make sure that somebody who is trusted has signed a model, and that its statement is about it.
+
+    Errors: ProvenanceRefusedError; ArtifactCorruptError, for a statement that has changed in Cognate's store.
+    """
+    if not trusted:
+        return
+    try:
+        provenance = client.models.GetModelProvenance(pb.GetModelProvenanceRequest(name=model.name)).provenance
+    except NotImplementedByServerError as error:
+        raise refused(
+            Problem.NOT_SIGNED, model.name, "this release of Cognate tells of no signature; use a newer one"
+        ) from error
+    found = verify_provenance(provenance, name=model.name, digest=model.digest, public_keys=trusted)
+    _require_as_signed(model, found)
+    log.info("provenance verified", model=model.name, digest=model.digest, key=found.key)
+
+
+def _require_as_signed(model: pb.FoundationModel, found: VerifiedProvenance) -> None:
+    """Make sure that what Cognate says of a model beside its manifest, and this service goes by, was signed as well."""
+    told = {
+        "state": pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_"),
+        "files": [{"path": f.path, "size_bytes": f.size_bytes, "digest": f.digest} for f in model.files],
+        "tokenizer_digest": model.tokenizer_digest,
+    }
+    signed_architecture = found.manifest.get("architecture")
+    if not isinstance(signed_architecture, dict):
+        raise refused(Problem.MANIFEST, model.name, "its manifest names no architecture")
+    differs = [part for part, value in told.items() if found.manifest.get(part) != value]
+    differs += [
+        f"architecture.{part.name}"
+        for part in pb.Architecture.DESCRIPTOR.fields
+        if signed_architecture.get(part.name, part.default_value) != getattr(model.architecture, part.name)
+    ]
+    if differs:
+        raise refused(Problem.MANIFEST, model.name, f"Cognate says otherwise than its manifest: {', '.join(differs)}")
 
 
 def check_compatible(

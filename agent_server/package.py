@@ -5,6 +5,7 @@
     probe.safetensors   logits of the trained and of the untrained model on made-up rows, for checks on other machines
     requirements.txt    the exact versions that it was made with
     metrics.json, lineage.json, README.md, licences/    what was measured, and what it was made of
+    provenance.json     the same as a statement that is signed; written at the publication
 
 No row of the training data is in it.
 """

@@ -8,21 +8,27 @@ from pathlib import Path
 import structlog
 
 from agent_server import metrics, migrations
-from agent_server.agents import adopt_agents
+from agent_server.agents import AgentHolds, adopt_agents, find_agent
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.borrowing import Borrower
+from agent_server.descents import adopt_descents
 from agent_server.evaluating import Evaluator, Places
-from agent_server.foundation import CognateLink
+from agent_server.foundation import CognateLink, require_public_keys
 from agent_server.preemption import Preemption
 from agent_server.resources import AgentResourceManager
 from agent_server.rpc import convert
 from agent_server.rpc.agents import AgentServicer
 from agent_server.rpc.training import TrainingServicer
 from agent_server.settings import AgentSettings, require_model_folder
+from agent_server.telling import Teller
 from cognateforge.agent.v1 import agent_pb2_grpc, training_pb2_grpc
+from cognateforge.artifact.v1 import storage_pb2_grpc
 from cognateforge.job.v1 import job_pb2
-from training_common.artifacts.blobs import BlobStore
-from training_common.artifacts.registry import ArtifactRegistry
+from training_common.artifacts.collect import ArtifactCollector
+from training_common.artifacts.keeping import ArtifactKeeper
+from training_common.artifacts.open import open_registry, require_store
+from training_common.artifacts.scrub import Scrubber
+from training_common.artifacts.signing import require_signing_key
 from training_common.engines.build import build_engine, worker_settings_file
 from training_common.folder_lock import FolderLock
 from training_common.jobs.folders import jobs_dir
@@ -37,18 +43,23 @@ from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
 from training_common.rpc.logs import log_watcher
 from training_common.rpc.server import RunningServer, create_server
+from training_common.rpc.storage import StorageServicer
 from training_common.store.database import Database
 
 log = structlog.get_logger(__name__)
 
 TRAINING = ("cognateforge.agent.v1.AgentForgeTrainingService",)
 REGISTRY = ("cognateforge.agent.v1.AgentService",)
-SERVICES = (*TRAINING, *REGISTRY)
+STORAGE = ("cognateforge.artifact.v1.StorageService",)
+SERVICES = (*TRAINING, *REGISTRY, *STORAGE)
 
 
 def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
     require_model_folder(settings.models)
+    require_signing_key(settings)
+    require_public_keys(settings.cognate)
+    require_store(settings)
     listener = create_server(settings, SERVICES)
     server = listener.server
     factory = AgentArchitectureFactory()
@@ -59,9 +70,11 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     database.upgrade(Path(migrations.__file__).parent)
     resources = AgentResourceManager(database, settings)
     store = JobStore(database, resources)
-    artifacts_dir = settings.files_dir / "artifacts"
-    registry = ArtifactRegistry(database, BlobStore(artifacts_dir))
+    registry = open_registry(settings, database)
     adopt_agents(registry)
+    adopt_descents(registry)
+    keeper = ArtifactKeeper(registry, settings.artifacts, AgentHolds(database), find_agent)
+    collector, scrubber = ArtifactCollector(keeper), Scrubber(registry, settings.artifacts)
     engine = build_engine(settings, module="agent_server.worker")
     worker_settings, name = worker_settings_file(settings, settings_file), settings.server_name
     verifier = Verifier(VerificationStore(store), engine, settings.workers, settings_file=worker_settings, server=name)
@@ -75,7 +88,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         preempting=Preemption(store, resources, settings.preemption) if settings.preemption.least_difference else None,
     )
     events = ChangeHub(database, store.progress)
-    health = HealthMonitor(database, scheduler, training=TRAINING, other=REGISTRY)
+    health = HealthMonitor(database, scheduler, training=TRAINING, other=(*REGISTRY, *STORAGE))
     sweeper = Sweeper(database, jobs_dir(settings), settings.retention)
     jobs = JobService(
         store=store,
@@ -91,6 +104,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         heartbeat_s=settings.heartbeat_frame_s,
         logs=log_watcher(settings, store),
         sweeper=sweeper,
+        damaged_artifacts=lambda: scrubber.damaged,
         bounds=resources,
     )
     link = CognateLink(settings.cognate)
@@ -103,7 +117,8 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         settings.evaluation,
         scratch=settings.data_dir / "evaluations",
         places=Places(
-            artifacts_dir=artifacts_dir,
+            files_dir=settings.files_dir,
+            artifacts=settings.artifacts,
             hub_dir=settings.files_dir / "hub",
             data=settings.data,
             modules=settings.environments.modules,
@@ -123,8 +138,9 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         server,
     )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
+    storage_pb2_grpc.add_StorageServiceServicer_to_server(StorageServicer(keeper, collector, scrubber), server)
     borrower = Borrower(store, scheduler, link, slots=settings.workers.slots, settings=settings.borrow)
-    borrowing = [borrower.run()] if settings.borrow.cores else []
+    borrowing = [borrower.run] if settings.borrow.cores else []
     return RunningServer(
         listener,
         settings=settings,
@@ -132,5 +148,12 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         health=health,
         database=database,
         lock=lock,
-        tasks=[scheduler.run(), events.run(), sweeper.run(), link.keep(), *borrowing],
+        tasks=[
+            scheduler.run(),
+            events.run(),
+            sweeper.run(),
+            collector.run(),
+            scrubber.run(),
+            link.keep(Teller(database, link).run, *borrowing),
+        ],
     )

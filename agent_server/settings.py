@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,21 @@ class CognateEndpoint(Section):
     give_up_after_s: float = Field(
         default=0.0, ge=0, description="how long a job waits for Cognate before it has failed; 0: as long as it takes"
     )
+    provenance: Literal["ignore", "require"] = Field(
+        default="ignore", description="require: only models with a statement, signed with one of public_key_files"
+    )
+    public_key_files: tuple[Path, ...] = Field(
+        default=(), description="public keys (PEM, P-256), any of which may have signed a model"
+    )
+
+    @model_validator(mode="after")
+    def _requires_a_key(self) -> Self:
+        if self.provenance == "require" and not self.public_key_files:
+            raise ValueError(
+                "public_key_files is missing, and provenance is required: name the public key that Cognate's models "
+                "are signed with, or leave provenance out"
+            )
+        return self
 
 
 class BorrowSettings(Section):

@@ -6,14 +6,16 @@ python -m agent_server.worker --settings FILE --job jobs/... --attempt N --token
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from agent_server import foundation
+from agent_server import descents, foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.architectures.refusal import guard_process, require_separate
 from agent_server.architectures.settings import settings_of
@@ -28,7 +30,8 @@ from agent_server.tracker import Cost
 from agent_server.train_config import AgentTrainConfig, from_plan
 from agent_server.trainer import train_agent
 from cognateforge.agent.v1 import training_pb2 as pb
-from training_common.artifacts.blobs import BlobStore
+from cognateforge.exceptions import NotImplementedByServerError
+from training_common.artifacts.open import open_registry
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.attempt import Attempt, AttemptStopped, AttemptWaits
 from training_common.compute import processes_here, threads_of
@@ -49,7 +52,7 @@ def work(context: WorkerContext[AgentSettings]) -> None:
     plan = pb.TrainingPlan.FromString(attempt.store.job.plan)
     team = team_for(plan.compute, context.team)
     _set_threads(settings)
-    registry = ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts"))
+    registry = open_registry(settings, context.database)
     if plan.WhichOneof("task") in ACTING:
         attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=True))
         _act(context, plan, registry)
@@ -139,7 +142,25 @@ def _base(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan, registry
         models=context.settings.models,
         agent_name=context.attempt.store.job.facts.get("agent_version", ""),
         model_digest=context.attempt.store.job.facts.get("model_digest", ""),
+        hold=lambda row: context.attempt.store.write_too(
+            lambda connection: descents.hold_agent(connection, registry, row, context.attempt.job)
+        ),
     )
+
+
+def _hold_model(
+    context: WorkerContext[AgentSettings], register: Callable[[Sequence[foundation.Descent]], None], model: str
+) -> None:
+    """Keep a foundation from being collected, from before it is fetched until the job has ended.
+
+    register: tells Cognate.
+
+    Errors: ModelNotFoundError; UnavailableError and its kin when Cognate cannot be reached.
+    """
+    job = context.attempt.job
+    context.attempt.store.write_too(lambda connection: descents.hold_model(connection, model, job))
+    with contextlib.suppress(NotImplementedByServerError):  # the server tells so in its log
+        register([foundation.Descent(model=model, name=job)])
 
 
 def _cost(context: WorkerContext[AgentSettings], team: Team) -> Cost:
@@ -189,6 +210,8 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
                     accept_experimental=plan.foundation.accept_experimental,
                     required=architecture.required_architecture,
                     cache_dir=context.settings.files_dir / "foundations",
+                    trusted=foundation.trusted_keys(endpoint),
+                    on_resolved=functools.partial(_hold_model, context, functools.partial(foundation.register, client)),
                     on_progress=on_progress,
                     patience_s=endpoint.hold_slot_s,
                 )

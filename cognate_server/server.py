@@ -6,8 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cognate_server import metrics, migrations
+from cognate_server.dependents import ModelHolds
 from cognate_server.forecast import Forecast
 from cognate_server.leases import LeaseStore, end_leases
+from cognate_server.models import find_model
 from cognate_server.reservations import Calendar, RoomForReservations
 from cognate_server.resources import CognateResourceManager
 from cognate_server.rpc import convert
@@ -15,12 +17,17 @@ from cognate_server.rpc.models import ModelServicer
 from cognate_server.rpc.pretraining import PretrainingServicer
 from cognate_server.rpc.resources import ResourceServicer
 from cognate_server.settings import CognateSettings
+from cognateforge.artifact.v1 import storage_pb2_grpc
 from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exchange.v1 import model_pb2_grpc, resource_pb2_grpc
 from cognateforge.job.v1 import job_pb2
-from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.collect import ArtifactCollector
+from training_common.artifacts.keeping import ArtifactKeeper
+from training_common.artifacts.open import open_registry, require_store
 from training_common.artifacts.outbox import compact_forever
-from training_common.artifacts.registry import ArtifactRegistry
+from training_common.artifacts.scrub import Scrubber
+from training_common.artifacts.search import adopt
+from training_common.artifacts.signing import require_signing_key
 from training_common.engines.build import build_engine, worker_settings_file
 from training_common.folder_lock import FolderLock
 from training_common.jobs.folders import jobs_dir
@@ -35,15 +42,19 @@ from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
 from training_common.rpc.logs import log_watcher
 from training_common.rpc.server import RunningServer, create_server
+from training_common.rpc.storage import StorageServicer
 from training_common.store.database import Database
 
 TRAINING = ("cognateforge.cognate.v1.CognatePretrainingService",)
 EXCHANGE = ("cognateforge.exchange.v1.ModelService", "cognateforge.exchange.v1.ResourceService")
-SERVICES = (*TRAINING, *EXCHANGE)
+STORAGE = ("cognateforge.artifact.v1.StorageService",)
+SERVICES = (*TRAINING, *EXCHANGE, *STORAGE)
 
 
 def build(settings: CognateSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
+    require_signing_key(settings)
+    require_store(settings)
     listener = create_server(settings, SERVICES)
     server = listener.server
     lock = FolderLock(settings.data_dir)
@@ -52,7 +63,8 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     reservable = settings.reservations.slots
     calendar = Calendar(database, slots=settings.workers.slots if reservable is None else reservable)
     store = JobStore(database, calendar)
-    registry = ArtifactRegistry(database, BlobStore(settings.files_dir / "artifacts"))
+    registry = open_registry(settings, database)
+    adopt(registry)
     engine = build_engine(settings, module="cognate_server.worker")
     worker_settings = worker_settings_file(settings, settings_file)
     leases = LeaseStore(database)
@@ -77,7 +89,9 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     )
     events, outbox = ChangeHub(database, store.progress), ChangeHub(database, registry.progress)
     changed_leases = ChangeHub(database, leases.progress)
-    health = HealthMonitor(database, scheduler, training=TRAINING, other=EXCHANGE)
+    health = HealthMonitor(database, scheduler, training=TRAINING, other=(*EXCHANGE, *STORAGE))
+    keeper = ArtifactKeeper(registry, settings.artifacts, ModelHolds(), find_model)
+    collector, scrubber = ArtifactCollector(keeper), Scrubber(registry, settings.artifacts)
     sweeper = Sweeper(database, jobs_dir(settings), settings.retention)
     jobs = JobService(
         store=store,
@@ -93,6 +107,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         heartbeat_s=settings.heartbeat_frame_s,
         logs=log_watcher(settings, store),
         sweeper=sweeper,
+        damaged_artifacts=lambda: scrubber.damaged,
         bounds=calendar,
         forecast=Forecast(calendar, server=settings.server_name).expected,
     )
@@ -106,6 +121,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     resource_pb2_grpc.add_ResourceServiceServicer_to_server(
         ResourceServicer(resources, changed_leases, heartbeat_s=settings.heartbeat_frame_s), server
     )
+    storage_pb2_grpc.add_StorageServiceServicer_to_server(StorageServicer(keeper, collector, scrubber), server)
     return RunningServer(
         listener,
         settings=settings,
@@ -117,6 +133,8 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
             scheduler.run(),
             events.run(),
             sweeper.run(),
+            collector.run(),
+            scrubber.run(),
             outbox.run(),
             compact_forever(registry, keep_events=settings.outbox.keep_events),
             changed_leases.run(),

@@ -25,6 +25,7 @@ class ValidationReport:
         how much that difference varies among the rows. A single row varies by nothing known: the gain's size stands in.
     """
 
+    rows: int
     tokens: int
     loss: float
     loss_memory_off: float
@@ -101,6 +102,7 @@ def validate(model: CognateV1, batches: list[Batch], unigram_counts_V: Tensor) -
     one_step = row_losses(model, batches, fixed_steps=1)
     histogram = step_histogram(whole.steps_N)
     return ValidationReport(
+        rows=len(whole.targets_R),
         tokens=int(whole.targets_R.sum()),
         loss=whole.mean,
         loss_memory_off=memory_off.mean,

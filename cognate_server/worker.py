@@ -30,8 +30,7 @@ from cognate_server.trainer import PretrainConfig, PretrainResult, pretrain
 from cognate_server.trainer import TrainingDivergedError as TrainerDivergedError
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import IntegrityCheckFailedError, TrainingDivergedError
-from training_common.artifacts.blobs import BlobStore
-from training_common.artifacts.registry import ArtifactRegistry
+from training_common.artifacts.open import open_registry
 from training_common.compute import processes_here, threads_of
 from training_common.jobs.states import JobState
 from training_common.models import cognate_v1
@@ -106,8 +105,10 @@ def work(context: WorkerContext[CognateSettings]) -> None:
         failed = "; ".join(f"{c.name} is {c.value:g}, must be {c.rule} {c.threshold:g}" for c in report.failed)
         raise IntegrityCheckFailedError(f"nothing was published: {failed}")
     shutil.copyfile(tokenizer_file, result.model_dir / "tokenizer.json")
+    # The frozen forward pass that the weights are for: it imports torch alone, and opens them anywhere.
+    shutil.copyfile(cognate_v1.__file__, result.model_dir / Path(cognate_v1.__file__).name)
     (result.model_dir / "data.json").write_text(json.dumps(data.to_json(), indent=1) + "\n", encoding="utf-8")
-    manager = CognateArtifactManager(ArtifactRegistry(context.database, BlobStore(settings.files_dir / "artifacts")))
+    manager = CognateArtifactManager(open_registry(settings, context.database))
     manager.publish(_model(plan, data, result, report, reasoning), attempt)
 
 
@@ -221,6 +222,7 @@ def _model(
         tokenizer_digest=data.tokenizer_digest,
         sources=sources,
         checks=checks,
+        results=_results(data, result, reasoning),
         training={
             "steps": result.step,
             "tokens": tokens,
@@ -245,6 +247,23 @@ def _model(
         },
         recovery=[dataclasses.asdict(event) for event in result.recovery],
     )
+
+
+def _results(data: DataManifest, result: PretrainResult, reasoning: Sequence[ReasoningScore]) -> list[dict[str, Any]]:
+    """Return what was measured on named sets, under the names of `cognate_server.metrics`."""
+    held_out = [source.source.dataset.value for source in data.sources if source.documents["validation"]]
+    rows = {"dataset": f"{'+'.join(held_out)}/validation", "rows": result.validation.rows}
+    found = [
+        {"metric": "validation_loss", "value": result.validation.loss, **rows},
+        {"metric": "validation_loss_memory_off", "value": result.validation.loss_memory_off, **rows},
+        {"metric": "validation_loss_one_step", "value": result.validation.loss_one_step, **rows},
+    ]
+    if result.acceleration is not None:
+        found.append({"metric": "acceleration_factor", "value": result.acceleration.factor, **rows})
+    for score in reasoning:
+        problems = {"dataset": f"{score.source}/validation", "rows": score.problems}
+        found += [{"metric": metric, "value": value, **problems} for metric, value in score.metrics().items()]
+    return found
 
 
 if __name__ == "__main__":

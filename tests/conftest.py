@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from tests.support.postgres import PostgresServer
+from tests.support.s3 import S3Server
 from tests.support.templates import copied_stores
 
 # As for workers: threads of torch that spin for milliseconds make small models many times slower when anything else
@@ -53,6 +54,17 @@ def postgres() -> Iterator[PostgresServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """Yield an S3 server, started when a test first needs it."""
+    server = S3Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -32,6 +32,8 @@ import structlog
 
 from cognateforge.exceptions import ForgeError, IllegalTransitionError
 from training_common import faults, logs
+from training_common.artifacts.places import StoreAwayError
+from training_common.artifacts.signing import SigningKeyError, signer_of
 from training_common.attempt import (
     Attempt,
     AttemptStopped,
@@ -65,6 +67,8 @@ log = structlog.get_logger(__name__)
 _STORE_PATIENCE_S = 3600.0
 # Where a job waits until its files can be written again.
 _STORAGE = "storage"
+# Where it waits until what it makes can be signed.
+_SIGNING_KEY = "signing key"
 # What has to fit where nobody knows yet how large a checkpoint is.
 _LEAST_ROOM_BYTES = 1 << 20
 S = TypeVar("S", bound=ServiceSettings)
@@ -359,11 +363,12 @@ def _ending(store: AttemptStore, *, leads: bool) -> Iterator[None]:
         yield
     except FencedOutError:
         raise
-    except ForgeError as error:
-        log.error("job failed", reason=error.reason_name(), detail=error.message)
-        _fail(store, error.reason_name(), error.message, leads=leads)
     except Exception as error:
         fault = _platform_fault(error)
+        if isinstance(error, ForgeError) and not fault:
+            log.error("job failed", reason=error.reason_name(), detail=error.message)
+            _fail(store, error.reason_name(), error.message, leads=leads)
+            return
         if fault:
             # The process ends, and the scheduler gives the job another worker.
             log.exception("attempt ended by the platform")
@@ -418,6 +423,16 @@ def _verify(name: str, number: int, handle: str, settings: S, database: Database
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _require_signing_key(settings: ServiceSettings) -> None:
+    """Make sure, before a long training, that what comes of it can be signed. Errors: AttemptWaits."""
+    signer = signer_of(settings)
+    if signer is not None:
+        try:
+            signer.require_key()
+        except SigningKeyError as error:
+            raise AttemptWaits(_SIGNING_KEY, message=str(error)) from error
+
+
 def _place_of(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}; the worker's log has the detail"
@@ -426,6 +441,7 @@ def _place_of(error: Exception) -> str:
 def _work_or_wait(context: WorkerContext[S], work: Work[S]) -> None:
     try:
         context.attempt.require_storage()
+        _require_signing_key(context.settings)
         take_devices(context.settings.workers, job=context.attempt.job)
         work(context)
     except AttemptWaits as wait:
@@ -445,6 +461,10 @@ def _platform_fault(error: Exception) -> str:
     """Return what of this machine ended the attempt through no fault of its job, or nothing."""
     if isinstance(error, sa.exc.OperationalError):
         return "the store did not answer in time"
+    if isinstance(error, SigningKeyError):
+        return f"what was made cannot be signed: {error}"
+    if isinstance(error, StoreAwayError):
+        return "the store of artifacts cannot be used"
     if _misses_another(error):
         return "another process of the worker is gone"
     if isinstance(error, OSError) and faults.of_machine(error):

@@ -54,6 +54,7 @@ def agent(row: ArtifactRow, standing: Standing) -> agent_pb2.Agent:
         data=convert.data_sources(row),
         lifecycle=agent_pb2.Lifecycle.Value(f"LIFECYCLE_{standing.lifecycle.value}"),
         parent=made_of["name"] if made_of.get("kind") == "agent_version" else "",
+        storage=convert.storage(row, standing.dependents),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from agent_server import estimates, foundation
+import sqlalchemy as sa
+
+from agent_server import descents, estimates, foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.bases import find_base
 from agent_server.data.check import RowChecker
@@ -20,6 +22,7 @@ from cognateforge.exceptions import PreconditionError
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.registry import ArtifactRegistry
 from training_common.compute import require_slots
+from training_common.jobs.store import JobRow
 from training_common.rpc.identity import current_caller
 from training_common.rpc.jobs import Context, Draft, JobRpcs, JobService
 
@@ -52,8 +55,16 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan, caller = with_defaults(request.plan), current_caller().name
         refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
+        base = None
         if plan.WhichOneof("base") == "agent_version":
-            await self._registry.database.run_brief(find_base, plan, self._registry)
+            base = await self._registry.database.run_brief(find_base, plan, self._registry)
+
+        def hold(connection: sa.Connection, job: JobRow) -> None:
+            """Keep what the job starts from. A foundation that is no exact version yet is kept once a worker knows."""
+            if base is not None:
+                descents.hold_agent(connection, self._registry, base, job.name)
+            elif descents.is_exact(plan.foundation.name):
+                descents.hold_model(connection, plan.foundation.name, job.name)
 
         def draft() -> Draft:
             require_feasible(plan, self._factory, self._settings)
@@ -72,6 +83,7 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
                     processes=max(1, plan.compute.processes),
                     nodes=max(1, plan.compute.nodes),
                 ),
+                also=hold,
             )
 
         answer = await self._jobs.start("StartTraining", request, draft, pb.StartTrainingResponse)

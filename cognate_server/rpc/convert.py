@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from google.protobuf import duration_pb2
 
+from cognate_server.dependents import Dependent, DependentRow
 from cognate_server.leases import LeaseRow, Resource
 from cognate_server.models import Comparison
 from cognate_server.reservations import ReservationRow
@@ -12,6 +15,7 @@ from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.exchange.v1 import model_pb2, resource_pb2
 from training_common.artifacts.registry import ArtifactEvent, ArtifactRow, SnapshotPage
+from training_common.artifacts.search import results_of
 from training_common.jobs.store import JobRow
 from training_common.rpc import convert
 from training_common.store.database import now_us
@@ -52,8 +56,8 @@ def architecture(row: ArtifactRow) -> model_pb2.Architecture:
     return model_pb2.Architecture(**row.body["architecture"])
 
 
-def model(row: ArtifactRow) -> model_pb2.FoundationModel:
-    """Return a published model, out of its manifest."""
+def model(row: ArtifactRow, dependents: int = 0) -> model_pb2.FoundationModel:
+    """Return a published model, out of its manifest. dependents: how much descends from it."""
     body = row.body
     return model_pb2.FoundationModel(
         name=row.name,
@@ -69,6 +73,8 @@ def model(row: ArtifactRow) -> model_pb2.FoundationModel:
         checks=[artifact_pb2.Check(**check) for check in body["checks"]],
         steps=body["training"]["steps"],
         tokens=body["training"]["tokens"],
+        storage=convert.storage(row, dependents),
+        results=[artifact_pb2.Result(**result) for result in results_of(row)],
     )
 
 
@@ -123,17 +129,36 @@ def lease(row: LeaseRow) -> resource_pb2.Lease:
     )
 
 
-def event_frame(event: ArtifactEvent) -> model_pb2.WatchModelsResponse:
-    """Return one entry of the outbox as a frame."""
-    return model_pb2.WatchModelsResponse(
-        event=model_pb2.ModelEvent(
-            sequence=event.sequence, time=convert.timestamp(event.time_us), published=model(event.artifact)
-        )
-    )
+def event_frame(event: ArtifactEvent, dependents: int = 0) -> model_pb2.WatchModelsResponse:
+    """Return one entry of the outbox as a frame. dependents: how much descends from its model."""
+    message = model_pb2.ModelEvent(sequence=event.sequence, time=convert.timestamp(event.time_us))
+    told = model(event.artifact, dependents)
+    if event.kind == "published":
+        message.published.CopyFrom(told)
+    else:
+        change = model_pb2.ModelChange.Value(f"MODEL_CHANGE_{event.kind.upper()}")
+        message.changed.CopyFrom(model_pb2.ModelChanged(model=told, change=change))
+    return model_pb2.WatchModelsResponse(event=message)
 
 
-def snapshot_frame(page: SnapshotPage) -> model_pb2.WatchModelsResponse:
-    """Return a page of a snapshot as a frame."""
-    models = [model(row) for row in page.rows]
+def snapshot_frame(page: SnapshotPage, dependents: Mapping[int, int]) -> model_pb2.WatchModelsResponse:
+    """Return a page of a snapshot as a frame. dependents: by id, how much descends from models."""
+    models = [model(row, dependents.get(row.id, 0)) for row in page.rows]
     snapshot = model_pb2.ModelSnapshot(models=models, last_sequence=page.sequence, more=page.more)
     return model_pb2.WatchModelsResponse(snapshot=snapshot)
+
+
+def to_dependents(messages: Iterable[model_pb2.Dependent]) -> list[Dependent]:
+    """Return what descends from models, as a request names it."""
+    return [Dependent(model=one.model, name=one.name, digest=one.digest) for one in messages]
+
+
+def dependent(row: DependentRow, model_name: str) -> model_pb2.Dependent:
+    """Return what descends from a model."""
+    return model_pb2.Dependent(
+        model=model_name,
+        name=row.name,
+        digest=row.digest,
+        owner=row.owner,
+        create_time=convert.timestamp(row.create_us),
+    )

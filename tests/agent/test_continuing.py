@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import agent_server.migrations
 from agent_server.adaptation import Adaptation
+from agent_server.artifacts import ancestors
 from agent_server.bases import Base, resolve
 from agent_server.data.examples import Labelled, texts_of
 from agent_server.foundation import Foundation
@@ -19,6 +21,8 @@ from agent_server.trainer import AgentResult, train_agent
 from cognateforge.agent.v1 import training_pb2 as pb
 from tests.agent._support import MemoryAttempt, Rows, factory, measured, prepared, toy_rows, write_foundation
 from tests.support.published import FILES, open_registry, publish_agent
+from training_common.artifacts.statement import Ancestor
+from training_common.digests import sha256_file
 
 EARLIER = toy_rows()
 CONFIG = AgentTrainConfig(
@@ -50,6 +54,62 @@ def first(foundation: Path, tmp_path_factory: pytest.TempPathFactory) -> AgentRe
     """An agent that has learnt the earlier set."""
     workdir = tmp_path_factory.mktemp("first")
     return train_agent(CONFIG, foundation, EARLIER, MemoryAttempt(workdir), factory=factory())
+
+
+BELOW = Base(foundation="cognate-25m@1", foundation_digest="sha256:f")
+
+
+def told(folder: Path, made_of: list[dict[str, str]]) -> str:
+    """Write a statement into a version's folder, and return its digest."""
+    folder.mkdir()
+    (folder / "provenance.json").write_text(json.dumps({"predicate": {"made_of": made_of}}))
+    return sha256_file(folder / "provenance.json")
+
+
+def test_ancestors_are_told_with_their_statements(tmp_path: Path) -> None:
+    """The nearest first. Of the foundation below an agent, that agent's own statement tells."""
+    of_foundation, other = told(tmp_path / "foundation", []), f"sha256:{'0' * 64}"
+    bottom = {"role": "foundation", "name": "cognate-25m@1", "digest": "sha256:f", "statement": of_foundation}
+    on_foundation = pb.TrainingPlan(foundation=pb.FoundationBase(name="cognate-25m"))
+    base = Base(
+        name="cognate-25m@1",
+        digest="sha256:f",
+        base_dir=tmp_path / "foundation",
+        foundation="cognate-25m@1",
+        foundation_digest="sha256:f",
+    )
+    assert [bottom] == [dataclasses.asdict(one) for one in ancestors(on_foundation, base)]
+
+    of_agent = told(tmp_path / "agent", [bottom, {**bottom, "digest": other}])
+    on_agent = pb.TrainingPlan(agent_version=pb.AgentBase(name="router"))
+    base = Base(
+        name="router@1",
+        digest="sha256:a",
+        agent_dir=tmp_path / "agent",
+        foundation="cognate-25m@1",
+        foundation_digest="sha256:f",
+    )
+    nearest = {"role": "agent", "name": "router@1", "digest": "sha256:a", "statement": of_agent}
+    assert [nearest, bottom] == [dataclasses.asdict(one) for one in ancestors(on_agent, base)]
+
+
+def test_ancestors_without_statements_are_told_all_the_same(tmp_path: Path) -> None:
+    """Versions of releases before have none; a model folder's own files are no statement of ours."""
+    told(tmp_path / "folder", [])
+    on_folder = pb.TrainingPlan(model_folder=pb.ModelFolderBase(path="bert"))
+    base = Base(name="bert", digest="sha256:b", base_dir=tmp_path / "folder")
+    assert [Ancestor(role="model_folder", name="bert", digest="sha256:b")] == ancestors(on_folder, base)
+    (tmp_path / "old").mkdir()
+    on_agent = pb.TrainingPlan(agent_version=pb.AgentBase(name="router"))
+    base = Base(
+        name="router@1",
+        digest="sha256:a",
+        agent_dir=tmp_path / "old",
+        foundation="cognate-25m@1",
+        foundation_digest="sha256:f",
+    )
+    assert ["", ""] == [one.statement for one in ancestors(on_agent, base)]
+    assert [] == ancestors(pb.TrainingPlan(scratch=pb.ScratchBase()), Base())
 
 
 def test_an_agent_goes_on_where_it_was(first: AgentResult, tmp_path: Path) -> None:

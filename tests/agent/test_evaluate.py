@@ -29,6 +29,7 @@ from tests.agent._language import BigramModel
 from tests.agent._support import MemoryAttempt, Rows, factory, prepared, write_foundation
 from tests.support.published import open_registry
 from tests.support.servers import running_agent
+from training_common.artifacts.blobs import BlobStore
 from training_common.digests import files_under
 from training_common.settings import DataSettings
 from training_common.store.database import Database
@@ -152,7 +153,7 @@ def test_a_policy_is_measured_in_its_environment(tmp_path: Path) -> None:
             data=DataSettings(),
             hub_dir=tmp_path,
             modules=(),
-            artifacts_dir=tmp_path / "artifacts",
+            blobs=BlobStore(tmp_path / "artifacts"),
             threads=1,
         )
         return evaluate(order, tmp_path / str(number))

@@ -27,10 +27,13 @@ from cognateforge.exceptions import (
     IncompatibleError,
     ModelExperimentalError,
     ModelNotFoundError,
+    NotImplementedByServerError,
+    ProvenanceRefusedError,
     to_status,
 )
 from cognateforge.exchange.v1 import model_pb2 as pb
 from cognateforge.exchange.v1 import model_pb2_grpc
+from cognateforge.signatures import make_keys
 from tests.support.consul_double import ConsulDouble
 
 FILES = {"model.safetensors": b"weights" * 40_000, "config.json": b"{}", "tokenizer.json": b"{ }"}
@@ -79,6 +82,9 @@ class Registry(model_pb2_grpc.ModelServiceServicer):
             _abort(context, ModelNotFoundError(f"no model {name}"))
         return self.models[name]
 
+    def GetModelCard(self, request: pb.GetModelCardRequest, context: grpc.ServicerContext) -> pb.GetModelCardResponse:
+        return pb.GetModelCardResponse(name=self._find(request.name, context)[0].name)
+
     def GetModel(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> pb.GetModelResponse:
         return pb.GetModelResponse(model=self._find(request.name, context)[0])
 
@@ -95,7 +101,28 @@ class Registry(model_pb2_grpc.ModelServiceServicer):
         verdict = pb.VERDICT_INCOMPATIBLE if mismatches else pb.VERDICT_COMPATIBLE
         return pb.CheckCompatibilityResponse(verdict=verdict, mismatches=mismatches, model_digest=model.digest)
 
+    def GetModelProvenance(
+        self, request: pb.GetModelProvenanceRequest, context: grpc.ServicerContext
+    ) -> pb.GetModelProvenanceResponse:
+        _abort(context, NotImplementedByServerError("a release of before"))
+        raise AssertionError
+
     def ListModels(self, request: pb.ListModelsRequest, context: grpc.ServicerContext) -> pb.ListModelsResponse:
+        raise NotImplementedError
+
+    def RegisterDependents(
+        self, request: pb.RegisterDependentsRequest, context: grpc.ServicerContext
+    ) -> pb.RegisterDependentsResponse:
+        raise NotImplementedError
+
+    def ReleaseDependents(
+        self, request: pb.ReleaseDependentsRequest, context: grpc.ServicerContext
+    ) -> pb.ReleaseDependentsResponse:
+        raise NotImplementedError
+
+    def ListDependents(
+        self, request: pb.ListDependentsRequest, context: grpc.ServicerContext
+    ) -> pb.ListDependentsResponse:
         raise NotImplementedError
 
     def WatchModels(
@@ -152,6 +179,24 @@ def test_a_family_is_resolved_and_fetched_once(client: CognateClient, registry: 
     assert first.name == second.name == "cognate-25m@2"
     assert first.path == second.path == tmp_path / first.digest.removeprefix("sha256:")
     assert {path: (first.path / path).read_bytes() for path in FILES} == FILES
+    assert registry.fetches == 1
+
+
+def test_the_exact_version_is_told_before_it_is_needed(
+    client: CognateClient, registry: Registry, tmp_path: Path
+) -> None:
+    """So that it can be held: where that fails, nothing is fetched."""
+    told: list[tuple[str, int]] = []
+    get(client, tmp_path, on_resolved=lambda name: told.append((name, registry.fetches)))
+    get(client, tmp_path, on_resolved=lambda name: told.append((name, registry.fetches)))
+    assert [("cognate-25m@1", 0), ("cognate-25m@1", 1)] == told
+
+    def refuse(_name: str) -> None:
+        raise ModelNotFoundError("it was collected just now")
+
+    registry.publish(2)
+    with pytest.raises(ModelNotFoundError):
+        get(client, tmp_path, on_resolved=refuse)
     assert registry.fetches == 1
 
 
@@ -269,6 +314,16 @@ def test_cognate_is_found_in_consul(client: CognateClient, monkeypatch: pytest.M
         assert isinstance(refused, FoundationNotFoundError)
     finally:
         consul.close()
+
+
+def test_a_release_without_signatures_is_refused_where_one_is_required(
+    client: CognateClient, registry: Registry, tmp_path: Path
+) -> None:
+    """It cannot prove where its models come from; what to do is told."""
+    key = make_keys(tmp_path / "keys").public
+    with pytest.raises(ProvenanceRefusedError, match=r"tells of no signature; use a newer one") as refused:
+        get(client, tmp_path / "cache", trusted=[key])
+    assert ({"problem": "not_signed"}, 0) == (refused.value.metadata, registry.fetches)
 
 
 def test_an_unknown_model_keeps_its_class(client: CognateClient, tmp_path: Path) -> None:

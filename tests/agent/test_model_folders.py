@@ -308,7 +308,7 @@ def test_an_agent_is_trained_further(folders: Mapping[str, Path], tmp_path: Path
 # Folders that will not do
 
 
-def resolved(folder: Path, **digest: str) -> Any:
+def resolved(folder: Path, *, model_digest: str = "") -> Any:
     plan = pb.TrainingPlan(model_folder=pb.ModelFolderBase(path=folder.name))
     return resolve(
         plan,
@@ -316,7 +316,7 @@ def resolved(folder: Path, **digest: str) -> Any:
         registry=None,  # type: ignore[arg-type]
         cache_dir=folder,
         models=ModelSettings(folder=folder.parent),
-        **digest,
+        model_digest=model_digest,
     )
 
 

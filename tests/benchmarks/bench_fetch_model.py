@@ -73,8 +73,18 @@ def publish(data_dir: Path, scratch: Path) -> ArtifactRow:
             tokenizer_digest=sha256_file(folder / "tokenizer.json"),
             sources=[],
             checks=[],
-            training={"steps": 1, "tokens": 512},
-            grokfast={},
+            results=[],
+            training={
+                "steps": 1,
+                "tokens": 512,
+                "batch_size": 1,
+                "sequence_length": 512,
+                "peak_learning_rate": 1e-3,
+                "warmup_steps": 0,
+                "precision": "float32",
+                "seed": 0,
+            },
+            grokfast={"alpha": 0.98, "lambda": 2.0, "departures": []},
             recovery=[],
         )
         registry = ArtifactRegistry(database, BlobStore(data_dir / "artifacts"))

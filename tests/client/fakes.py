@@ -40,6 +40,7 @@ AGENT_JOB = "jobs/00000000-0000-4000-8000-000000000002"
 RESERVATION = "reservations/00000000-0000-4000-8000-000000000003"
 
 Failure = exceptions.ForgeError | grpc.StatusCode
+CARD = "# A card\n\n| metric | value |\n| --- | --- |\n| accuracy | 0.5 |\n"
 
 
 @dataclass
@@ -274,6 +275,7 @@ class Artifact:
     tamper: Callable[[bytes], bytes] = lambda payload: payload
     manifest_override: bytes | None = None
     digest_override: str | None = None
+    signature: bytes = b""
     sent_bytes: int = 0
 
     @property
@@ -293,6 +295,13 @@ class Artifact:
         if self.digest_override is not None:
             return self.digest_override
         return f"sha256:{hashlib.sha256(self.manifest).hexdigest()}"
+
+    @property
+    def provenance(self) -> artifact_pb2.Provenance:
+        """What is told of it without its payload. It has no statement."""
+        return artifact_pb2.Provenance(
+            name=self.name, digest=self.digest, manifest=self.manifest, signature=self.signature
+        )
 
     @property
     def payload(self) -> bytes:
@@ -446,6 +455,9 @@ class FakeModels(model_pb2_grpc.ModelServiceServicer):
     def __init__(self, script: Script, artifact: Artifact, outbox: Outbox) -> None:
         self.script, self.artifact, self.outbox = script, artifact, outbox
 
+    def GetModelCard(self, request: model_pb2.GetModelCardRequest, context: Any) -> model_pb2.GetModelCardResponse:
+        return model_pb2.GetModelCardResponse(name=self.artifact.name, markdown=CARD)
+
     def _model(self) -> model_pb2.FoundationModel:
         return model_pb2.FoundationModel(
             name=self.artifact.name,
@@ -453,6 +465,7 @@ class FakeModels(model_pb2_grpc.ModelServiceServicer):
             digest=self.artifact.digest,
             size_bytes=len(self.artifact.payload),
             checks=[artifact_pb2.Check(name="loss_is_finite", passed=True), artifact_pb2.Check(name="memory_helps")],
+            results=[artifact_pb2.Result(metric="gsm8k_exact_match", dataset="gsm8k/validation", value=0.125, rows=8)],
         )
 
     def _known(self, name: str, context: grpc.ServicerContext) -> None:
@@ -465,17 +478,33 @@ class FakeModels(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.GetModelResponse(model=self._model())
 
     def ListModels(self, request: Any, context: Any) -> Any:
+        self.script.meet("ListModels", request, context)
         return model_pb2.ListModelsResponse(models=[self._model()])
 
     def FetchModel(self, request: Any, context: Any) -> Any:
         self.script.meet("FetchModel", request, context)
         self._known(request.name, context)
-        header = model_pb2.FetchHeader(model=self._model(), manifest=self.artifact.manifest)
+        header = model_pb2.FetchHeader(
+            model=self._model(), manifest=self.artifact.manifest, signature=self.artifact.signature
+        )
         yield model_pb2.FetchModelResponse(header=header)
         for chunk in self.artifact.chunks(request.offset_bytes, context):
             yield model_pb2.FetchModelResponse(chunk=chunk)
 
+    def GetModelProvenance(self, request: Any, context: Any) -> Any:
+        self._known(request.name, context)
+        return model_pb2.GetModelProvenanceResponse(provenance=self.artifact.provenance)
+
     def CheckCompatibility(self, request: Any, context: Any) -> Any:
+        fail(context, exceptions.NotImplementedByServerError())
+
+    def RegisterDependents(self, request: Any, context: Any) -> Any:
+        fail(context, exceptions.NotImplementedByServerError())
+
+    def ReleaseDependents(self, request: Any, context: Any) -> Any:
+        fail(context, exceptions.NotImplementedByServerError())
+
+    def ListDependents(self, request: Any, context: Any) -> Any:
         fail(context, exceptions.NotImplementedByServerError())
 
     def WatchModels(self, request: Any, context: Any) -> Any:
@@ -574,6 +603,9 @@ class FakeAgents(agent_pb2_grpc.AgentServiceServicer):
     def __init__(self, script: Script, artifact: Artifact) -> None:
         self.script, self.artifact = script, artifact
 
+    def GetAgentCard(self, request: agent_pb2.GetAgentCardRequest, context: Any) -> agent_pb2.GetAgentCardResponse:
+        return agent_pb2.GetAgentCardResponse(name=self.artifact.name, markdown=CARD)
+
     def _agent(self) -> agent_pb2.Agent:
         return agent_pb2.Agent(
             name=self.artifact.name,
@@ -598,10 +630,16 @@ class FakeAgents(agent_pb2_grpc.AgentServiceServicer):
 
     def FetchAgent(self, request: Any, context: Any) -> Any:
         self.script.meet("FetchAgent", request, context)
-        header = agent_pb2.FetchAgentHeader(agent=self._agent(), manifest=self.artifact.manifest)
+        header = agent_pb2.FetchAgentHeader(
+            agent=self._agent(), manifest=self.artifact.manifest, signature=self.artifact.signature
+        )
         yield agent_pb2.FetchAgentResponse(header=header)
         for chunk in self.artifact.chunks(request.offset_bytes, context):
             yield agent_pb2.FetchAgentResponse(chunk=chunk)
+
+    def GetAgentProvenance(self, request: Any, context: Any) -> Any:
+        self._known(request.name, context)
+        return agent_pb2.GetAgentProvenanceResponse(provenance=self.artifact.provenance)
 
     def SetAlias(self, request: Any, context: Any) -> Any:
         self.script.meet("SetAlias", request, context)

@@ -35,9 +35,10 @@ def partial_of(folder: Path) -> Path:
 
 
 def assert_landed(got: FetchedArtifact, artifact: Artifact) -> None:
-    """The destination holds the files, the manifest, and nothing else; no partial folder is left."""
+    """The destination holds files, manifest, the signature if there is one, and nothing else; no partial is left."""
     found = {str(path.relative_to(got.path)): path.read_bytes() for path in got.path.rglob("*") if path.is_file()}
-    assert {**artifact.files, "manifest.json": artifact.manifest} == found
+    signature = {"model.sig": artifact.signature} if artifact.signature else {}
+    assert {**artifact.files, "manifest.json": artifact.manifest, **signature} == found
     assert list(got.path.parent.glob(".partial-*")) == []
     assert (artifact.name, artifact.digest, len(artifact.payload)) == (got.name, got.digest, got.size_bytes)
     assert json.loads(artifact.manifest) == got.manifest
@@ -81,6 +82,45 @@ async def test_a_new_process_resumes_what_another_left(client: Driver, fake: Fak
     got = await client.fetch(tmp_path / "model")
     assert_landed(got, fake.model)
     assert len(fake.model.payload) - 8500 == got.bytes_received
+
+
+async def test_a_signature_lands_beside_the_files(client: Driver, fake: Fake, tmp_path: Path) -> None:
+    """Of models and of agents; a second fetch finds it there, and nothing is transferred."""
+    fake.model.signature = fake.agent.signature = b'{"a": "signature"}'
+    assert_landed(await client.fetch(tmp_path / "model"), fake.model)
+    assert_landed(await client.fetch_agent(tmp_path / "agent", "intent-router@production"), fake.agent)
+    again = await client.fetch(tmp_path / "model")
+    assert_landed(again, fake.model)
+    assert 0 == again.bytes_received
+
+
+@pytest.mark.parametrize("left", [b"", b'{"ano', b'{"another": "one"}'], ids=["missing", "torn", "other"])
+async def test_a_signature_survives_a_fetch_that_was_cut(
+    client: Driver, fake: Fake, tmp_path: Path, left: bytes
+) -> None:
+    """Whatever an earlier process left in its place, the destination has the one that the service tells."""
+    fake.model.signature = b'{"a": "signature"}'
+    fake.model.cuts = deque([8500, *[0] * 50])
+    with pytest.raises(exceptions.UnavailableError):
+        await client.fetch(tmp_path / "model", give_up_after_s=0.1)
+    signature = partial_of(tmp_path) / "model.sig"
+    assert fake.model.signature == signature.read_bytes()
+    signature.write_bytes(left) if left else signature.unlink()
+    fake.model.cuts.clear()
+    got = await client.fetch(tmp_path / "model")
+    assert_landed(got, fake.model)
+    assert len(fake.model.payload) - 8500 == got.bytes_received
+
+
+async def test_a_signature_that_is_told_no_more_does_not_stay(client: Driver, fake: Fake, tmp_path: Path) -> None:
+    """What lies beside the files is this version's or nothing."""
+    fake.model.signature = b'{"a": "signature"}'
+    fake.model.cuts = deque([8500, *[0] * 50])
+    with pytest.raises(exceptions.UnavailableError):
+        await client.fetch(tmp_path / "model", give_up_after_s=0.1)
+    fake.model.cuts.clear()
+    fake.model.signature = b""
+    assert_landed(await client.fetch(tmp_path / "model"), fake.model)
 
 
 async def test_bytes_that_went_bad_on_disk_are_fetched_again(client: Driver, fake: Fake, tmp_path: Path) -> None:
@@ -149,6 +189,7 @@ DIGEST = f"sha256:{hashlib.sha256(b'x').hexdigest()}"
         [""],
         ["manifest.json"],
         ["Manifest.JSON"],
+        ["Model.sig"],
         ["a", "A"],
         ["a", "a/b"],
         ["x" * 256],

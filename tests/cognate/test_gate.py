@@ -18,6 +18,7 @@ from training_common.models.cognate_v1 import CognateV1Config, count_parameters,
 
 TINY = CognateV1Config(vocabulary_size=40, width=32, heads=4, feed_forward_width=48, memory_slots=6, memory_chunk=8)
 GOOD = ValidationReport(
+    rows=16,
     tokens=1_000,
     loss=3.2,
     loss_memory_off=3.3,

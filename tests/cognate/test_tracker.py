@@ -100,6 +100,7 @@ def test_the_peak_is_measured_and_leaves_the_random_state_alone() -> None:
 def test_validation_reports_what_memory_and_pondering_are_worth() -> None:
     """Gains are differences of losses on the same rows, beside their standard errors."""
     report = ValidationReport(
+        rows=4,
         tokens=100,
         loss=3.0,
         loss_memory_off=3.25,

@@ -22,6 +22,7 @@ from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2
 from typer.testing import CliRunner, Result
 
+import agent_server.server
 import cognate_server.server
 from agent_server.architectures.factory import FoundationRequirement
 from agent_server.foundation import asked_kinds, check_compatible
@@ -65,6 +66,7 @@ VERSIONS: Mapping[str, Callable[[], Contract]] = {
     "newer": contracts.newer,
 }
 COGNATE_SERVICES = {name.rpartition(".")[2] for name in cognate_server.server.SERVICES}
+AGENT_SERVICES = {name.rpartition(".")[2] for name in agent_server.server.SERVICES}
 
 
 pytestmark = pytest.mark.usefixtures("no_drain_notice")
@@ -138,6 +140,10 @@ async def test_a_client_of_every_version_is_served_by_cognate(version: Contract,
         if "CognatePretrainingService/CreateReservation" in version:
             await reserve(call, "CognatePretrainingService")
         await use_models(call, row, watches="ModelService/WatchModels" in version)
+        await read_more(call, "ModelService", "Model", row)
+        if "ModelService/RegisterDependents" in version:
+            await depend(call, row)
+        await keep(call, row)
         if "ResourceService/AcquireLease" in version:
             await borrow(call)
     has = {name for name in version.methods if name.partition("/")[0] in COGNATE_SERVICES}
@@ -218,6 +224,37 @@ async def use_models(call: Caller, row: ArtifactRow, *, watches: bool) -> None:
         assert (1, row.name) == (frame.event.sequence, frame.event.published.name)
 
 
+async def read_more(call: Caller, service: str, what: str, row: ArtifactRow) -> None:
+    """Card and provenance, of versions that have them."""
+    if f"{service}/Get{what}Card" in call.methods:
+        assert row.name == (await call(f"{service}/Get{what}Card", name=row.name)).name
+    if f"{service}/Get{what}Provenance" in call.methods:
+        provenance = (await call(f"{service}/Get{what}Provenance", name=row.name)).provenance
+        assert (row.name, row.manifest) == (provenance.name, provenance.manifest)
+
+
+async def depend(call: Caller, row: ArtifactRow) -> None:
+    """Tell of an agent that is made of a model, and no longer."""
+    told = {"dependents": [{"model": row.name, "name": "intent-router@3", "digest": A}]}
+    await call("ModelService/RegisterDependents", request_id=new_id(), **told)
+    listed = (await call("ModelService/ListDependents", name=row.name)).dependents
+    assert [("intent-router@3", "local")] == [(one.name, one.owner) for one in listed]
+    await call("ModelService/ReleaseDependents", request_id=new_id(), **told)
+    assert not (await call("ModelService/ListDependents", name=row.name)).dependents
+
+
+async def keep(call: Caller, row: ArtifactRow) -> None:
+    """Hold a version, verify it, and collect nothing: it is its family's only one."""
+    service = "StorageService"
+    if f"{service}/SetPin" not in call.methods:
+        return
+    assert (await call(f"{service}/SetPin", request_id=new_id(), name=row.name, pinned=True)).storage.pinned
+    standard = {"name": row.name, "tier": "TIER_STANDARD"}
+    assert 1 == (await call(f"{service}/SetTier", request_id=new_id(), **standard)).storage.tier
+    assert 1 == (await call.frames(f"{service}/VerifyArtifacts"))[-1].summary.versions
+    assert not (await call(f"{service}/CollectArtifacts", request_id=new_id())).collected
+
+
 async def borrow(call: Caller) -> None:
     assert (await call("ResourceService/GetAvailability")).capacities
     acquire = {"request_id": new_id(), "kind": "RESOURCE_KIND_CPU", "amount": 1, "ttl": "60s"}
@@ -240,6 +277,8 @@ async def test_a_client_of_every_version_is_served_by_the_agent_service(version:
         assert [row.name] == [agent.name for agent in (await call("AgentService/ListAgents")).agents]
         alias = {"request_id": new_id(), "name": row.name, "alias": "production"}
         assert ["production"] == list((await call("AgentService/SetAlias", **alias)).agent.aliases)
+        await read_more(call, "AgentService", "Agent", row)
+        await keep(call, row)
         _, *chunks = await call.frames("AgentService/FetchAgent", name="intent-router@production")
         assert PAYLOAD == b"".join(frame.chunk.data for frame in chunks)
         if "AgentService/SetLifecycle" in call.methods:
@@ -248,7 +287,7 @@ async def test_a_client_of_every_version_is_served_by_the_agent_service(version:
             assert candidate == (await call("AgentService/SetLifecycle", **move)).agent.lifecycle
             moves = (await call("AgentService/ListMoves", family="intent-router")).moves
             assert ["lifecycle", "alias"] == [one.WhichOneof("kind") for one in moves]
-    assert {name for name in version.methods if name.partition("/")[0] not in COGNATE_SERVICES} == call.called
+    assert {name for name in version.methods if name.partition("/")[0] in AGENT_SERVICES} == call.called
 
 
 async def train(call: Caller) -> None:
@@ -406,6 +445,7 @@ def all_outcomes(contract: Contract, fill: Callable[[Any], Any]) -> dict[str, st
             "ResourceService": cognate.resources,
             "AgentForgeTrainingService": agent.training,
             "AgentService": agent.agents,
+            "StorageService": cognate.storage,
         }
         return outcomes(stubs, fill)
 
@@ -486,10 +526,11 @@ def test_a_watch_of_models_goes_on_over_frames_and_events_of_new_kinds() -> None
         {"snapshot": {"models": [{"name": "cognate-25m@2", "state": "MODEL_STATE_NEW"}], "last_sequence": 2}},
         {"event": {"sequence": 3, "new_kind": "x"}},
         {"event": {"sequence": 4, "published": {"name": "cognate-25m@3", "new": "x"}}},
+        {"event": {"sequence": 5, "changed": {"model": {"name": "cognate-25m@3"}, "change": "MODEL_CHANGE_NEW"}}},
     ]
     with serving(contracts.newer(), {"ModelService/WatchModels": frames}) as address, CognateClient(address) as client:
         news = client.watch_models()
-        snapshot, unknown, published = next(news), next(news), next(news)
+        snapshot, unknown, published, changed = (next(news) for _ in range(4))
         news.close()
     assert isinstance(snapshot, ModelSnapshot)
     assert [1, 2] == [int(model.name[-1]) for model in snapshot.models]
@@ -498,6 +539,8 @@ def test_a_watch_of_models_goes_on_over_frames_and_events_of_new_kinds() -> None
     assert isinstance(published, model_pb2.ModelEvent)
     assert (3, None) == (unknown.sequence, unknown.WhichOneof("kind"))
     assert (4, "cognate-25m@3") == (published.sequence, published.published.name)
+    assert isinstance(changed, model_pb2.ModelEvent)
+    assert (5, NEW_VALUE) == (changed.sequence, changed.changed.change)
 
 
 def artifact(kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -2,7 +2,10 @@
 
 import json
 import queue
+import subprocess
+import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +17,12 @@ import pytest
 from cognateforge.agent.v1 import agent_pb2
 from cognateforge.agent.v1 import training_pb2 as agent_v1
 from cognateforge.client import AgentClient, CognateClient
+from cognateforge.client.lineage import Lineage, Trust
 from cognateforge.client.manifest import MANIFEST_NAME
 from cognateforge.cognate.v1 import pretraining_pb2 as cognate_v1
 from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
+from cognateforge.signatures import make_keys
 from deploy.services import Services
 from training_common.digests import sha256_bytes
 
@@ -80,10 +85,18 @@ def both_services(folder: Path) -> Iterator[tuple[Services, CognateClient, Agent
 def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill -9 of server and worker cost neither an event nor the job; the agent names the digest that was published."""
+    """kill -9 of server and worker cost neither an event nor the job; the agent names the digest that was published.
+
+    Both services sign, and the agent service takes only what Cognate's key has signed.
+    """
     monkeypatch.delenv("FORGE_DATA", raising=False)
     # Scores of reasoning are no part of this, and take longer than the training.
     monkeypatch.setenv("COGNATE_SERVER_PRETRAINING__REASONING_PROBLEMS", "1")
+    keys = {name: make_keys(tmp_path / f"{name}-keys") for name in ("cognate", "agent")}
+    for name, pair in keys.items():
+        monkeypatch.setenv(f"{name.upper()}_SERVER_ARTIFACTS__SIGNING_KEY_FILE", str(pair.private))
+    monkeypatch.setenv("AGENT_SERVER_COGNATE__PROVENANCE", "require")
+    monkeypatch.setenv("AGENT_SERVER_COGNATE__PUBLIC_KEY_FILES", str(keys["cognate"].public))
     with both_services(tmp_path) as (services, cognate, agents):
         # Long enough that the worker is still in training when the server has started anew.
         plan = cognate_v1.PretrainingPlan(
@@ -118,17 +131,52 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
         name = cognate.pretraining.GetJob(cognate_v1.GetJobRequest(name=job)).job.job.artifact
         model = cognate.models.GetModel(model_pb2.GetModelRequest(name=name)).model
         assert model.architecture.parameter_count == 24_998_668
-        data = json.loads((cognate.fetch_model(name, tmp_path / "model").path / "data.json").read_text())
+        fetched = cognate.fetch_model(name, tmp_path / "model").path
+        assert {"README.md", "cognate_v1.py", "config.json", "model.safetensors", "tokenizer.json"} <= {
+            path.name for path in fetched.iterdir()
+        }
+        card = cognate.models.GetModelCard(model_pb2.GetModelCardRequest(name=name)).markdown
+        assert card == (fetched / "README.md").read_text()
+        measured = {result.metric: result for result in model.results}
+        assert f"| validation_loss | {measured['validation_loss'].dataset} |" in card
+        assert {"forge_arithmetic_exact_match", "forge_twohop_f1", "validation_loss_memory_off"} <= measured.keys()
+        assert accepted_by_tool(fetched, keys["cognate"].public)
+        data = json.loads((fetched / "data.json").read_text())
         assert data["curriculum"] == {"steps": 24, "initial_competence": 0.1}
         reports = [source["report"] for source in data["sources"]]
         assert [(found["rows_read"], found["rows_kept"], found["findings"]) for found in reports] == [
             (2000, 2000, [])
         ] * 2
-        _train(agents, model, tmp_path)
+        job = _train(agents, model, tmp_path)
+        _is_held(cognate, model.name, job)
+        chain = Lineage(cognate, agents, [pair.public for pair in keys.values()]).of_agent("router@1")
+        assert [
+            ("router@1", Trust.VERIFIED, keys["agent"].fingerprint),
+            (name, Trust.VERIFIED, keys["cognate"].fingerprint),
+        ] == [(step.name, step.trust, step.trust_detail) for step in chain.steps()]
+        assert accepted_by_tool(tmp_path / "fetched", keys["agent"].public)
 
 
-def _train(agents: AgentClient, model: model_pb2.FoundationModel, folder: Path) -> None:
-    """Make an agent of the model, and hold its digests against those that were published."""
+def accepted_by_tool(folder: Path, public_key: Path) -> bool:
+    """Whether the command-line tool of OpenSSF model signing takes a fetched folder."""
+    signature = str(folder / "model.sig")
+    command = [sys.executable, "-m", "model_signing", "verify", "key", "--signature", signature]
+    command += ["--public_key", str(public_key), "--ignore-paths", signature, str(folder)]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def _is_held(cognate: CognateClient, model: str, job: str) -> None:
+    """Wait until Cognate knows what was made of the model: the job told it itself, the agent is told soon after."""
+    seen: set[str] = set()
+    while "router@1" not in seen or job in seen:
+        told = cognate.models.ListDependents(model_pb2.ListDependentsRequest(name=model)).dependents
+        seen = {one.name for one in told}
+        assert seen, "from before it was fetched there was no moment at which the model could be collected"
+        time.sleep(0.2)
+
+
+def _train(agents: AgentClient, model: model_pb2.FoundationModel, folder: Path) -> str:
+    """Make an agent of the model, hold its digests against those that were published, and return the job's name."""
     plan = agent_v1.TrainingPlan(
         agent="router",
         architecture="cognate",
@@ -148,3 +196,4 @@ def _train(agents: AgentClient, model: model_pb2.FoundationModel, folder: Path) 
     assert {"accuracy_before", "accuracy_after", "majority_share"} <= measured
     fetched = agents.fetch_agent("router@1", folder / "fetched")
     assert sha256_bytes((fetched.path / MANIFEST_NAME).read_bytes()) == agent.digest
+    return started.job.job.name

@@ -41,8 +41,9 @@ import agent_server.server
 import cognate_server.migrations
 import cognate_server.server
 from cognateforge.agent.v1 import agent_pb2, training_pb2
+from cognateforge.artifact.v1 import storage_pb2
 from cognateforge.cognate.v1 import pretraining_pb2, pretraining_pb2_grpc
-from cognateforge.exchange.v1 import resource_pb2, resource_pb2_grpc
+from cognateforge.exchange.v1 import model_pb2, resource_pb2, resource_pb2_grpc
 from tests.fuzz.requests import Request, requests
 from tests.support.published import publish_agent, publish_model
 from training_common.jobs.store import JobStore
@@ -70,8 +71,8 @@ CHECKPOINTS: list[dict[str, Any]] = [
 NOT_SERVED = {"ValidateModel", "EvaluateAgent"}
 # What finds that out is a process that loads torch.
 SLOW_TIMEOUTS_S = {"EvaluateAgent": 120.0}
-# What a service may be busy with by itself: leases end.
-_MOVES_BY_ITSELF = {"leases", "lease_clock"}
+# What a service may be busy with by itself: leases end, and what ended jobs have held is let go.
+_MOVES_BY_ITSELF = {"leases", "lease_clock", "descents"}
 _LEAK = re.compile(
     r"Traceback|File \"|\.py\b|site-packages|sqlite3|sqlalchemy|sqlalche\.me|\[SQL:|protovalidate|pydantic|"
     r"object at 0x|<class '|\b[A-Z]\w+(Error|Exception)\b\(|NoneType|/tmp/|self\."
@@ -239,6 +240,8 @@ def served_requests(services: Sequence[Service]) -> dict[str, list[Message]]:
     pretraining = pretraining_pb2_grpc.CognatePretrainingServiceStub(cognate.channel)
     reserved = pretraining.CreateReservation(reserve, timeout=USUAL_TIMEOUT_S).reservation
     reserve.ClearField("request_id")
+    model = next(name for name in cognate.known if name.startswith("cognate-25m@"))
+    dependents = [model_pb2.Dependent(model=model, name="intent-router@3", digest=f"sha256:{'0' * 64}")]
     made: list[tuple[str, Message]] = [
         (
             "cognate.v1.CognatePretrainingService.StartPretraining",
@@ -262,6 +265,13 @@ def served_requests(services: Sequence[Service]) -> dict[str, list[Message]]:
             "cognate.v1.CognatePretrainingService.CancelReservation",
             pretraining_pb2.CancelReservationRequest(name=reserved.name),
         ),
+        ("exchange.v1.ModelService.RegisterDependents", model_pb2.RegisterDependentsRequest(dependents=dependents)),
+        ("exchange.v1.ModelService.ReleaseDependents", model_pb2.ReleaseDependentsRequest(dependents=dependents)),
+        ("exchange.v1.ModelService.ListDependents", model_pb2.ListDependentsRequest(name=model)),
+        ("exchange.v1.ModelService.GetModelCard", model_pb2.GetModelCardRequest(name=model)),
+        ("exchange.v1.ModelService.GetModelProvenance", model_pb2.GetModelProvenanceRequest(name=model)),
+        ("agent.v1.AgentService.GetAgentCard", agent_pb2.GetAgentCardRequest(name=agent.known[-1])),
+        ("agent.v1.AgentService.GetAgentProvenance", agent_pb2.GetAgentProvenanceRequest(name=agent.known[-1])),
         *(
             (f"{package}.{service}.{verb}", request)
             for package, service, owner, module in (
@@ -275,7 +285,22 @@ def served_requests(services: Sequence[Service]) -> dict[str, list[Message]]:
             )
         ),
     ]
-    return {f"cognateforge.{name}": [message] for name, message in made}
+    served = {f"cognateforge.{name}": [message] for name, message in made}
+    # Both services serve it, each for names of its own: what one does not know, the other does.
+    for verb, requests_of in _storage_requests(cognate, agent).items():
+        served[f"cognateforge.artifact.v1.StorageService.{verb}"] = requests_of
+    return served
+
+
+def _storage_requests(*services: Service) -> dict[str, list[Message]]:
+    names = [next(name for name in service.known if re.fullmatch("[a-z0-9-]+@1", name)) for service in services]
+    return {
+        "SetPin": [storage_pb2.SetPinRequest(name=name, pinned=True) for name in names],
+        "SetTier": [storage_pb2.SetTierRequest(name=name, tier=storage_pb2.TIER_STANDARD) for name in names],
+        "VerifyArtifacts": [storage_pb2.VerifyArtifactsRequest(name=name) for name in names],
+        # Only told: what is published has to last for the other calls.
+        "CollectArtifacts": [storage_pb2.CollectArtifactsRequest(validate_only=True)],
+    }
 
 
 def call(service: Service, method: MethodDescriptor, request: Request) -> grpc.RpcError | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cognateforge.exceptions import IllegalTransitionError
+from cognateforge.signatures import make_keys
 from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.attempt import AttemptWaits, FencedOutError
@@ -60,6 +61,22 @@ async def test_a_job_that_waits_lets_another_have_its_slot(service: ToyService, 
     assert "waits for Cognate and is not tried again before " in told["message"]
     assert "connection refused" in told["message"]
     assert datetime.fromisoformat(told["facts"]["until"]).tzinfo is not None
+
+
+async def test_a_job_waits_for_a_key_that_can_sign(
+    service: ToyService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it works for nothing; the key that is put right is noticed."""
+    keys = tmp_path / "keys"
+    monkeypatch.setenv("TOY_SERVER_ARTIFACTS__SIGNING_KEY_FILE", str(keys / "signing.key"))
+    job = service.submit(steps=1)
+    waiting = await service.until(job, waits)
+    assert "signing key" == waiting.waits_for
+    make_keys(keys)
+    job = await service.until(job, ended)
+    assert (job.state, job.retries_without_progress) == (JobState.SUCCEEDED, 0)
+    told = next(e.payload for e in service.events(job) if e.payload.get("kind") == "waiting_for_signing_key")
+    assert "artifacts.signing_key_file: " in told["message"]
 
 
 async def test_a_waiting_job_survives_a_restart_of_its_server(service: ToyService, tmp_path: Path) -> None:

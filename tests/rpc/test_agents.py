@@ -6,6 +6,7 @@ import json
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from agent_server import tables
-from agent_server.agents import Lifecycle, page_of_agents
+from agent_server.agents import Lifecycle, ways_to
 from cognateforge.agent.v1 import agent_pb2, training_pb2
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.cli.app import app
@@ -38,6 +39,7 @@ from cognateforge.exceptions import (
 from cognateforge.job.v1 import job_pb2
 from tests.support.published import FILES, FOUNDATION, PAYLOAD, open_registry, publish_agent
 from tests.support.servers import running_agent, running_cognate
+from training_common.artifacts import search
 from training_common.artifacts.registry import ArtifactRow
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobStore
@@ -586,33 +588,53 @@ async def test_a_fetch_starts_at_any_byte_and_not_beyond_the_end(agents: AsyncAg
         [frame async for frame in agents.agents.FetchAgent(request, timeout=10)]
 
 
-async def test_a_fetched_agent_is_the_published_one_or_an_error(
-    agents: AsyncAgentClient, store: Path, tmp_path: Path
-) -> None:
-    """Whole files under their names; a byte that flipped, bytes that are missing and a lost file are told."""
+def large_blob(store: Path) -> Path:
+    """Return where the bytes of the one large file are."""
+    [blob] = [
+        path for path in (store / "artifacts" / "blobs").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20
+    ]
+    return blob
+
+
+def _flip(blob: Path) -> None:
+    content = bytearray(blob.read_bytes())
+    content[1_000_000] ^= 1
+    blob.write_bytes(content)
+
+
+def _replace_by_a_folder(blob: Path) -> None:
+    blob.unlink()
+    blob.mkdir()
+
+
+async def test_a_fetched_agent_is_the_published_one(agents: AsyncAgentClient, store: Path, tmp_path: Path) -> None:
+    """Whole files under their names."""
     row = publish_agent(store)
     fetched = await agents.fetch_agent("intent-router", tmp_path / "out")
     assert row.digest == fetched.digest
     assert FILES == {name: (fetched.path / name).read_bytes() for name in FILES}
-    [blob] = [
-        path for path in (store / "artifacts" / "blobs").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20
-    ]
-    content = bytearray(blob.read_bytes())
-    content[1_000_000] ^= 1
-    blob.write_bytes(content)
-    with pytest.raises(ArtifactCorruptError):
-        await agents.fetch_agent("intent-router", tmp_path / "flipped")
-    blob.write_bytes(content[:1_000_000])
-    with pytest.raises(ArtifactCorruptError, match=r"adapter\.safetensors: stored bytes end at 1000000 of 1536000"):
-        await agents.fetch_agent("intent-router", tmp_path / "short")
-    blob.unlink()
-    with pytest.raises(ArtifactCorruptError, match=r"adapter\.safetensors: its stored bytes .* are missing"):
-        await agents.fetch_agent("intent-router", tmp_path / "lost")
-    blob.mkdir()
-    with pytest.raises(ArtifactCorruptError, match=r"adapter\.safetensors: its stored bytes .* Is a directory"):
-        await agents.fetch_agent("intent-router", tmp_path / "folder")
-    for name in ("flipped", "short", "lost", "folder"):
-        assert [] == list((tmp_path / name).rglob("adapter.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_flip, "adapter.safetensors"),
+        (lambda blob: blob.write_bytes(blob.read_bytes()[:1_000_000]), "stored bytes end at 1000000 of 1536000"),
+        (lambda blob: blob.unlink(), r"its stored bytes .* are missing"),
+        (_replace_by_a_folder, r"its stored bytes .* Is a directory"),
+    ],
+    ids=["flipped", "short", "lost", "folder"],
+)
+async def test_what_is_no_longer_the_published_agent_is_an_error(
+    agents: AsyncAgentClient, store: Path, tmp_path: Path, spoil: Callable[[Path], object], told: str
+) -> None:
+    """A byte that flipped, bytes that are missing and a lost file are told, and nothing of the file lands."""
+    publish_agent(store)
+    spoil(large_blob(store))
+    with pytest.raises(ArtifactCorruptError, match=told) as caught:
+        await agents.fetch_agent("intent-router", tmp_path / "out")
+    assert "adapter.safetensors" in caught.value.message
+    assert [] == list((tmp_path / "out").rglob("adapter.safetensors"))
 
 
 def publish_as_a_worker_does(folder: Path, trained: Path) -> tuple[str, ArtifactRow]:
@@ -641,6 +663,7 @@ def publish_as_a_worker_does(folder: Path, trained: Path) -> tuple[str, Artifact
         "steps": 40,
         "weights_of_step": 40,
         "max_tokens": 128,
+        "constraints_enforced": False,
     }
     (trained / "config.json").write_text(json.dumps(config))
     row = AgentArtifactManager(registry).publish(
@@ -902,7 +925,9 @@ async def test_versions_of_before_lifecycles_are_drafts(tmp_path: Path) -> None:
         assert ["intent-router@2", "intent-router@1"] == await names(agents, task="classification")
 
 
-async def test_a_filtered_page_is_read_off_an_index(agents: AsyncAgentClient, store: Path) -> None:
+async def test_a_filtered_page_is_read_off_an_index(
+    agents: AsyncAgentClient, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It sorts nothing, and looks at no version of another task or state."""
     publish_agent(store)
     registry, asked = open_registry(store), list[tuple[str, Any]]()
@@ -911,15 +936,17 @@ async def test_a_filtered_page_is_read_off_an_index(agents: AsyncAgentClient, st
         asked.append((statement, parameters))
 
     sa.event.listen(registry.database.engine, "before_cursor_execute", note)
-    page_of_agents(registry, limit=50, before_id=99, task="dialogue")
-    page_of_agents(registry, limit=50, before_id=99, lifecycles=[Lifecycle.DRAFT])
+    monkeypatch.setattr(search, "_FEW", 0)  # as if there were many
+    for ways in (ways_to(task="dialogue"), ways_to(lifecycles=[Lifecycle.DRAFT]), ways_to(foundation="cognate-25m@1")):
+        search.page(registry, search.Asked(ways=ways), limit=50, after=search.Place(99))
     sa.event.remove(registry.database.engine, "before_cursor_execute", note)
     plans = []
     with registry.database.engine.connect() as connection:
         for statement, parameters in asked:
-            if statement.startswith("SELECT"):
+            if statement.startswith("SELECT") and "ORDER BY" in statement:
                 rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
                 plans.append(" | ".join(row[3] for row in rows))
     registry.database.close()
-    assert [True, True] == ["ix_agents_task" in plans[0], "ix_agents_lifecycle" in plans[1]]
+    read = ("ix_agents_task", "ix_agents_lifecycle", "ix_agents_foundation")
+    assert [True] * 3 == [name in plan for name, plan in zip(read, plans, strict=True)]
     assert not [plan for plan in plans if "TEMP B-TREE" in plan]

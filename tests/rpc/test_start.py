@@ -38,6 +38,30 @@ async def test_a_port_that_is_in_use_is_named_in_one_line(tmp_path: Path) -> Non
     assert not (tmp_path / "address").exists()
 
 
+async def test_a_store_of_artifacts_that_leads_nowhere_ends_the_start(tmp_path: Path) -> None:
+    """Exit status 2, the setting and the remedy, and no traceback; the secret is not shown."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cognate_server"),
+        env={
+            **os.environ,
+            "COGNATE_SERVER_ADDRESS": "127.0.0.1:0",
+            "COGNATE_SERVER_DATA_DIR": str(tmp_path / "data"),
+            "COGNATE_SERVER_ARTIFACTS__URL": "s3://models",
+            "COGNATE_SERVER_ARTIFACTS__OPTIONS__ENDPOINT": "http://127.0.0.1:1",
+            "COGNATE_SERVER_ARTIFACTS__OPTIONS__ALLOW_HTTP": "true",
+            "COGNATE_SERVER_ARTIFACTS__OPTIONS__ACCESS_KEY_ID": "key",
+            "COGNATE_SERVER_ARTIFACTS__OPTIONS__SECRET_ACCESS_KEY": "a-secret-that-is-kept",
+        },
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, told = await process.communicate()
+    last = told.decode().splitlines()[-1]
+    assert (2, "cognate_server: artifacts.url: s3://models cannot be used: ") == (process.returncode, last[:59])
+    assert last.endswith("check artifacts.options (endpoint, region, allow_http), and that its service is up")
+    assert b"Traceback" not in told
+    assert b"a-secret-that-is-kept" not in told
+
+
 async def test_a_living_unix_socket_is_not_taken_over(tmp_path: Path) -> None:
     """gRPC would remove the socket's file, and the first server would lose its callers in silence."""
     address = f"unix:{tmp_path / 'socket'}"

@@ -43,9 +43,12 @@ TODAY = ROOT / "clients" / "cognateforge" / "contract.binpb"
 NEW_FIELD, NEW_VALUE = 900, 99
 # Enums, oneofs and requests that a newer release adds to.
 GROWING_ENUMS = (
+    "artifact.v1.Problem",
+    "artifact.v1.Tier",
     "cognate.v1.Dataset",
     "exchange.v1.LeaseState",
     "exchange.v1.MismatchKind",
+    "exchange.v1.ModelChange",
     "exchange.v1.ModelState",
     "exchange.v1.ResourceKind",
     "exchange.v1.Verdict",
@@ -54,6 +57,7 @@ GROWING_ENUMS = (
 GROWING_ONEOFS = (
     "agent.v1.FetchAgentResponse.frame",
     "agent.v1.TrainingPlan.task",
+    "artifact.v1.VerifyArtifactsResponse.frame",
     "exchange.v1.FetchModelResponse.frame",
     "exchange.v1.ModelEvent.kind",
     "exchange.v1.WatchModelsResponse.frame",
@@ -63,6 +67,8 @@ GROWING_ONEOFS = (
 GROWING_MESSAGES = (
     "agent.v1.ListAgentsRequest",
     "agent.v1.SetAliasRequest",
+    "artifact.v1.CollectArtifactsRequest",
+    "artifact.v1.Storage",
     "cognate.v1.Curriculum",
     "cognate.v1.ListJobsRequest",
     "cognate.v1.PretrainingPlan",
@@ -146,12 +152,16 @@ def newer() -> Contract:
 def older() -> Contract:
     """Today's contract without some of its RPCs, fields, frames and values."""
     edit = _Edit(_load(TODAY))
+    edit.remove_service("artifact.v1.StorageService")
     edit.remove_service("exchange.v1.ResourceService")
-    edit.remove_method("exchange.v1.ModelService", "WatchModels")
+    for method in ("WatchModels", "RegisterDependents", "ReleaseDependents", "ListDependents"):
+        edit.remove_method("exchange.v1.ModelService", method)
     for message, field in (
         ("cognate.v1.PretrainingPlan", "curriculum"),
         ("exchange.v1.CheckCompatibilityResponse", "compared"),
+        ("exchange.v1.FoundationModel", "storage"),
         ("exchange.v1.Mismatch", "kind"),
+        ("exchange.v1.ModelEvent", "changed"),
         ("exchange.v1.WatchModelsResponse", "snapshot"),
         ("job.v1.Job", "artifact"),
         ("job.v1.JobEvent", "artifact_published"),

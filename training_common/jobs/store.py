@@ -851,7 +851,7 @@ class AttemptStore:
             message = f"waits for {wait.what} and is not tried again before {moment}: {wait.message}"
             token = self.attempt.fencing_token
             facts = {"until": moment, "waits": str(waits + 1)}
-            note = note_of(f"waiting_for_{wait.what.lower()}", message, facts)
+            note = note_of(f"waiting_for_{wait.what.lower().replace(' ', '_')}", message, facts)
             append_event(connection, job.id, "note", note, only_token=token)
             JobStore._end_attempt(connection, self.attempt.id)
             # This attempt has looked for all that wait: however many they are, slots are spent on one look at a time.
@@ -866,6 +866,12 @@ class AttemptStore:
                 "waits_for": wait.what[:64],
             }
             return append_event(connection, job.id, "state_change", payload, only_token=token, changes=changes)
+
+    def write_too(self, work: Callable[[sa.Connection], None]) -> None:
+        """Do other writes that belong to the job. Errors: FencedOutError, and those of `work`."""
+        with self.writing() as connection:
+            self._check(connection)
+            work(connection)
 
     def set_facts(self, facts: Mapping[str, str]) -> None:
         """Add facts that the service tells about the job."""

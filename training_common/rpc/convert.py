@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cognateforge.artifact.v1 import artifact_pb2
+from cognateforge.artifact.v1 import artifact_pb2, storage_pb2
 from cognateforge.exceptions import FieldViolation, InvalidFieldError
 from cognateforge.job.v1 import job_pb2
 from training_common.artifacts.registry import ArtifactRow
@@ -100,15 +100,18 @@ def scheduling(message: job_pb2.Scheduling) -> Scheduling:
     return Scheduling(priority=message.priority, start_by_us=start_by, finish_by_us=finish_by)
 
 
-def moment_us(request: Any, field: str) -> int:
-    """Return a time of a request in microseconds since 1970. Errors: InvalidFieldError, beyond 1970 to 2100."""
+def moment_us(request: Any, field: str, *, within: str = "") -> int:
+    """Return a time of a request in microseconds since 1970. within: the path to the message that has the field.
+
+    Errors: InvalidFieldError, beyond 1970 to 2100.
+    """
     try:
         time_us: int = getattr(request, field).ToMicroseconds()
     except ValueError:
         time_us = -1
     if not 0 <= time_us < _LATEST_US:
-        rule = "must lie after the year 1970 and before 2100"
-        raise InvalidFieldError(f"{field} {rule}", violations=[FieldViolation(field=field, description=rule)])
+        name, rule = f"{within}{field}", "must lie after the year 1970 and before 2100"
+        raise InvalidFieldError(f"{name} {rule}", violations=[FieldViolation(field=name, description=rule)])
     return time_us
 
 
@@ -232,3 +235,20 @@ def data_sources(row: ArtifactRow) -> list[artifact_pb2.DataSource]:
         artifact_pb2.DataSource(name=s["name"], kind=s["kind"], rows=s["rows"], digest=s.get("digest", ""))
         for s in row.body.get("data", ())
     ]
+
+
+def to_tier(value: storage_pb2.Tier.ValueType) -> str:
+    """Return a tier as it is stored."""
+    return storage_pb2.Tier.Name(value).removeprefix("TIER_")
+
+
+def storage(row: ArtifactRow, dependents: int = 0) -> storage_pb2.Storage:
+    """Return how a version is kept. dependents: how many artifacts and jobs descend from it."""
+    return storage_pb2.Storage(
+        tier=storage_pb2.Tier.Value(f"TIER_{row.tier}"),
+        pinned=row.pinned,
+        verify_time=timestamp(row.verify_us),
+        damage=row.damage,
+        key=row.key,
+        dependents=dependents,
+    )

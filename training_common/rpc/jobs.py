@@ -51,6 +51,7 @@ class Draft:
 
     memory: bytes of the parts of each of its processes. configuration: what decides how fast it is.
     demand: what it takes, and of whose share. reservation: the one that it is to run in, or nothing.
+    also: what else belongs to the transaction that submits it.
     """
 
     plan: Message
@@ -59,6 +60,7 @@ class Draft:
     configuration: str
     demand: Demand = NOBODYS
     reservation: str = ""
+    also: Callable[[sa.Connection, JobRow], None] = lambda _connection, _job: None
 
 
 class JobService(Generic[M]):
@@ -76,14 +78,17 @@ class JobService(Generic[M]):
         heartbeat_s: float,
         logs: LogWatcher,
         sweeper: Sweeper,
+        damaged_artifacts: Callable[[], int] = lambda: 0,
         bounds: Bounds | None = None,
         forecast: Callable[[sa.Connection, Sequence[JobRow]], Mapping[int, int]] | None = None,
     ) -> None:
-        """bounds: tells what keeps waiting jobs from free places.
+        """damaged_artifacts: returns how many versions' stored bytes are known to be damaged.
+        bounds: tells what keeps waiting jobs from free places.
         forecast: tells when waiting jobs are likely to start, by id, in microseconds since 1970."""
         self.store = store
         self.logs = logs
         self._sweeper = sweeper
+        self._damaged_artifacts = damaged_artifacts
         self._verifications = VerificationStore(store)
         self._bounds = bounds
         self._forecast = forecast
@@ -146,6 +151,7 @@ class JobService(Generic[M]):
                 demand=new.demand,
                 reservation=new.reservation,
             )
+            new.also(connection, job)
             response.job.CopyFrom(self._messages(connection, [job])[0])
             return cast("A", response)
 
@@ -238,7 +244,11 @@ class JobService(Generic[M]):
     def server_info(self, info: job_pb2.ServerInfo, peers: Sequence[job_pb2.Peer] = ()) -> job_pb2.ServerInfo:
         """Return what a server is, with what it counts."""
         return job_pb2.ServerInfo(
-            version=info.version, capabilities=info.capabilities, peers=peers, removed=self._sweeper.message()
+            version=info.version,
+            capabilities=info.capabilities,
+            peers=peers,
+            removed=self._sweeper.message(),
+            damaged_artifacts=self._damaged_artifacts(),
         )
 
     async def pin(self, method: str, request: Any, answer: Callable[..., Message], *, pinned: bool) -> bytes:

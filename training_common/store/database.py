@@ -20,11 +20,10 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 import structlog
-from alembic import command
-from alembic.config import Config
 from alembic.util import CommandError
 
 from training_common.settings import SettingsError
+from training_common.store.revisions import require_whole, upgrade_to
 
 # Writers queue on SQLite's one lock: training writes are short, so a minute means that something is stuck.
 _BUSY_TIMEOUT_S = 60
@@ -48,6 +47,9 @@ class Turn(enum.IntEnum):
     PUBLISH = 7101002
     ALIASES = 7101003
     CAPACITY = 7101004
+    # Held for long, outside of transactions: see `Database.alone`.
+    SCRUB = 7101005
+    TIERS = 7101006
 
 
 def now_us() -> int:
@@ -68,7 +70,7 @@ class Database:
         self._sqlite = url.startswith("sqlite")
         try:
             parsed = sa.make_url(url)
-            self._shown = parsed.render_as_string(hide_password=True)
+            self.shown = parsed.render_as_string(hide_password=True)
             if self._sqlite:
                 Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
             self.engine = sa.create_engine(url, pool_size=_READERS + _WRITERS, **self._options())
@@ -86,6 +88,7 @@ class Database:
         self._reading: dict[str, Any] = {} if self._sqlite else {"isolation_level": "REPEATABLE READ"}
         self._brief = threading.local()
         self._kept_connection: sa.Connection | None = None
+        self._alone = {turn: threading.Lock() for turn in Turn}
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="store-write")
         self._pinger = ThreadPoolExecutor(1, thread_name_prefix="store-ping")
@@ -118,6 +121,36 @@ class Database:
         """
         if not self._sqlite:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(turn.value)))
+
+    def may_idle(self, connection: sa.Connection) -> None:
+        """Let the caller's transaction do nothing for as long as it takes: PostgreSQL would end it otherwise."""
+        if not self._sqlite:
+            connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+
+    @contextmanager
+    def alone(self, turn: Turn) -> Iterator[bool]:
+        """Yield whether nobody else, in this server or in another one of the same store, is at work of this kind.
+
+        Then nobody else begins it until the body's end, or this process's. For work that takes longer than a
+        transaction may: no transaction is open meanwhile. A SQLite store has one server.
+        """
+        lock = self._alone[turn]
+        if not lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            if self._sqlite:
+                yield True
+                return
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                won = bool(connection.execute(sa.select(sa.func.pg_try_advisory_lock(turn.value))).scalar_one())
+                try:
+                    yield won
+                finally:
+                    if won:
+                        connection.execute(sa.select(sa.func.pg_advisory_unlock(turn.value)))
+        finally:
+            lock.release()
 
     def progress(self, connection: sa.Connection, newest: int) -> int:
         """Return a number that differs from the last one whenever there may be something new.
@@ -200,25 +233,23 @@ class Database:
     def upgrade(self, migrations: Path) -> None:
         """Bring the schema to the newest revision of the service's migrations. Servers that start at once take turns.
 
-        Errors: SettingsError, when the store cannot be opened or is no store of this service.
+        Errors: SettingsError, when the store cannot be opened, is no store of this service, or is half restored.
         """
-        config = Config()
-        config.set_main_option("script_location", str(migrations))
         try:
             # The write lock comes first: who waits for it finds the schema that the one before has made.
             with self.engine.connect().execution_options(forge_write=True) as connection:
                 self.in_turn(connection, Turn.UPGRADE)
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+                require_whole(connection)
+                upgrade_to(connection, migrations, "head")
                 connection.commit()
         except sa.exc.DBAPIError as error:
             raise SettingsError(
-                f"store {self._shown} cannot be used: {error.orig}; check store_url and data_dir, or restore the file "
+                f"store {self.shown} cannot be used: {error.orig}; check store_url and data_dir, or restore the file "
                 "from a backup"
             ) from error
         except CommandError as error:
             raise SettingsError(
-                f"store {self._shown} has a schema that this release does not know: {error}; start the release that "
+                f"store {self.shown} has a schema that this release does not know: {error}; start the release that "
                 "wrote it, or a newer one"
             ) from error
 

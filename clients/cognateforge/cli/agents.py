@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cognateforge.cli import diff
 from cognateforge.cli.artifacts import Limit, pages
 from cognateforge.cli.jobs import RequestId
 from cognateforge.cli.names import check_artifact_name
+from cognateforge.cli.search import Search, searching
 from cognateforge.cli.session import Session, command, group, new_request_id, say
 
 if TYPE_CHECKING:
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     from cognateforge.agent.v1.training_pb2 import EvaluateAgentRequest
     from cognateforge.cli.session import Row
 
-Family = Annotated[str, typer.Option(help="Only this family.", callback=check_artifact_name)]
+Foundation = Annotated[
+    str,
+    typer.Option(help="Only what was made of this model, for instance cognate-25m@7.", callback=check_artifact_name),
+]
 TaskName = Annotated[str, typer.Option("--task", help="Only this task, for instance classification.")]
 Version = Annotated[str, typer.Argument(help="Version, for instance intent-router@3.", callback=check_artifact_name)]
 
@@ -37,45 +42,63 @@ States = Annotated[list[State] | None, typer.Option("--lifecycle", help="Only th
 def register(app: typer.Typer) -> None:
     """Add the commands."""
 
+    @searching
     def agents(
-        session: Session, family: Family = "", task: TaskName = "", lifecycle: States = None, limit: Limit = 50
+        session: Session,
+        search: Search,
+        task: TaskName = "",
+        lifecycle: States = None,
+        foundation: Foundation = "",
+        limit: Limit = 50,
     ) -> None:
-        """List published agents, newest first."""
-        _list(session, family, task, lifecycle or [], limit)
+        """List published agents, newest first, or as --order says."""
+        _list(session, search, task, lifecycle or [], foundation, limit)
 
     below = group(app, agents)
 
     @command(below, "list")
+    @searching
     def list_agents(
-        session: Session, family: Family = "", task: TaskName = "", lifecycle: States = None, limit: Limit = 50
+        session: Session,
+        search: Search,
+        task: TaskName = "",
+        lifecycle: States = None,
+        foundation: Foundation = "",
+        limit: Limit = 50,
     ) -> None:
-        """List published agents, newest first."""
-        _list(session, family, task, lifecycle or [], limit)
+        """List published agents, newest first, or as --order says."""
+        _list(session, search, task, lifecycle or [], foundation, limit)
 
+    diff.register_agents(below)
     _lifecycle(below)
     _evaluate(below)
 
 
-def _list(session: Session, family: str, task: str, states: list[State], limit: int) -> None:
+def _list(session: Session, search: Search, task: str, states: list[State], foundation: str, limit: int) -> None:
     from cognateforge.agent.v1 import agent_pb2
     from cognateforge.cli.plain import enum_word
 
     stub = session.agent_client.agents
-    lifecycles = [agent_pb2.Lifecycle.Value(f"LIFECYCLE_{state.name}") for state in states]
+    request = agent_pb2.ListAgentsRequest(
+        family=search.family,
+        task=task,
+        lifecycles=[agent_pb2.Lifecycle.Value(f"LIFECYCLE_{state.name}") for state in states],
+        foundation=foundation,
+        filter=search.filter,
+        order=search.ordering,
+    )
 
     def page(size: int, token: str) -> agent_pb2.ListAgentsResponse:
-        return stub.ListAgents(
-            agent_pb2.ListAgentsRequest(
-                page_size=size, page_token=token, family=family, task=task, lifecycles=lifecycles
-            )
-        )
+        request.page_size, request.page_token = size, token
+        return stub.ListAgents(request)
 
     def cells(item: Agent) -> tuple[object, ...]:
         state = enum_word(agent_pb2.Lifecycle.DESCRIPTOR, item.lifecycle)
-        return item.name, state, " ".join(item.aliases), item.task, item.foundation, item.size_bytes, item.digest
+        plain = item.name, state, " ".join(item.aliases), item.task, item.foundation, item.size_bytes, item.digest
+        return *plain, *search.measured(item.evaluations)
 
     rows: list[Row] = [(item, {}, cells(item)) for item in pages(page, "agents", limit)]
-    session.table(("name", "lifecycle", "aliases", "task", "foundation", "bytes", "digest"), rows)
+    session.table(("name", "lifecycle", "aliases", "task", "foundation", "bytes", "digest", *search.columns), rows)
 
 
 def _lifecycle(below: typer.Typer) -> None:

@@ -7,11 +7,25 @@ from typing import Annotated
 
 import typer
 
-from cognateforge.cli import agents, artifacts, certs, jobs, reservations, status, train
+from cognateforge.cli import (
+    agents,
+    artifacts,
+    cards,
+    certs,
+    export,
+    jobs,
+    provenance,
+    reservations,
+    status,
+    storage,
+    train,
+)
 from cognateforge.cli.exits import epilog
+from cognateforge.cli.plugins import ExtensibleGroup
 
 app = typer.Typer(
     name="forge",
+    cls=ExtensibleGroup,
     help="Pretrain Cognate-25M foundation models and train agents from them.",
     epilog=epilog(),
     no_args_is_help=True,
@@ -37,5 +51,5 @@ def _root(
     pass
 
 
-for module in (train, jobs, artifacts, agents, reservations, status, certs):
+for module in (train, jobs, artifacts, agents, cards, export, storage, provenance, reservations, status, certs):
     module.register(app)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from cognateforge.cli import diff
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import Progress, RequestId
 from cognateforge.cli.names import check_artifact_name
+from cognateforge.cli.search import Search, searching
 from cognateforge.cli.session import Session, command, first_found, group, new_request_id, print_line, say
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from cognateforge.exchange.v1.model_pb2 import FoundationModel
 
 
-Limit = Annotated[int, typer.Option(min=1, help="Most rows.")]
+T = TypeVar("T")
 
 
 class Kind(enum.StrEnum):
@@ -30,6 +32,18 @@ class Kind(enum.StrEnum):
 
     MODEL = "model"
     AGENT = "agent"
+
+
+class State(enum.StrEnum):
+    """What a model is good for."""
+
+    READY = "ready"
+    EXPERIMENTAL = "experimental"
+
+
+Limit = Annotated[int, typer.Option(min=1, help="Most rows.")]
+KindOption = Annotated[Kind | None, typer.Option("--kind", help="What the name stands for. Default: both are asked.")]
+States = Annotated[list[State] | None, typer.Option("--state", help="Only this state; may be repeated.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,25 +64,46 @@ def pages(call: Callable[[int, str], Any], rows: str, limit: int) -> Iterator[An
             return
 
 
+def _list_models(session: Session, search: Search, states: list[State], limit: int) -> None:
+    from cognateforge.cli.plain import enum_word
+    from cognateforge.exchange.v1 import model_pb2
+
+    stub = session.cognate_client.models
+    request = model_pb2.ListModelsRequest(
+        family=search.family,
+        states=[model_pb2.ModelState.Value(f"MODEL_STATE_{state.name}") for state in states],
+        filter=search.filter,
+        order=search.ordering,
+    )
+
+    def page(size: int, token: str) -> model_pb2.ListModelsResponse:
+        request.page_size, request.page_token = size, token
+        return stub.ListModels(request)
+
+    def cells(item: FoundationModel) -> tuple[object, ...]:
+        state = enum_word(model_pb2.ModelState.DESCRIPTOR, item.state)
+        plain = item.name, state, item.steps, item.tokens, item.size_bytes, item.digest
+        return *plain, *search.measured(item.results)
+
+    rows: list[Row] = [(item, {}, cells(item)) for item in pages(page, "models", limit)]
+    session.table(("name", "state", "steps", "tokens", "bytes", "digest", *search.columns), rows)
+
+
 def _models(app: typer.Typer) -> None:
-    def models(session: Session, limit: Limit = 50) -> None:
-        """List published foundation models, newest first."""
-        from cognateforge.cli.plain import enum_word
-        from cognateforge.exchange.v1 import model_pb2
-
-        stub = session.cognate_client.models
-
-        def page(size: int, token: str) -> model_pb2.ListModelsResponse:
-            return stub.ListModels(model_pb2.ListModelsRequest(page_size=size, page_token=token))
-
-        def cells(item: FoundationModel) -> tuple[object, ...]:
-            state = enum_word(model_pb2.ModelState.DESCRIPTOR, item.state)
-            return item.name, state, item.steps, item.tokens, item.size_bytes, item.digest
-
-        rows: list[Row] = [(item, {}, cells(item)) for item in pages(page, "models", limit)]
-        session.table(("name", "state", "steps", "tokens", "bytes", "digest"), rows)
+    @searching
+    def models(session: Session, search: Search, state: States = None, limit: Limit = 50) -> None:
+        """List published foundation models, newest first, or as --order says."""
+        _list_models(session, search, state or [], limit)
 
     below = group(app, models)
+
+    @command(below, "list")
+    @searching
+    def list_models(session: Session, search: Search, state: States = None, limit: Limit = 50) -> None:
+        """List published foundation models, newest first, or as --order says."""
+        _list_models(session, search, state or [], limit)
+
+    diff.register_models(below)
 
     @command(below, "watch")
     def watch_models(
@@ -166,18 +201,11 @@ def _fetch(app: typer.Typer) -> None:
         session: Session,
         name: Annotated[str, typer.Argument(help="Model or agent.", callback=check_artifact_name)],
         out: Annotated[Path, typer.Option("--out", help="Folder that will hold its files.")],
-        kind: Annotated[Kind | None, typer.Option(help="What the name stands for. Default: both are asked.")] = None,
+        kind: KindOption = None,
         progress: Progress = None,
     ) -> Exit:
         """Fetch a model or agent, resuming where an earlier fetch stopped, and check every digest."""
-        with _transfer(progress) as show:
-            tries: dict[Kind, Callable[[], FetchedArtifact]] = {
-                Kind.MODEL: lambda: session.cognate_client.fetch_model(name, out, show),
-                Kind.AGENT: lambda: session.agent_client.fetch_agent(name, out, show),
-            }
-            if kind is None and not name.rpartition("@")[2].isdecimal() and "@" in name:
-                kind = Kind.AGENT  # only agents have aliases
-            got = first_found([tries[kind]] if kind else list(tries.values()))
+        got = fetch_any(session, name, out, kind, progress)
         if session.as_json:
             session.emit(
                 {
@@ -192,6 +220,23 @@ def _fetch(app: typer.Typer) -> None:
             say(f"{got.name} {got.digest}: {got.bytes_received} of {got.size_bytes} bytes transferred")
             print_line(str(got.path))
         return Exit.OK
+
+
+def fetch_any(session: Session, name: str, out: Path, kind: Kind | None, progress: bool | None) -> FetchedArtifact:
+    """Fetch a model or an agent to a folder. progress: whether it is shown; None: on a terminal."""
+    with _transfer(progress) as show:
+        tries: dict[Kind, Callable[[], FetchedArtifact]] = {
+            Kind.MODEL: lambda: session.cognate_client.fetch_model(name, out, show),
+            Kind.AGENT: lambda: session.agent_client.fetch_agent(name, out, show),
+        }
+        return found_as(name, kind, tries)
+
+
+def found_as(name: str, kind: Kind | None, tries: Mapping[Kind, Callable[[], T]]) -> T:
+    """Return what a name stands for, asked of the service of its kind, or of both in turn."""
+    if kind is None and not name.rpartition("@")[2].isdecimal() and "@" in name:
+        kind = Kind.AGENT  # only agents have aliases
+    return first_found([tries[kind]] if kind else list(tries.values()))
 
 
 @contextmanager

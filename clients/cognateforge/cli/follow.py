@@ -109,6 +109,8 @@ def show_models(session: Session, news: Iterator[ModelNews]) -> None:
                 session.emit({"event": to_plain(one)})
             elif one.WhichOneof("kind") == "published":
                 print_line(f"{one.sequence} published {_named(one.published)}")
+            elif one.WhichOneof("kind") == "changed":
+                print_line(f"{one.sequence} {_changed(one.changed)}")
             else:
                 print_line(f"{one.sequence} {_UNKNOWN}")
             continue
@@ -117,6 +119,12 @@ def show_models(session: Session, news: Iterator[ModelNews]) -> None:
                 session.emit({"snapshot": {"last_sequence": one.last_sequence, "model": to_plain(model)}})
             else:
                 print_line(f"up to {one.last_sequence} there is {_named(model)}")
+
+
+def _changed(changed: model_pb2.ModelChanged) -> str:
+    word = enum_word(model_pb2.ModelChange.DESCRIPTOR, changed.change).lower()
+    damage = f": {changed.model.storage.damage}" if changed.change == model_pb2.MODEL_CHANGE_DAMAGED else ""
+    return f"{word} {_named(changed.model)}{damage}"
 
 
 def _named(model: model_pb2.FoundationModel) -> str:

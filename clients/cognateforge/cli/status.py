@@ -77,6 +77,7 @@ def _status(session: Session, service: Service) -> dict[str, Any]:
         "capabilities": list(info.capabilities),
         "breaker": client.breaker_state,
         "removed": _removed(info.removed),
+        "damaged artifacts": info.damaged_artifacts,
         **{f"circuit to {peer.name}": _circuit(peer) for peer in info.peers},
     }
 

@@ -14,6 +14,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 
 from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
+from cognateforge.artifact.v1 import storage_pb2_grpc
 from cognateforge.client import fetch, frames, services, watch
 from cognateforge.client.breaker import BreakerSnapshot, BreakerState, CallBreaker
 from cognateforge.client.channel import Addresses, AioSwappingChannel, Dialer
@@ -30,6 +31,7 @@ from cognateforge.job.v1 import job_pb2
 if TYPE_CHECKING:
     from cognateforge.agent.v1.agent_pb2_grpc import AgentServiceAsyncStub
     from cognateforge.agent.v1.training_pb2_grpc import AgentForgeTrainingServiceAsyncStub
+    from cognateforge.artifact.v1.storage_pb2_grpc import StorageServiceAsyncStub
     from cognateforge.cognate.v1.pretraining_pb2_grpc import CognatePretrainingServiceAsyncStub
     from cognateforge.exchange.v1.model_pb2_grpc import ModelServiceAsyncStub
     from cognateforge.exchange.v1.resource_pb2_grpc import ResourceServiceAsyncStub
@@ -139,6 +141,11 @@ class AsyncCognateClient(_AsyncServiceClient):
         """Capacity and leases."""
         return resource_pb2_grpc.ResourceServiceStub(self._channel)
 
+    @cached_property
+    def storage(self) -> StorageServiceAsyncStub:
+        """How the service keeps its models."""
+        return storage_pb2_grpc.StorageServiceStub(self._channel)
+
     def watch_job(
         self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
     ) -> AsyncIterator[job_pb2.WatchFrame]:
@@ -216,6 +223,11 @@ class AsyncAgentClient(_AsyncServiceClient):
     def agents(self) -> AgentServiceAsyncStub:
         """Agents and their aliases."""
         return agent_pb2_grpc.AgentServiceStub(self._channel)
+
+    @cached_property
+    def storage(self) -> StorageServiceAsyncStub:
+        """How the service keeps its agents."""
+        return storage_pb2_grpc.StorageServiceStub(self._channel)
 
     def watch_job(
         self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from cognateforge.client.deadline import remaining_budget_s
-from cognateforge.client.flush import EarlyFlush
 from cognateforge.client.frames import Frame, Header, Piece, Unknown
 from cognateforge.client.manifest import MANIFEST_NAME, Manifest, ManifestFile, check_digest, parse_manifest
 from cognateforge.client.patience import BREAKS, STREAM_LIFE_S, Patience
@@ -31,6 +30,8 @@ from cognateforge.exceptions import (
     LocalStorageError,
     UnavailableError,
 )
+from cognateforge.flush import EarlyFlush
+from cognateforge.layout import SIGNATURE_NAME
 
 OnProgress = Callable[[int, int], None]
 
@@ -134,11 +135,24 @@ class Landing:
         if header.digest != self.wanted.digest:
             raise ArtifactCorruptError(f"{self.wanted.name} has digest {header.digest}, expected {self.wanted.digest}")
         manifest = parse_manifest(header.manifest, self.wanted.digest)
-        if self._manifest is None:
-            with self._storage():
+        with self._storage():
+            self._write_signature(header.signature)
+            if self._manifest is None:
                 self._require_space(manifest.size_bytes)
                 _write_durably(self.partial / MANIFEST_NAME, manifest.raw)
                 self._begin(manifest)
+
+    def _write_signature(self, signature: bytes) -> None:
+        """Put the signature beside the files, or nothing where there is none.
+
+        Before the manifest: a folder with a manifest may be gone on with, and may need no further header.
+        """
+        path = self.partial / SIGNATURE_NAME
+        if not signature:
+            path.unlink(missing_ok=True)
+        elif path.is_symlink() or not path.is_file() or path.read_bytes() != signature:
+            path.unlink(missing_ok=True)
+            _write_durably(path, signature)
 
     def accept_piece(self, piece: Piece) -> None:
         """Write and hash a piece. It must start where the last one ended; it may span files."""

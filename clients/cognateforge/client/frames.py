@@ -27,6 +27,7 @@ class Header:
 
     digest: str
     manifest: bytes
+    signature: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,8 @@ def _frame(
         return piece
     response = kind.FromString(raw)
     if response.HasField("header"):
-        return Header(digest=getattr(response.header, artifact).digest, manifest=response.header.manifest)
+        header = response.header
+        return Header(digest=getattr(header, artifact).digest, manifest=header.manifest, signature=header.signature)
     if response.HasField("chunk"):
         return Piece(offset_bytes=response.chunk.offset_bytes, data=memoryview(response.chunk.data))
     return Unknown()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cognateforge.exceptions import ArtifactCorruptError
-
-MANIFEST_NAME = "manifest.json"
+from cognateforge.layout import MANIFEST_NAME as MANIFEST_NAME
+from cognateforge.layout import SIGNATURE_NAME
 
 # The contract's rule for File.path: no absolute path, no empty, hidden, "." or ".." part.
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -94,7 +94,7 @@ def _file(entry: object, offset_bytes: int) -> ManifestFile:
 
 def _refuse_collisions(paths: list[str]) -> None:
     # Compared without case, because the destination may be on a file system that does not tell "A" from "a".
-    folded = [path.lower() for path in [*paths, MANIFEST_NAME]]
+    folded = [path.lower() for path in [*paths, MANIFEST_NAME, SIGNATURE_NAME]]
     for path in folded:
         if folded.count(path) > 1 or any(other.startswith(f"{path}/") for other in folded):
             raise ArtifactCorruptError(f"the manifest names {path} twice, or as file and folder")

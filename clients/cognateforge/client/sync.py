@@ -13,6 +13,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 
 from cognateforge.agent.v1 import agent_pb2, agent_pb2_grpc, training_pb2, training_pb2_grpc
+from cognateforge.artifact.v1 import storage_pb2_grpc
 from cognateforge.client import fetch, frames, services, watch
 from cognateforge.client.breaker import BreakerSnapshot, BreakerState, CallBreaker
 from cognateforge.client.channel import Addresses, Dialer, SwappingChannel
@@ -126,6 +127,11 @@ class CognateClient(_ServiceClient):
         """Capacity and leases."""
         return resource_pb2_grpc.ResourceServiceStub(self._channel)
 
+    @cached_property
+    def storage(self) -> storage_pb2_grpc.StorageServiceStub:
+        """How the service keeps its models."""
+        return storage_pb2_grpc.StorageServiceStub(self._channel)
+
     def watch_job(
         self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
     ) -> Iterator[job_pb2.WatchFrame]:
@@ -193,7 +199,7 @@ class CognateClient(_ServiceClient):
         *,
         give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> FetchedArtifact:
-        """Bring a model into `destination_dir`, which then holds its files and manifest.json.
+        """Bring a model into `destination_dir`: its files, manifest.json and, if it is signed, model.sig.
 
         on_progress: called with the payload bytes that are here, and all of them.
         Errors: ModelNotFoundError, ArtifactCorruptError, LocalStorageError; UnavailableError or the like when nothing
@@ -225,6 +231,11 @@ class AgentClient(_ServiceClient):
     def agents(self) -> agent_pb2_grpc.AgentServiceStub:
         """Agents and their aliases."""
         return agent_pb2_grpc.AgentServiceStub(self._channel)
+
+    @cached_property
+    def storage(self) -> storage_pb2_grpc.StorageServiceStub:
+        """How the service keeps its agents."""
+        return storage_pb2_grpc.StorageServiceStub(self._channel)
 
     def watch_job(
         self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
