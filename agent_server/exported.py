@@ -69,7 +69,8 @@ def write_agent(
     model.save(folder, extra=_config(config, facts, change))
     if not torch.equal(logits(architecture.load(folder).eval()), logits(model)):
         raise IntegrityCheckFailedError("the exported agent, read back, gives other logits than the trained one")
-    write_package(folder, model, as_before(model, build), architecture=architecture.name)
+    allowed = objective.allowed_actions if facts.constraints_enforced else frozenset[str]()
+    write_package(folder, model, as_before(model, build), architecture=architecture.name, allowed_actions=allowed)
 
 
 def _config(config: AgentTrainConfig, facts: RunFacts, change: float) -> dict[str, Json]:
