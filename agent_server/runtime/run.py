@@ -102,8 +102,13 @@ class Agent:
             raise ValueError(f"a row has {len(row['features'])} features, and the agent reads {count}")
         return str(row["text"]), torch.tensor([row["features"]], dtype=torch.float32)
 
-    def _continue(self, tokens: Sequence[int], max_new_tokens: int) -> str:
+    def _continue(self, tokens: Sequence[int], max_new_tokens: int | None) -> str:
         """Return the likeliest continuation, token by token, under the mask where there is one."""
+        most = self._max_tokens - 2  # a token that begins, and one of the text, are read at least
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(_NEW_TOKENS, self._max_tokens // 2))
+        elif not 1 <= max_new_tokens <= most:
+            raise ValueError(f"--max-new-tokens must be from 1 to {most} for this agent, not {max_new_tokens}")
         writer = _Writer(self.model, context=self._max_tokens, max_new_tokens=max_new_tokens)
         prompt = [self.model.begin_token, *writer.clip(tokens)]
         text = writer.decode(writer.go_on(prompt))
@@ -159,6 +164,15 @@ class _Writer:
         logits_BTV = self._model(*collate([[*before, *choice] for choice in choices]))
         start = len(before) - 1
         return [logits_BTV[i, start : start + len(choice)] for i, choice in enumerate(choices)]
+
+
+def _json(given: str) -> Any:
+    """Return what JSON says. Errors: ValueError; NaN is no JSON."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number of JSON")
+
+    return json.loads(given, parse_constant=refuse)
 
 
 def compared(model: Model, tokens_BT: Tensor, valid_BT: Tensor, features_BF: Tensor | None = None) -> Tensor:

@@ -361,7 +361,7 @@ def test_the_licence_of_a_set_goes_with_it(tmp_path: Path, path: str, expected: 
 
 
 def test_a_licence_is_a_file_of_the_data_folder(tmp_path: Path) -> None:
-    """What a link brings from elsewhere would be handed on with the package, and a folder or a pipe cannot be copied."""
+    """What a link brings from elsewhere would be handed on with the package; a folder or a pipe cannot be copied."""
     data = write(tmp_path / "data", {"agent/set/rows.jsonl": "", "agent/set/COPYING": "own"})
     write(tmp_path, {"secret.txt": "secret"})
     (data / "agent" / "set" / "LICENSE").symlink_to(tmp_path / "secret.txt")
