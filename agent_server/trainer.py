@@ -43,7 +43,7 @@ from agent_server.optim import (
     set_lr,
     warmup_steps,
 )
-from agent_server.recovery import QUALITY, Action, AgentRecoveryManager, Correction
+from agent_server.recovery import Action, AgentRecoveryManager, Correction, voids
 from agent_server.tracker import (
     NO_COST,
     AgentProgressTracker,
