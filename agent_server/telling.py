@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import structlog
 
 from agent_server import descents, foundation
-from cognateforge.client import CognateClient, deadline_within
 from cognateforge.exceptions import ForgeError, ModelNotFoundError, NotImplementedByServerError
 from training_common.store.database import Database
 
@@ -76,19 +75,16 @@ class Teller:
             self._away = False
 
     def _tell(self, rows: Sequence[descents.Untold], *, holds: bool) -> None:
-        with deadline_within(_CALL_S):
-            self._tell_all(self._link.client(), rows, holds=holds)
-
-    def _tell_all(self, client: CognateClient, rows: Sequence[descents.Untold], *, holds: bool) -> None:
         told = [row.descent for row in rows]
-        if not holds:
-            foundation.release(client, told)
-            return
-        try:
-            foundation.register(client, told)
-        except ModelNotFoundError:
-            for one in told:  # all or nothing: the others must not wait for one that is gone
-                try:
-                    foundation.register(client, [one])
-                except ModelNotFoundError as error:
-                    log.warning("a foundation is gone", descendant=one.name, detail=error.message)
+        with self._link.client_within(_CALL_S) as client:
+            if not holds:
+                foundation.release(client, told)
+                return
+            try:
+                foundation.register(client, told)
+            except ModelNotFoundError:
+                for one in told:  # all or nothing: the others must not wait for one that is gone
+                    try:
+                        foundation.register(client, [one])
+                    except ModelNotFoundError as error:
+                        log.warning("a foundation is gone", descendant=one.name, detail=error.message)
