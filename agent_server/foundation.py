@@ -120,6 +120,12 @@ class CognateLink:
         finally:
             self._lock.release()
 
+    @contextlib.contextmanager
+    def client_within(self, seconds: float) -> Iterator[CognateClient]:
+        """Yield the client, whose calls in the body have so long together. Errors: as `client`."""
+        with deadline_within(seconds):
+            yield self.client()
+
     def snapshot(self) -> BreakerSnapshot:
         """Return how the calls fare."""
         return self._breaker.snapshot()

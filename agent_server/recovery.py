@@ -68,7 +68,7 @@ def voids(finding: Finding) -> bool:
     Below that the agent has learnt, later steps with a lower rate may mend it, and its evaluations tell how good it is.
     """
     if finding.detector == Detector.LOSS_TREND:
-        return not finding.evidence["mean_loss"] < finding.evidence["first_mean_loss"]
+        return not float(finding.evidence["mean_loss"]) < float(finding.evidence["first_mean_loss"])
     return finding.detector not in _QUALITY
 
 
