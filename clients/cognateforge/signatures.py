@@ -126,6 +126,18 @@ def check_private_key(path: Path) -> str:
     return _fingerprint(key.public_key())
 
 
+def write_public_key(private_key: Path, path: Path) -> PublicKey:
+    """Write the public key of a private one. Errors: ClientSetupError, as `check_private_key`."""
+    fingerprint = check_private_key(private_key)
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = serialization.load_pem_private_key(private_key.read_bytes(), password=None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)  # noqa: S101 - it was checked
+    path.write_bytes(_pem(key.public_key()))
+    return PublicKey(path=path, fingerprint=fingerprint)
+
+
 def read_public_key(path: Path) -> PublicKey:
     """Return a public key. Errors: ClientSetupError, for what is none of P-256 as PEM."""
     with _packages():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from google.protobuf import json_format
 
 import cognate_server.migrations
@@ -14,17 +16,20 @@ from cognateforge.artifact.v1.artifact_pb2 import Provenance
 from cognateforge.client.provenance import verify_provenance
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.exceptions import IntegrityCheckFailedError
-from cognateforge.layout import STATEMENT_NAME
+from cognateforge.layout import MANIFEST_NAME, SIGNATURE_NAME, STATEMENT_NAME
 from cognateforge.signatures import KeyPair, make_keys
 from training_common import worker
 from training_common.artifacts import statement
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.publish import publish_and_succeed
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.artifacts.scrub import Damage, Scrubber
 from training_common.artifacts.signing import ArtifactSigner, SigningKeyError
 from training_common.digests import sha256_bytes, sha256_file
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobStore
+from training_common.settings import ArtifactSettings
+from training_common.store import tables
 from training_common.store.database import Database
 from training_common.worker import WorkerAttempt
 
@@ -105,6 +110,37 @@ def test_what_a_job_publishes_is_stated_and_signed(
     )
     found = verify_provenance(provenance, name=row.name, digest=row.digest, public_keys=[keys.public])
     assert (keys.fingerprint, sha256_file(trained / STATEMENT_NAME)) == (found.key, found.statement_digest)
+
+
+def test_a_scrub_tells_a_signature_that_does_not_hold(
+    database: Database, trained: Path, tmp_path: Path, keys: KeyPair
+) -> None:
+    """One of the service's own key. What another key has signed is for those to verify who have it."""
+    signer = ArtifactSigner(keys.private)
+    registry = ArtifactRegistry(database, BlobStore(tmp_path / "artifacts"), signer)
+    row = publish(registry, begin(database, tmp_path), trained)
+    assert [] == scrubbed(registry)
+    swap_signature(registry, signer.sign(row.name, b"{}", row.files).bundle)
+    [damage] = scrubbed(registry)
+    assert ("SIGNATURE", SIGNATURE_NAME) == (damage.problem, damage.path)
+    assert MANIFEST_NAME in damage.detail
+    other = ArtifactSigner(make_keys(tmp_path / "others").private)
+    assert [] == scrubbed(ArtifactRegistry(database, registry.blobs, other))
+    swap_signature(registry, row.signature)
+    assert [] == scrubbed(registry)
+    kinds = [event.kind for event in registry.events_after(0, 9)]
+    assert ["published", "damaged", "mended"] == kinds
+
+
+def scrubbed(registry: ArtifactRegistry) -> list[Damage]:
+    row = registry.find("cognate-25m", 1)
+    assert row is not None
+    return Scrubber(registry, ArtifactSettings()).verify(row, threading.Event())
+
+
+def swap_signature(registry: ArtifactRegistry, signature: bytes | None) -> None:
+    with registry.database.write() as connection:
+        connection.execute(sa.update(tables.artifacts).values(signature=signature))
 
 
 def test_a_statement_tells_all_that_a_version_was_made_of(database: Database, trained: Path, tmp_path: Path) -> None:

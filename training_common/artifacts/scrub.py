@@ -15,9 +15,10 @@ import sqlalchemy as sa
 import structlog
 
 from cognateforge.exceptions import ArtifactCorruptError
-from cognateforge.layout import MANIFEST_NAME
+from cognateforge.layout import MANIFEST_NAME, SIGNATURE_NAME
 from training_common.artifacts.blobs import BlobStore
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
+from training_common.artifacts.signing import ArtifactSigner, SigningKeyError
 from training_common.digests import sha256_bytes
 from training_common.settings import ArtifactSettings
 from training_common.store import tables as t
@@ -66,6 +67,21 @@ def manifest_damage(blobs: BlobStore, row: ArtifactRow) -> Damage | None:
             return None
         detail = f"{MANIFEST_NAME}: its stored bytes are {found}, not {row.digest}"
     return Damage(name=row.name, path=MANIFEST_NAME, digest=row.digest, problem="MANIFEST", detail=detail[:_TEXT_CHARS])
+
+
+def signature_damage(signer: ArtifactSigner | None, row: ArtifactRow) -> Damage | None:
+    """Return what is wrong with a version's signature, or None; also where it is not of the service's own key."""
+    if signer is None or row.signature is None:
+        return None
+    try:
+        problem = signer.refuted(row.signature, row.manifest, row.files)
+    except SigningKeyError as error:  # a matter of the machine, which publications tell of
+        log.warning("signature not verified", artifact=row.name, error=str(error))
+        return None
+    if not problem:
+        return None
+    detail = f"{SIGNATURE_NAME}: {problem}"
+    return Damage(name=row.name, path=SIGNATURE_NAME, digest="", problem="SIGNATURE", detail=detail[:_TEXT_CHARS])
 
 
 def damages(blobs: BlobStore, row: ArtifactRow) -> Iterator[tuple[int, Damage | None]]:
@@ -207,6 +223,8 @@ class Scrubber:
                 found.append(damage)
             if stop.wait(size_bytes / bytes_per_s if bytes_per_s else 0.0):
                 return found
+        if damage := signature_damage(self._registry.signer, row):
+            found.append(damage)
         for counts in (self.verified, total):
             if counts is not None:
                 counts.versions += 1

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from cognateforge.exceptions import ClientSetupError
 from cognateforge.layout import MANIFEST_NAME
-from cognateforge.signatures import Signed, check_private_key, load_library, sign
+from cognateforge.signatures import (
+    SignatureDoesNotHoldError,
+    Signed,
+    check_private_key,
+    key_of,
+    load_library,
+    sign,
+    verify,
+    write_public_key,
+)
 from training_common.artifacts.blobs import StoredFile
 from training_common.digests import sha256_bytes
 from training_common.settings import ServiceSettings, SettingsError
@@ -39,11 +49,30 @@ class ArtifactSigner:
 
         From their digests, so it takes milliseconds whatever their size. Errors: SigningKeyError.
         """
-        digests = {file.path: file.digest for file in files}
         try:
-            return sign(self._key_file, name, {**digests, MANIFEST_NAME: sha256_bytes(manifest)})
+            return sign(self._key_file, name, _digests(manifest, files))
         except ClientSetupError as error:
             raise SigningKeyError(f"artifacts.signing_key_file: {error.message}") from error
+
+    def refuted(self, signature: bytes, manifest: bytes, files: tuple[StoredFile, ...]) -> str:
+        """Return why a signature of this key does not hold for a version; "" where it does, or is of another key.
+
+        Errors: SigningKeyError.
+        """
+        try:
+            with tempfile.TemporaryDirectory(prefix="signing-") as folder:
+                public_key = write_public_key(self._key_file, Path(folder) / "key.pem")
+                if key_of(signature) == public_key.fingerprint:
+                    verify(signature, public_key, _digests(manifest, files))
+        except SignatureDoesNotHoldError as error:
+            return str(error)
+        except ClientSetupError as error:
+            raise SigningKeyError(f"artifacts.signing_key_file: {error.message}") from error
+        return ""
+
+
+def _digests(manifest: bytes, files: tuple[StoredFile, ...]) -> dict[str, str]:
+    return {**{file.path: file.digest for file in files}, MANIFEST_NAME: sha256_bytes(manifest)}
 
 
 def signer_of(settings: ServiceSettings) -> ArtifactSigner | None:
