@@ -31,7 +31,13 @@ from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.architectures.model import AgentBatch, AgentModel
 from agent_server.package import PACKAGE_FILE, PROBE_FILE, check_differs, check_equal
 from agent_server.runtime import run
-from cognateforge.exceptions import ArtifactCorruptError, ForgeError, IncompatibleError, NotImplementedByServerError
+from cognateforge.exceptions import (
+    ArtifactCorruptError,
+    ForgeError,
+    IncompatibleError,
+    LocalStorageError,
+    NotImplementedByServerError,
+)
 
 # What a built-in architecture has no form for, and why. Those of plugins are tried: the logits decide.
 _STEPS = (
@@ -80,8 +86,9 @@ def export_agent(folder: Path, out: Path, form: str, *, factory: AgentArchitectu
     """Write the agent of a package's folder to a file, checked.
 
     form: "torch" or "onnx".
-    Errors: ArtifactCorruptError, ArchitectureNotFoundError; NotImplementedByServerError, for an architecture that is no
-    graph; IncompatibleError, when it cannot be traced; IntegrityCheckFailedError, when its logits are wrong.
+    Errors: ArtifactCorruptError, ArchitectureNotFoundError; LocalStorageError, for a place that is none;
+    NotImplementedByServerError, for an architecture that is no graph; IncompatibleError, when it cannot be traced;
+    IntegrityCheckFailedError, when its logits are wrong.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -94,6 +101,8 @@ def export_agent(folder: Path, out: Path, form: str, *, factory: AgentArchitectu
         raise NotImplementedByServerError(
             f"agents of {architecture} are not exported to {form}: {reason}; the package's run.py answers for them"
         )
+    if not out.parent.is_dir():
+        raise LocalStorageError(f"{out.parent} is no folder: create it, or give another place for {out.name}")
     model = (factory or AgentArchitectureFactory()).get(architecture).load(folder).eval()
     write, read = _FORMS[form]
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:

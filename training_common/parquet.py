@@ -44,7 +44,7 @@ def parquet_rows(path: Path) -> Iterator[Mapping[str, object]]:
             raise
         raise RowRefusedError(
             "unreadable_file",
-            detail=f"the file cannot be read beyond this row: {error}"[:300],
+            detail=f"the file cannot be read beyond this row: {error}".partition("\n")[0][:300],
             remedy="write the file again as Parquet and compare its digest",
         ) from None
 

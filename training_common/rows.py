@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -100,6 +101,12 @@ def parse_object(data: bytes) -> Mapping[str, object]:
             "too_deep", detail="the row is nested too deeply", remedy="flatten or remove the row"
         ) from None
     except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's own words name a remedy that no user has
+            raise RowRefusedError(
+                "number_too_long",
+                detail=f"a number of the row has more than {sys.get_int_max_str_digits():,} digits",
+                remedy="write it as text",
+            ) from None
         raise RowRefusedError(
             "not_json", detail=f"not strict JSON: {error}"[:300], remedy="write the row as one complete JSON object"
         ) from None

@@ -37,6 +37,7 @@ from agent_server.runtime.allowed_actions import masked_action
 from cognateforge.exceptions import (
     ArtifactCorruptError,
     IntegrityCheckFailedError,
+    LocalStorageError,
     NotImplementedByServerError,
 )
 from tests.agent._support import toy_rows, write_foundation
@@ -281,6 +282,12 @@ def test_what_is_no_graph_is_not_exported(
         export_agent(packages("recurrent-classes"), tmp_path / "model.pt2", "torch", factory=factory())
     with pytest.raises(ArtifactCorruptError, match="holds no package"):
         export_agent(tmp_path, tmp_path / "model.pt2", "torch", factory=factory())
+    with pytest.raises(LocalStorageError, match="is no folder: create it"):
+        export_agent(packages("recurrent-classes"), tmp_path / "none" / "model.onnx", "onnx", factory=factory())
+    torn = Path(shutil.copytree(packages("recurrent-classes"), tmp_path / "torn"))
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(ArtifactCorruptError, match=r"torn: .* incomplete metadata"):
+        export_agent(torn, tmp_path / "model.onnx", "onnx", factory=factory())
     monkeypatch.setattr("agent_server.export.AgentArchitectureFactory", factory)
     assert 1 == main([str(tmp_path), str(tmp_path / "model.pt2"), "--format", "torch"])
     assert "ARTIFACT_CORRUPT: " in capsys.readouterr().err
