@@ -37,9 +37,9 @@ up: $(VENV)/.run ## Run both services until Ctrl-C, with their state in var/.
 
 test: lint unit ## Everything that CI runs: lint, then the tests, fast ones first.
 
-# A file's tests stay together, on any one of as many processes as there are cores.
+# A file's tests stay together, on any one of as many processes as there are cores, in the order of tests/conftest.py.
 unit: $(VENV)/.dev ## The tests alone; make unit TESTS=tests/jobs for some of them.
-	$(BIN)/python -m pytest -n logical --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-ray: $(VENV)/.dev ## The tests of the Ray engine, on a cluster of three nodes here. Installs Ray into .venv.
 	$(PIP) --editable '.[dev,ray]'

@@ -23,8 +23,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run slow tests last, so that a broken unit is told in seconds."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Run slow tests last, so that a broken unit is told in seconds, and the longest of them before the others."""
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("slow") is None:
+        return 0
+    part = item.path.relative_to(Path(__file__).parent).parts[0]
+    return {"e2e": 1, "jobs": 2}.get(part, 3)
 
 
 @pytest.fixture(autouse=True)
