@@ -30,6 +30,7 @@ from cognateforge.exchange.v1 import model_pb2
 from deploy.services import Services
 from tests.backup.stores import contents, settings_of
 from tests.support.postgres import PostgresServer
+from tests.support.published import MODEL_BODY
 from training_common.artifacts.open import open_registry
 from training_common.artifacts.registry import ArtifactRow
 from training_common.digests import sha256_bytes
@@ -40,23 +41,8 @@ from training_common.store.database import Database
 # Weights of a version that is published under load: what a backup copies is mostly such bytes.
 WEIGHTS_BYTES = 3_000_000
 # State and manifest of what each service publishes.
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "cognate": (
-        "READY",
-        {
-            "architecture": {
-                "name": "cognate_v1",
-                "fingerprint": f"sha256:{'a' * 64}",
-                "parameter_count": 24_998_668,
-                "act_version": 1,
-                "ltm_version": 1,
-            },
-            "tokenizer_digest": f"sha256:{'b' * 64}",
-            "data": [],
-            "checks": [],
-            "training": {"steps": 1, "tokens": 512},
-        },
-    ),
+PUBLISHED: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "cognate": ("READY", MODEL_BODY),
     "agent": (
         "PUBLISHED",
         {

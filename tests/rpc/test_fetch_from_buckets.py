@@ -10,6 +10,7 @@ from cognateforge.client import AsyncCognateClient
 from cognateforge.exceptions import ArtifactCorruptError, UnavailableError
 from cognateforge.exchange.v1 import model_pb2
 from tests.support.publish_killed import Service
+from tests.support.published import MODEL_BODY
 from tests.support.s3 import S3Server
 from tests.support.servers import running_cognate
 from tests.support.stored import Stored
@@ -17,19 +18,6 @@ from training_common.artifacts.registry import ArtifactRow
 
 # Two whole ranges of a bucket and a part of one.
 CONTENT = bytes(range(256)) * 70_000
-BODY = {
-    "architecture": {
-        "name": "cognate_v1",
-        "fingerprint": f"sha256:{'a' * 64}",
-        "parameter_count": 24_998_668,
-        "act_version": 1,
-        "ltm_version": 1,
-    },
-    "tokenizer_digest": f"sha256:{'b' * 64}",
-    "data": [],
-    "checks": [],
-    "training": {"steps": 1, "tokens": 512},
-}
 
 
 @pytest.fixture
@@ -46,7 +34,7 @@ def publish(stored: Stored, folder: Path) -> ArtifactRow:
     file = service.registry.blobs.put(folder / "weights", "model.safetensors")
     with service.database.write() as connection:
         row = service.registry.publish(
-            connection, family="cognate-25m", state="READY", job="jobs/x", files=[file], body=BODY
+            connection, family="cognate-25m", state="READY", job="jobs/x", files=[file], body=MODEL_BODY
         )
     service.database.close()
     return row

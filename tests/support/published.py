@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,21 @@ FILES = {
 }
 PAYLOAD = b"".join(FILES.values())
 
+# What a model's manifest tells, at least.
+MODEL_BODY: Mapping[str, Any] = {
+    "architecture": {
+        "name": "cognate_v1",
+        "fingerprint": f"sha256:{'a' * 64}",
+        "parameter_count": 24_998_668,
+        "act_version": 1,
+        "ltm_version": 1,
+    },
+    "tokenizer_digest": f"sha256:{'b' * 64}",
+    "data": [],
+    "checks": [],
+    "training": {"steps": 1, "tokens": 512},
+}
+
 
 def publish_model(
     folder: Path, *, state: str = "READY", payload: bytes = b"weights" * 1000, **told: Any
@@ -35,20 +50,7 @@ def publish_model(
     registry = ArtifactRegistry(database, BlobStore(folder / "artifacts"))
     source = folder / "payload.bin"
     source.write_bytes(payload)
-    body = {
-        "architecture": {
-            "name": "cognate_v1",
-            "fingerprint": f"sha256:{'a' * 64}",
-            "parameter_count": 24_998_668,
-            "act_version": 1,
-            "ltm_version": 1,
-        },
-        "tokenizer_digest": f"sha256:{'b' * 64}",
-        "data": [],
-        "checks": [],
-        "training": {"steps": 1, "tokens": 512},
-        **told,
-    }
+    body = {**MODEL_BODY, **told}
     file = registry.blobs.put(source, "model.safetensors")
     with database.write() as connection:
         row = registry.publish(connection, family="cognate-25m", state=state, job="jobs/x", files=[file], body=body)
