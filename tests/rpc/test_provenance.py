@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,20 +193,8 @@ async def test_a_fetch_by_policy_refuses_and_transfers_nothing(
         if tamper is not None:
             tamper(tmp_path / "cognate", row)
 
-        def fetch(trusted: tuple[Path, ...]) -> foundation.Foundation:
-            with CognateClient(server.address) as client:
-                return foundation.fetch(
-                    client,
-                    "cognate-25m",
-                    accept_experimental=False,
-                    required=None,
-                    cache_dir=tmp_path / "cache",
-                    trusted=trusted,
-                    patience_s=0.1,
-                )
-
         with pytest.raises(error) as refused:
-            await asyncio.to_thread(fetch, (keys.public,))
+            await asyncio.to_thread(fetch, server.address, tmp_path / "cache", keys.public)
         assert problem == refused.value.metadata.get("problem", "")
         assert not (tmp_path / "cache").exists()
 
@@ -214,23 +203,25 @@ async def test_a_fetch_by_policy_verifies_a_cache_hit_too(keys: KeyPair, other: 
     """What was fetched before the key was changed is not taken after it."""
     async with running_cognate(tmp_path / "cognate") as server:
         publish_stated(tmp_path / "cognate", key=keys.private)
-
-        def fetch(*trusted: Path) -> Path:
-            with CognateClient(server.address) as client:
-                return foundation.fetch(
-                    client,
-                    "cognate-25m",
-                    accept_experimental=False,
-                    required=None,
-                    cache_dir=tmp_path / "cache",
-                    trusted=trusted,
-                ).path
-
-        path = await asyncio.to_thread(fetch, keys.public)
-        assert path == await asyncio.to_thread(fetch, other.public, keys.public)
+        cached = partial(fetch, server.address, tmp_path / "cache")
+        path = await asyncio.to_thread(cached, keys.public)
+        assert path == await asyncio.to_thread(cached, other.public, keys.public)
         with pytest.raises(ProvenanceRefusedError, match=other.fingerprint):
-            await asyncio.to_thread(fetch, other.public)
-        assert path == await asyncio.to_thread(fetch)
+            await asyncio.to_thread(cached, other.public)
+        assert path == await asyncio.to_thread(cached)
+
+
+def fetch(address: str, cache_dir: Path, *trusted: Path) -> Path:
+    with CognateClient(address) as client:
+        return foundation.fetch(
+            client,
+            "cognate-25m",
+            accept_experimental=False,
+            required=None,
+            cache_dir=cache_dir,
+            trusted=trusted,
+            patience_s=0.1,
+        ).path
 
 
 def plan() -> pb.TrainingPlan:

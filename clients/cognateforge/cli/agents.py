@@ -55,20 +55,7 @@ def register(app: typer.Typer) -> None:
         _list(session, search, task, lifecycle or [], foundation, limit)
 
     below = group(app, agents)
-
-    @command(below, "list")
-    @searching
-    def list_agents(
-        session: Session,
-        search: Search,
-        task: TaskName = "",
-        lifecycle: States = None,
-        foundation: Foundation = "",
-        limit: Limit = 50,
-    ) -> None:
-        """List published agents, newest first, or as --order says."""
-        _list(session, search, task, lifecycle or [], foundation, limit)
-
+    command(below, "list")(agents)
     diff.register_agents(below)
     _lifecycle(below)
     _evaluate(below)

@@ -96,13 +96,7 @@ def _models(app: typer.Typer) -> None:
         _list_models(session, search, state or [], limit)
 
     below = group(app, models)
-
-    @command(below, "list")
-    @searching
-    def list_models(session: Session, search: Search, state: States = None, limit: Limit = 50) -> None:
-        """List published foundation models, newest first, or as --order says."""
-        _list_models(session, search, state or [], limit)
-
+    command(below, "list")(models)
     diff.register_models(below)
 
     @command(below, "watch")
