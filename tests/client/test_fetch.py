@@ -84,6 +84,35 @@ async def test_a_new_process_resumes_what_another_left(client: Driver, fake: Fak
     assert len(fake.model.payload) - 8500 == got.bytes_received
 
 
+@pytest.mark.parametrize("cut", [None, 8500])
+async def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+    client: Driver, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int | None
+) -> None:
+    """Also those that an earlier process has brought, which may have ended before it flushed them."""
+    if cut is not None:
+        fake.model.cuts = deque([cut, *[0] * 50])
+        with pytest.raises(exceptions.UnavailableError):
+            await client.fetch(tmp_path / "model", give_up_after_s=0.1)
+        fake.model.cuts.clear()
+    flushed, named = set[int](), list[set[int]]()
+    fsync, rename = os.fsync, os.rename
+
+    def told(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def renamed(source: Path, target: Path) -> None:
+        named.append(set(flushed))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", told)
+    monkeypatch.setattr(os, "rename", renamed)
+    got = await client.fetch(tmp_path / "model")
+    assert_landed(got, fake.model)
+    assert len(named) == 1
+    assert {(got.path / path).stat().st_ino for path in fake.model.files} <= named[0]
+
+
 async def test_a_signature_lands_beside_the_files(client: Driver, fake: Fake, tmp_path: Path) -> None:
     """Of models and of agents; a second fetch finds it there, and nothing is transferred."""
     fake.model.signature = fake.agent.signature = b'{"a": "signature"}'

@@ -84,6 +84,8 @@ class Landing:
         self._manifest: Manifest | None = None
         self._index = 0
         self._file: BinaryIO | None = None
+        # Whole files, by their index, until they are on the disk: many are flushed at once in little more than one is.
+        self._whole: dict[int, tuple[BinaryIO, EarlyFlush]] = {}
         self._hash = hashlib.sha256()
         self._lock: int | None = None
         self._given_up = False
@@ -181,10 +183,16 @@ class Landing:
         if self._manifest is None or not self.complete:
             raise AssertionError("finish() before the last byte")
         with self._storage():
+            for index, file in enumerate(self._manifest.files):
+                if index in self._whole:
+                    self._whole[index][1].finish()
+                else:  # an earlier process's, which need not have come this far
+                    _sync(self._path(file))
+            self._drop_whole_files()
             for folder in {self.partial, *(path.parent for path in map(self._path, self._manifest.files))}:
-                _sync_folder(folder)
+                _sync(folder)
             os.rename(self.partial, self.destination)
-            _sync_folder(self.destination.parent)
+            _sync(self.destination.parent)
         return self._fetched(self._manifest)
 
     def discard(self) -> None:
@@ -294,8 +302,7 @@ class Landing:
             found = f"sha256:{self._hash.hexdigest()}"
             if found != file.digest:
                 raise ArtifactCorruptError(f"{file.path} of {self.wanted.name} has digest {found}, not {file.digest}")
-            self._flush.finish()
-            self._drop_file()
+            self._whole[self._index], self._file = (self._file, self._flush), None
             self._index += 1
             if not self.complete:
                 self._path(self._manifest.files[self._index]).unlink(missing_ok=True)
@@ -334,6 +341,13 @@ class Landing:
             self._flush.stop()
             self._file.close()
             self._file = None
+        self._drop_whole_files()
+
+    def _drop_whole_files(self) -> None:
+        for handle, flush in self._whole.values():
+            flush.stop()
+            handle.close()
+        self._whole.clear()
 
     @contextmanager
     def _storage(self) -> Iterator[None]:
@@ -353,8 +367,9 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(handle.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         os.fsync(handle)
     finally:
