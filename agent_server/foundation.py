@@ -130,14 +130,18 @@ class CognateLink:
         """Return how the calls fare."""
         return self._breaker.snapshot()
 
-    async def keep(self, *users: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def keep(self, *users: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Run what uses the connection until cancelled, and let go of it when all of that has ended.
 
-        gRPC crashes where a call begins on a channel that was closed under it.
+        A user that is cancelled has to end its call first: each is cancelled once, and waited for.
         """
-        tasks = [asyncio.create_task(user()) for user in users]
+        tasks = [asyncio.create_task(user()) for user in (asyncio.Event().wait, *users)]
         try:
-            await asyncio.gather(asyncio.Event().wait(), *tasks)
+            # Unlike gather, wait leaves its tasks alone when it is cancelled: a second cancellation would break into
+            # what a user still does to end.
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for one in ended:
+                one.result()
         finally:
             for task in tasks:
                 task.cancel()

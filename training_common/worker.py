@@ -49,7 +49,7 @@ from training_common.attempt_log import kept_bounded
 from training_common.checkpoint_writer import CheckpointWriter
 from training_common.checkpoints import CheckpointFolder
 from training_common.devices import take_devices
-from training_common.engines.processes import EX_TEMPFAIL, end_with_parent, own_handle, parent_handle
+from training_common.engines.processes import EX_TEMPFAIL, end_with_parent, exit_at_once, own_handle, parent_handle
 from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir, verification_log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
@@ -498,4 +498,12 @@ def _fail(store: AttemptStore, reason: str, message: str, *, leads: bool) -> Non
 
 def run(load_settings: Callable[[Path | None], S], work: Work[S], assist: Assist[S] | None = None) -> None:
     """Run `main` on the process's arguments and exit."""
-    sys.exit(main(sys.argv[1:], load_settings=load_settings, work=work, assist=assist))
+    try:
+        status = main(sys.argv[1:], load_settings=load_settings, work=work, assist=assist)
+    except SystemExit as end:
+        if end.code != EX_TEMPFAIL:
+            raise
+        status = EX_TEMPFAIL
+    if status == EX_TEMPFAIL:
+        exit_at_once(status)
+    sys.exit(status)

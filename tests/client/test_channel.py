@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,3 +221,17 @@ async def test_a_far_address_from_consul_is_refused_without_tls(fake: Fake, cons
             assert client.cognate.addresses == (fake.address,)
     finally:
         found.close()
+
+
+async def test_a_closed_client_refuses_calls(kind: str, fake: Fake) -> None:
+    """It names what to do about it."""
+    async with driver(kind, fake.address) as client:
+        await client.get_job()
+    with pytest.raises(exceptions.ClientSetupError, match="the client is closed: make another one"):
+        await client.get_job()
+
+
+def test_closing_under_a_call_crashes_nothing() -> None:
+    """Also in gRPC, which crashes where a method of a generated stub is bound to a closed channel."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.support.closing_client"]
+    assert 0 == subprocess.run(command, timeout=60).returncode

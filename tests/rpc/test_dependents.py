@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -352,3 +353,39 @@ async def test_agents_in_service_are_not_collected(tmp_path: Path, how: str) -> 
         await collect(client, first.name)
         with pytest.raises(AgentNotFoundError):
             await stub.SetAlias(agent_pb2.SetAliasRequest(request_id=new_id(), name=first.name, alias="old"))
+
+
+async def test_the_connection_outlives_the_calls_of_its_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user that is told to end may have a call under way: nobody tells it twice, and the link closes after it."""
+    link, order, started = CognateLink(CognateEndpoint(address="127.0.0.1:1")), [], asyncio.Event()
+    monkeypatch.setattr(link, "close", lambda: order.append("closed"))
+    called = asyncio.get_running_loop().create_future()
+
+    async def user() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await called
+            order.append("ended")
+
+    kept = asyncio.create_task(link.keep(user))
+    await started.wait()
+    kept.cancel()
+    await asyncio.sleep(0)  # the cancellation arrives
+    await asyncio.sleep(0)
+    called.set_result(None)
+    with pytest.raises(asyncio.CancelledError):
+        await kept
+    assert ["ended", "closed"] == order
+
+
+async def test_a_user_of_the_connection_that_fails_is_heard_of() -> None:
+    """Its service would go on without it otherwise."""
+    link = CognateLink(CognateEndpoint(address="127.0.0.1:1"))
+
+    async def user() -> None:
+        raise RuntimeError("the teller is gone")
+
+    with pytest.raises(RuntimeError, match="the teller is gone"):
+        await asyncio.wait_for(link.keep(user), 10)

@@ -7,7 +7,7 @@ import sys
 import threading
 
 from training_common.attempt import TeamBrokenError
-from training_common.engines.processes import EX_TEMPFAIL
+from training_common.engines.processes import EX_TEMPFAIL, exit_at_once
 from training_common.team import Team
 
 if __name__ == "__main__":
@@ -17,4 +17,4 @@ if __name__ == "__main__":
     try:
         team.agree(lambda: "x" * int(sys.argv[1]))
     except TeamBrokenError:
-        sys.exit(EX_TEMPFAIL)
+        exit_at_once(EX_TEMPFAIL)

@@ -143,6 +143,9 @@ class _Late(Generic[ChannelT]):
 
     def __init__(self, current: Callable[[], ChannelT], kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._current: Callable[[], ChannelT] = current
+        # Generated stubs ask for methods to be registered. With interceptors gRPC does that anew at every call, and
+        # crashes where its channel is closed at that moment. A method that is not registered gets an error then.
+        kwargs = {key: value for key, value in kwargs.items() if key != "_registered_method"}
         self._kind, self._args, self._kwargs = kind, args, kwargs
         self._bound: tuple[ChannelT | None, Any] = (None, None)
 
@@ -162,6 +165,10 @@ class _Late(Generic[ChannelT]):
 
     def future(self, *args: Any, **kwargs: Any) -> Any:
         return self._method().future(*args, **kwargs)
+
+
+def _closed_client() -> ClientSetupError:
+    return ClientSetupError("the client is closed: make another one")
 
 
 def _no_request_streams() -> NoReturn:
@@ -214,6 +221,8 @@ class SwappingChannel(grpc.Channel):
             with self._lock:
                 if not self._closed and self._rotation.changed():
                     self._replace(self._addresses, ROTATION_GRACE_S)
+        if self._closed:
+            raise _closed_client()
         return self._channel
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> grpc.UnaryUnaryMultiCallable[Any, Any]:
@@ -246,6 +255,7 @@ class AioSwappingChannel(grpc.aio.Channel):
         self._addresses: Addresses = ()
         self._channel: grpc.aio.Channel | None = None
         self._closing: dict[asyncio.Task[None], grpc.aio.Channel] = {}
+        self._closed = False
 
     @property
     def addresses(self) -> Addresses:
@@ -254,7 +264,7 @@ class AioSwappingChannel(grpc.aio.Channel):
 
     def swap(self, addresses: Addresses) -> None:
         """Send new calls to other addresses. Call it in the event loop."""
-        if set(addresses) != set(self._addresses):
+        if not self._closed and set(addresses) != set(self._addresses):
             self._replace(addresses, CLOSE_GRACE_S)
 
     def _replace(self, addresses: Addresses, grace_s: float) -> None:
@@ -265,6 +275,7 @@ class AioSwappingChannel(grpc.aio.Channel):
             task.add_done_callback(self._closing.pop)
 
     async def close(self, grace: float | None = None) -> None:
+        self._closed = True
         retired = dict(self._closing)
         for task in retired:
             task.cancel()
@@ -277,6 +288,8 @@ class AioSwappingChannel(grpc.aio.Channel):
     def _current(self) -> grpc.aio.Channel:
         if self._channel is None:
             raise ClientSetupError("the client is not open: use `async with`, or await its open()")
+        if self._closed:
+            raise _closed_client()
         if self._rotation is not None and self._rotation.due() and self._rotation.changed():
             self._replace(self._addresses, ROTATION_GRACE_S)
         return self._channel
