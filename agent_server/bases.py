@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from agent_server.foundation import Foundation, file_digest, locked
 from agent_server.settings import ModelSettings
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import (
-    ArtifactCorruptError,
     FieldViolation,
     IncompatibleError,
     NotImplementedByServerError,
 )
-from training_common.artifacts.blobs import BlobStore, StoredFile
+from training_common.artifacts.blobs import StoredFile
+from training_common.artifacts.files import unpack
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.artifacts.scrub import require_whole
 
@@ -140,17 +140,3 @@ def _agent(row: ArtifactRow, registry: ArtifactRegistry, cache_dir: Path) -> Bas
 
 def _holds(path: Path, file: StoredFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size_bytes and file_digest(path) == file.digest
-
-
-def unpack(files: Iterable[StoredFile], blobs: BlobStore, folder: Path) -> None:
-    """Write an artifact's files into a folder. Errors: ArtifactCorruptError."""
-    for file in files:
-        path = folder / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as target:
-            for _, piece in blobs.open_payload((file,), 0):
-                target.write(piece)
-        if file_digest(path) != file.digest:
-            raise ArtifactCorruptError(
-                f"{file.path}: its stored bytes are not what the manifest names; restore them, or train anew"
-            )

@@ -1,7 +1,6 @@
 """Measures a published agent on a set, in a process of its own: python -m agent_server.evaluate FOLDER.
 
-The server that starts it writes order.json into the folder, and reads result.json when it has ended. It answers for the
-set's test rows, as the metrics of training do; for one that acts, for whole episodes.
+It answers for the set's test rows, as the metrics of training do; for one that acts, for whole episodes.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.architectures.model import AgentModel
 from agent_server.architectures.policy_model import PolicyModel
 from agent_server.architectures.refusal import guard_process, require_separate
-from agent_server.bases import unpack
 from agent_server.data.examples import Labelled, PreparedData, Tagged
 from agent_server.data.processor import AgentDataProcessor
-from agent_server.evaluating import ORDER_FILE, RESULT_FILE
 from agent_server.evaluation import measure
 from agent_server.objectives.base import Measurement
 from agent_server.objectives.build import objective_for
@@ -40,12 +37,13 @@ from cognateforge.exceptions import (
     ArtifactCorruptError,
     DataUnavailableError,
     FieldViolation,
-    ForgeError,
     IncompatibleError,
 )
 from training_common.artifacts.blobs import BlobStore, StoredFile
+from training_common.artifacts.files import unpack
 from training_common.artifacts.open import open_store
 from training_common.settings import ArtifactSettings, DataSettings
+from training_common.side_process import answer_order
 
 # Labels that a refusal names.
 _NAMED_LABELS = 10
@@ -78,9 +76,8 @@ class Order:
         return getattr(self.request, self.task)
 
 
-def read_order(folder: Path) -> Order:
+def read_order(order: dict[str, Any]) -> Order:
     """Return the order that the server wrote."""
-    order = json.loads((folder / ORDER_FILE).read_text(encoding="utf-8"))
     return Order(
         body=json.loads(order["manifest"]),
         request=pb.EvaluateAgentRequest.FromString(base64.b64decode(order["request"])),
@@ -200,19 +197,18 @@ def _about(field: str, description: str) -> list[FieldViolation]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return its exit code. Whatever the agent or the set lacks is told in result.json."""
+    """Run the command; return its exit code. Whatever the agent or the set lacks is told to the server."""
     guard_process()
     folder = Path(arguments[0])
-    order = read_order(folder)
-    torch.set_num_threads(order.threads)
-    result: dict[str, Any]
-    try:
-        result = {"evaluations": [asdict(measured) for measured in evaluate(order, folder)]}
+
+    def work(order: dict[str, Any]) -> list[dict[str, Any]]:
+        read = read_order(order)
+        torch.set_num_threads(read.threads)
+        found = [asdict(measured) for measured in evaluate(read, folder)]
         require_separate()
-    except ForgeError as error:
-        fields = [(violation.field, violation.description) for violation in error.violations]
-        result = {"error": {"reason": error.reason_name(), "message": error.message, "fields": fields}}
-    (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
+        return found
+
+    answer_order(folder, work)
     return 0
 
 

@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 
 from cognate_server.construct import SPECIFIED_PARAMETERS
 from cognate_server.evaluation import ReasoningScore
-from cognate_server.trainer import PretrainResult
 from cognate_server.validation import ValidationReport
 
 # A mean this close to 1 or to the most says that halting has collapsed: fewer than one token in fifty differs.
@@ -52,6 +52,17 @@ class Check:
     rule: str
     passed: bool
 
+    def told(self) -> dict[str, Any]:
+        """Return the check as manifests and the contract tell it."""
+        return {
+            "name": self.name,
+            "integrity": self.kind is CheckKind.INTEGRITY,
+            "value": self.value,
+            "threshold": self.threshold,
+            "passed": self.passed,
+            "detail": f"must be {self.rule} the threshold",
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateReport:
@@ -74,16 +85,20 @@ class GateReport:
 
 
 def judge(
-    result: PretrainResult,
+    weights: Path,
+    validation: ValidationReport,
     reasoning: Sequence[ReasoningScore] = (),
     *,
+    max_steps: int,
     expected_parameters: int = SPECIFIED_PARAMETERS,
 ) -> GateReport:
-    """Check what would be published: the weights as they lie in the model's folder, validation and reasoning.
+    """Check what would be published: the weights as they lie in their file, validation and reasoning.
+
+    max_steps: core steps that a token takes at most.
 
     expected_parameters: Cognate-25M's; tests of small models hand in theirs.
     """
-    parameters, not_finite = _inspect(result.model_dir / "model.safetensors")
+    parameters, not_finite = _inspect(weights)
     return GateReport(
         checks=(
             _equal("parameter_count", parameters, expected_parameters),
@@ -91,10 +106,10 @@ def judge(
             _below(
                 "validation_loss_below_unigram_loss",
                 CheckKind.INTEGRITY,
-                result.validation.loss,
-                result.validation.unigram_loss,
+                validation.loss,
+                validation.unigram_loss,
             ),
-            *_quality(result.validation, result.config.max_steps),
+            *_quality(validation, max_steps),
             *(
                 _above(f"{one.source.replace('-', '_')}_exact_match", one.exact_match, best_by_chance(one))
                 for one in reasoning

@@ -17,6 +17,7 @@ from cognate_server.rpc.models import ModelServicer
 from cognate_server.rpc.pretraining import PretrainingServicer
 from cognate_server.rpc.resources import ResourceServicer
 from cognate_server.settings import CognateSettings
+from cognate_server.validating import ModelValidator
 from cognateforge.artifact.v1 import storage_pb2_grpc
 from cognateforge.cognate.v1 import pretraining_pb2_grpc
 from cognateforge.exchange.v1 import model_pb2_grpc, resource_pb2_grpc
@@ -113,7 +114,14 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
     )
     info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=[f"engine.{engine.name}", "watch_models"])
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
-        PretrainingServicer(jobs, calendar=calendar, settings=settings, info=info), server
+        PretrainingServicer(
+            jobs,
+            calendar=calendar,
+            settings=settings,
+            validator=ModelValidator(registry, settings, scratch=settings.data_dir / "validations"),
+            info=info,
+        ),
+        server,
     )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server

@@ -27,6 +27,13 @@ class PretrainingSettings(Section):
     )
 
 
+class ValidationSettings(Section):
+    """Validations of published models on request. Each is a process beside the workers, and takes no slot of theirs."""
+
+    at_once: int = Field(default=1, ge=1, le=64, description="validations at the same time; further ones are refused")
+    threads: int = Field(default=1, ge=1, le=1024, description="torch threads of each")
+
+
 class LendingSettings(Section):
     """What of this host may be borrowed while Cognate's own jobs leave it idle, and how it is taken back."""
 
@@ -64,6 +71,7 @@ class CognateSettings(ServiceSettings):
     address: str = "127.0.0.1:7101"
     data_dir: Path = Path("var/cognate")
     pretraining: PretrainingSettings = PretrainingSettings()
+    validation: ValidationSettings = ValidationSettings()
     lending: LendingSettings = LendingSettings()
     reservations: ReservationSettings = ReservationSettings()
     outbox: OutboxSettings = OutboxSettings()

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from cognate_server.artifacts import CognateArtifactManager, TrainedModel
-from cognate_server.data.build import DataManifest, DataPlan, build_stream
-from cognate_server.data.stream import CognateTokenStream
-from cognate_server.evaluation import ReasoningScore, evaluate, metrics_of, right_share
-from cognate_server.gate import CheckKind, GateReport, Verdict, judge
+from cognate_server.data.build import DataManifest, build_stream
+from cognate_server.data_plan import data_plan
+from cognate_server.evaluation import ReasoningScore, evaluate_on, metrics_of, right_share
+from cognate_server.gate import GateReport, Verdict, judge
 from cognate_server.grokfast import ALPHA, LAMBDA
 from cognate_server.metrics import checked
-from cognate_server.plan import curriculum, shares, source_settings
+from cognate_server.plan import source_settings
 from cognate_server.precision import Precision, native_precision
 from cognate_server.settings import CognateSettings, load_settings
 from cognate_server.trainer import PretrainConfig, PretrainResult, pretrain
@@ -41,9 +41,6 @@ from training_common.team_attempt import TeamAttempt
 from training_common.worker import AssistantContext, WorkerContext, run
 
 ARCHITECTURE = "cognate_v1"
-# The whole solution fits for 84 % of held-out GSM8K, 90 % of HotpotQA and all generated problems; 64 tokens would hold
-# 6 % of GSM8K's, and no score could be above that.
-REASONING_TOKENS = 192
 # A score of 16 problems of each set takes 30 s of one core while no answer ends early: 4 % of 500 steps of the
 # smallest default batch.
 SCORE_INTERVAL_STEPS = 500
@@ -60,16 +57,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     attempt.keep(retention_of(plan.checkpoint_policy, highest_is_best=False))
     tokenizer_file = context.job_dir / "tokenizer.json"
     stream, data = build_stream(
-        DataPlan(
-            seed=plan.seed,
-            batch_size=plan.batch_size,
-            sequence_length=plan.sequence_length,
-            datasets=shares(plan),
-            curriculum=curriculum(plan),
-        ),
-        source_settings(settings.data),
-        tokenizer_file=tokenizer_file,
-        folder=context.job_dir,
+        data_plan(plan), source_settings(settings.data), tokenizer_file=tokenizer_file, folder=context.job_dir
     )
     for source in data.sources:
         attempt.event(
@@ -88,7 +76,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     try:
         # The first process decides for all of them.
         precision = team.agree(lambda: _precision(settings.pretraining.precision, context.job_dir / "precision"))
-        reason = functools.partial(_reason, stream, plan.sequence_length, settings.pretraining.reasoning_problems)
+        reason = functools.partial(evaluate_on, stream, plan.sequence_length, settings.pretraining.reasoning_problems)
         result = pretrain(
             _config(plan, Precision(precision)),
             stream,
@@ -100,7 +88,8 @@ def work(context: WorkerContext[CognateSettings]) -> None:
         raise TrainingDivergedError(str(error)) from error
     reasoning = reason(_published(result))
     attempt.progress(step=result.step, total_steps=result.step, metrics=checked(metrics_of(reasoning)))
-    report = judge(result, reasoning)
+    weights = result.model_dir / "model.safetensors"
+    report = judge(weights, result.validation, reasoning, max_steps=result.config.max_steps)
     if report.verdict is Verdict.REFUSED:
         failed = "; ".join(f"{c.name} is {c.value:g}, must be {c.rule} {c.threshold:g}" for c in report.failed)
         raise IntegrityCheckFailedError(f"nothing was published: {failed}")
@@ -127,17 +116,6 @@ def assist(context: AssistantContext[CognateSettings]) -> None:
 
 def _set_threads(settings: CognateSettings) -> None:
     torch.set_num_threads(threads_of(settings.workers.threads, os.cpu_count() or 1, processes_here()))
-
-
-def _reason(stream: CognateTokenStream, sequence_length: int, problems: int, model: CognateV1) -> list[ReasoningScore]:
-    return evaluate(
-        model,
-        stream.tokenizer,
-        stream.held_out,
-        sequence_length=sequence_length,
-        problems=problems,
-        max_new_tokens=REASONING_TOKENS,
-    )
 
 
 def _published(result: PretrainResult) -> CognateV1:
@@ -198,17 +176,6 @@ def _model(
         }
         for source in data.sources
     ]
-    checks: list[dict[str, Any]] = [
-        {
-            "name": check.name,
-            "integrity": check.kind is CheckKind.INTEGRITY,
-            "value": check.value,
-            "threshold": check.threshold,
-            "passed": check.passed,
-            "detail": f"must be {check.rule} the threshold",
-        }
-        for check in report.checks
-    ]
     return TrainedModel(
         folder=result.model_dir,
         state="READY" if report.verdict is Verdict.READY else "EXPERIMENTAL",
@@ -221,7 +188,7 @@ def _model(
         },
         tokenizer_digest=data.tokenizer_digest,
         sources=sources,
-        checks=checks,
+        checks=[check.told() for check in report.checks],
         results=_results(data, result, reasoning),
         training={
             "steps": result.step,

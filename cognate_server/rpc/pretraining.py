@@ -11,9 +11,9 @@ from cognate_server.plan import require_data, with_defaults
 from cognate_server.reservations import Calendar
 from cognate_server.rpc import convert
 from cognate_server.settings import CognateSettings
+from cognate_server.validating import ModelValidator
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.cognate.v1 import pretraining_pb2_grpc
-from cognateforge.exceptions import NotImplementedByServerError
 from cognateforge.job.v1 import job_pb2
 from training_common.compute import require_at_most, require_slots
 from training_common.jobs.queue import Demand
@@ -33,9 +33,11 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
         *,
         calendar: Calendar,
         settings: CognateSettings,
+        validator: ModelValidator,
         info: job_pb2.ServerInfo,
     ) -> None:
         super().__init__(jobs, pb)
+        self._validator = validator
         self._calendar = calendar
         self._settings = settings
         self._info = info
@@ -98,9 +100,7 @@ class PretrainingServicer(JobRpcs[pb.PretrainingJob], pretraining_pb2_grpc.Cogna
         return pb.CancelReservationResponse.FromString(stored)
 
     async def ValidateModel(self, request: pb.ValidateModelRequest, context: Context) -> Any:
-        raise NotImplementedByServerError(
-            "this release validates a model once, when it is made: GetModel returns the checks"
-        )
+        return pb.ValidateModelResponse.FromString(await self._validator.validate(request))
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> Any:
         return pb.GetServerInfoResponse(info=self._jobs.server_info(self._info))

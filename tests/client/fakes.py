@@ -442,7 +442,10 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
         return pretraining_pb2.GetMetricsResponse(series=[series])
 
     def ValidateModel(self, request: Any, context: Any) -> Any:
-        fail(context, exceptions.NotImplementedByServerError())
+        check = artifact_pb2.Check(
+            name="memory_gain_nats", value=0.5, threshold=0.125, passed=True, detail="must be > the threshold"
+        )
+        return pretraining_pb2.ValidateModelResponse(checks=[check])
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:
         info = job_pb2.ServerInfo(version="9.9", capabilities=["generated-data"])

@@ -562,6 +562,14 @@ def test_agents_are_listed_moved_and_measured(forge: Forge, fake: Fake) -> None:
     assert fake.script.calls[-1].request.classification.generated.seed == 7
 
 
+def test_a_validation_shows_every_check(forge: Forge, fake: Fake) -> None:
+    """Value, threshold and rule, and whether it holds."""
+    shown = forge("models", "validate", "cognate-25m@7").stdout
+    for words in ("memory_gain_nats", "quality", "0.5", "0.125", "yes", "must be > the threshold"):
+        assert words in shown
+    assert forge("models", "validate", "../etc").exit_code == 2
+
+
 def test_models_watch_tells_each_event(forge: Forge, fake: Fake) -> None:
     """A line for each; a watch has no end but an error."""
     fake.outbox.cuts, fake.outbox.how = deque([2, 2]), grpc.StatusCode.INTERNAL

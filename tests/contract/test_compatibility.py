@@ -165,7 +165,7 @@ async def pretrain(call: Caller) -> None:
     assert [] == list((await call(f"{service}/GetMetrics", name=name)).series)
     assert (await call(f"{service}/GetServerInfo")).info.version
     error = await refused(call(f"{service}/ValidateModel", request_id=new_id(), name="cognate-25m@1"))
-    assert type(error) is NotImplementedByServerError
+    assert type(error) is IncompatibleError
 
 
 async def reserve(call: Caller, service: str) -> None:

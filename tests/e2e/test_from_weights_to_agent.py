@@ -147,6 +147,7 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
         assert [(found["rows_read"], found["rows_kept"], found["findings"]) for found in reports] == [
             (2000, 2000, [])
         ] * 2
+        _holds_again(cognate, model)
         job = _train(agents, model, tmp_path)
         _is_held(cognate, model.name, job)
         chain = Lineage(cognate, agents, [pair.public for pair in keys.values()]).of_agent("router@1")
@@ -155,6 +156,17 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
             (name, Trust.VERIFIED, keys["cognate"].fingerprint),
         ] == [(step.name, step.trust, step.trust_detail) for step in chain.steps()]
         assert accepted_by_tool(tmp_path / "fetched", keys["agent"].public)
+
+
+def _holds_again(cognate: CognateClient, model: model_pb2.FoundationModel) -> None:
+    """Run the gate on the stored files: it measures what the job has measured, in another number of threads."""
+    request = cognate_v1.ValidateModelRequest(request_id=str(uuid.uuid4()), name=model.name)
+    found = cognate.pretraining.ValidateModel(request, timeout=300).checks
+    assert [(check.name, check.passed) for check in model.checks] == [(check.name, check.passed) for check in found]
+    assert [check.value for check in found] == pytest.approx(
+        [check.value for check in model.checks], rel=1e-3, abs=1e-3
+    )
+    assert found == cognate.pretraining.ValidateModel(request).checks, "the same wish has the same answer"
 
 
 def accepted_by_tool(folder: Path, public_key: Path) -> bool:

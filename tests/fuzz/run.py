@@ -67,10 +67,10 @@ CHECKPOINTS: list[dict[str, Any]] = [
     }
     for step in (4, 8)
 ]
-# The agents here hold no weights, so none of them can be evaluated.
+# The models and agents here hold no weights, so none of them can be measured.
 NOT_SERVED = {"ValidateModel", "EvaluateAgent"}
 # What finds that out is a process that loads torch.
-SLOW_TIMEOUTS_S = {"EvaluateAgent": 120.0}
+SLOW_TIMEOUTS_S = {"EvaluateAgent": 120.0, "ValidateModel": 120.0}
 # What a service may be busy with by itself: leases end, and what ended jobs have held is let go.
 _MOVES_BY_ITSELF = {"leases", "lease_clock", "descents"}
 _LEAK = re.compile(

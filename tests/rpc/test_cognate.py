@@ -16,11 +16,11 @@ from cognateforge.exceptions import (
     DataUnavailableError,
     ForgeError,
     IllegalTransitionError,
+    IncompatibleError,
     InvalidFieldError,
     InvalidPageTokenError,
     JobNotFoundError,
     ModelNotFoundError,
-    NotImplementedByServerError,
     OffsetOutOfRangeError,
     RequestIdReusedError,
     SequenceOutOfRangeError,
@@ -309,10 +309,14 @@ async def test_an_illegal_move_names_the_legal_ones(cognate: AsyncCognateClient)
     assert ["name"] == [violation.field for violation in caught.value.violations]
 
 
-async def test_what_is_not_served_says_so(cognate: AsyncCognateClient) -> None:
-    """UNIMPLEMENTED with a reason; nothing pretends."""
+async def test_a_model_is_validated_by_a_process_of_its_own(cognate: AsyncCognateClient, tmp_path: Path) -> None:
+    """What that finds wrong comes back as its error; a version that is not there needs none."""
+    publish_model(tmp_path / "cognate")
     request = pb.ValidateModelRequest(request_id=str(uuid.uuid4()), name="cognate-25m@1")
-    with pytest.raises(NotImplementedByServerError):
+    with pytest.raises(IncompatibleError, match="cognate-25m@1 has no statement of how it was made"):
+        await cognate.pretraining.ValidateModel(request, timeout=60)
+    request = pb.ValidateModelRequest(request_id=str(uuid.uuid4()), name="cognate-25m@2")
+    with pytest.raises(ModelNotFoundError):
         await cognate.pretraining.ValidateModel(request)
 
 

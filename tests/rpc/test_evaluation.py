@@ -59,7 +59,7 @@ if seed == 4:
 child.kill()
 rows = 4 + len(list(place.glob("started-*")))
 measured = {{"metric": "accuracy", "dataset": "forge-intents/test", "value": 0.5, "rows": rows}}
-(folder / "result.json").write_text(json.dumps({{"evaluations": [measured]}}))
+(folder / "result.json").write_text(json.dumps({{"result": [measured]}}))
 """
 
 

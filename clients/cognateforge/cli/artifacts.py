@@ -99,6 +99,35 @@ def _models(app: typer.Typer) -> None:
     command(below, "list")(models)
     diff.register_models(below)
 
+    @command(below, "validate")
+    def validate_model(
+        session: Session,
+        name: Annotated[str, typer.Argument(help="Version, for instance cognate-25m@7.", callback=check_artifact_name)],
+        within: Annotated[float, typer.Option(min=1, help="Seconds for the measurement.")] = 1200.0,
+        request_id: RequestId = None,
+    ) -> None:
+        """Run the gate on a published model's stored files again. The version stays as it is."""
+        from cognateforge.cognate.v1 import pretraining_pb2
+
+        request = pretraining_pb2.ValidateModelRequest(request_id=new_request_id(request_id), name=name)
+        checks = session.cognate_client.pretraining.ValidateModel(request, timeout=within).checks
+        rows: list[Row] = [
+            (
+                check,
+                {},
+                (
+                    check.name,
+                    "integrity" if check.integrity else "quality",
+                    f"{check.value:.6g}",
+                    f"{check.threshold:.6g}",
+                    "yes" if check.passed else "no",
+                    check.detail,
+                ),
+            )
+            for check in checks
+        ]
+        session.table(("check", "kind", "value", "threshold", "holds", "rule"), rows)
+
     @command(below, "watch")
     def watch_models(
         session: Session,

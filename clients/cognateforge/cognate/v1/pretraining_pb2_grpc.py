@@ -282,10 +282,12 @@ class CognatePretrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ValidateModel(self, request, context):
-        """Runs the validation gate on a published model again.
+        """Runs the validation gate on a published model's stored files again, on the data that it was judged on. The version
+        stays as it is. It takes as long as the end of a job, so give a deadline of minutes; it ends with its last caller.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: MODEL_NOT_FOUND, NOT_IMPLEMENTED.
+        Reasons: MODEL_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, ARTIFACT_CORRUPT, RESOURCE_EXHAUSTED, REQUEST_ID_REUSED,
+        NOT_IMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -123,10 +123,12 @@ class CognatePretrainingServiceStub:
     Reasons: JOB_NOT_FOUND.
     """
     ValidateModel: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.ValidateModelRequest, _pretraining_pb2.ValidateModelResponse]
-    """Runs the validation gate on a published model again.
+    """Runs the validation gate on a published model's stored files again, on the data that it was judged on. The version
+    stays as it is. It takes as long as the end of a job, so give a deadline of minutes; it ends with its last caller.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: MODEL_NOT_FOUND, NOT_IMPLEMENTED.
+    Reasons: MODEL_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, ARTIFACT_CORRUPT, RESOURCE_EXHAUSTED, REQUEST_ID_REUSED,
+    NOT_IMPLEMENTED.
     """
     CreateReservation: _grpc.UnaryUnaryMultiCallable[_pretraining_pb2.CreateReservationRequest, _pretraining_pb2.CreateReservationResponse]
     """Keeps slots for a time, for jobs that name the reservation. When it begins and its jobs wait, other jobs save a
@@ -249,10 +251,12 @@ class CognatePretrainingServiceAsyncStub(CognatePretrainingServiceStub):
     Reasons: JOB_NOT_FOUND.
     """
     ValidateModel: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.ValidateModelRequest, _pretraining_pb2.ValidateModelResponse]  # type: ignore[assignment]
-    """Runs the validation gate on a published model again.
+    """Runs the validation gate on a published model's stored files again, on the data that it was judged on. The version
+    stays as it is. It takes as long as the end of a job, so give a deadline of minutes; it ends with its last caller.
 
     Callers: operator. Repeat: by request_id.
-    Reasons: MODEL_NOT_FOUND, NOT_IMPLEMENTED.
+    Reasons: MODEL_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, ARTIFACT_CORRUPT, RESOURCE_EXHAUSTED, REQUEST_ID_REUSED,
+    NOT_IMPLEMENTED.
     """
     CreateReservation: _aio.UnaryUnaryMultiCallable[_pretraining_pb2.CreateReservationRequest, _pretraining_pb2.CreateReservationResponse]  # type: ignore[assignment]
     """Keeps slots for a time, for jobs that name the reservation. When it begins and its jobs wait, other jobs save a
@@ -462,10 +466,12 @@ class CognatePretrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _pretraining_pb2.ValidateModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pretraining_pb2.ValidateModelResponse, _abc.Awaitable[_pretraining_pb2.ValidateModelResponse]]:
-        """Runs the validation gate on a published model again.
+        """Runs the validation gate on a published model's stored files again, on the data that it was judged on. The version
+        stays as it is. It takes as long as the end of a job, so give a deadline of minutes; it ends with its last caller.
 
         Callers: operator. Repeat: by request_id.
-        Reasons: MODEL_NOT_FOUND, NOT_IMPLEMENTED.
+        Reasons: MODEL_NOT_FOUND, DATA_UNAVAILABLE, INCOMPATIBLE, ARTIFACT_CORRUPT, RESOURCE_EXHAUSTED, REQUEST_ID_REUSED,
+        NOT_IMPLEMENTED.
         """
 
     @_abc_1.abstractmethod
