@@ -1,4 +1,5 @@
-"""Training small agents on real rows, for benches of what they learn: recurrent networks from random values."""
+"""Training small agents on real rows, for benches of what they learn: recurrent networks from random values, or a
+pretrained encoder out of a model folder of `transformers`."""
 
 from __future__ import annotations
 
@@ -88,15 +89,20 @@ def real_set(task: str, path: str, **fields: object) -> PreparedData[Any]:
 
 
 @contextmanager
-def trained(task: str, data: PreparedData[Any], *, steps: int, **asked: Any) -> Iterator[Trained]:
-    """Train a recurrent agent. asked: settings of the architecture, and fields of the configuration."""
+def trained(
+    task: str, data: PreparedData[Any], *, steps: int, base: Path | None = None, **asked: Any
+) -> Iterator[Trained]:
+    """Train a recurrent agent, or all of a pretrained encoder.
+
+    base: the encoder's model folder. asked: settings of the architecture, and fields of the configuration.
+    """
     torch.set_num_threads(THREADS)
     factory = AgentArchitectureFactory()
-    architecture = factory.get("recurrent")
+    architecture = factory.get("recurrent" if base is None else "sequence_classifier")
     settings = {name: asked.pop(name, setting.default) for name, setting in architecture.settings.items()}
     config = AgentTrainConfig(
         agent="bench",
-        architecture="recurrent",
+        architecture=architecture.name,
         task=task,
         settings=settings,
         adaptation=Adaptation(),
@@ -112,7 +118,7 @@ def trained(task: str, data: PreparedData[Any], *, steps: int, **asked: Any) -> 
     folder = Path(tempfile.mkdtemp(prefix="bench-agent-"))
     try:
         attempt = _Attempt(folder)
-        result = train_agent(config, None, data, attempt, factory=factory)
+        result = train_agent(config, base, data, attempt, factory=factory)
         seconds = time.perf_counter() - attempt.started_s
         yield Trained(
             model=architecture.load(result.folder).eval(),

@@ -1,14 +1,17 @@
 """PubMedQA: accuracy of yes, no or maybe on the official test rows, over always answering what is most frequent there.
 
-A bidirectional recurrent agent from random values reads question and abstract of some 440 rows. Beside it stands a
-linear support vector machine on TF-IDF of words and pairs of words, on the same rows.
-Usage: python tests/benchmarks/bench_pubmedqa.py [steps]
+A bidirectional recurrent agent from random values or, with --base, all of a pretrained encoder reads question and
+abstract of some 440 rows. Beside it stands a linear support vector machine on TF-IDF of words and pairs of words, on
+the same rows.
+Usage: python tests/benchmarks/bench_pubmedqa.py [--steps N] [--base FOLDER]
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.svm import LinearSVC
@@ -16,6 +19,12 @@ from sklearn.svm import LinearSVC
 from agent_server.data.examples import Labelled
 from tests.benchmarks.agents import SEED, real_set, trained
 from tests.benchmarks.common import print_result
+
+RECURRENT: dict[str, Any] = {
+    "lr": 5e-4, "bidirectional": True, "width": 64, "dropout": 0.5, "vocabulary_size": 2048, "batch_size": 32,
+    "max_tokens": 384,
+}  # fmt: skip
+ENCODER: dict[str, Any] = {"lr": 5e-5, "pooling": "mean", "batch_size": 16, "max_tokens": 384}
 
 
 def machine_accuracy(train: Sequence[Labelled], test: Sequence[Labelled]) -> float:
@@ -27,13 +36,11 @@ def machine_accuracy(train: Sequence[Labelled], test: Sequence[Labelled]) -> flo
     return sum(answer == row.label for answer, row in zip(answers, test, strict=True)) / len(test)
 
 
-def main(steps: int) -> None:
+def main(steps: int, base: Path | None) -> None:
     """Train, measure and print."""
     data = real_set("classification", "agent/pubmedqa/ori_pqal.jsonl")
-    with trained(
-        "classification", data, steps=steps, lr=5e-4, bidirectional=True, width=64, dropout=0.5, vocabulary_size=2048,
-        batch_size=32, max_tokens=384,
-    ) as agent:  # fmt: skip
+    asked = RECURRENT if base is None else ENCODER
+    with trained("classification", data, steps=steps, base=base, **asked) as agent:
         found = agent.measured
         print_result(
             "pubmedqa",
@@ -44,9 +51,14 @@ def main(steps: int) -> None:
             machine=machine_accuracy(data.train, data.test),
             validation_accuracy=found["validation_accuracy"],
             rows=agent.rows["accuracy_after"],
+            base="" if base is None else base.name,
             seconds=agent.train_seconds,
         )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--base", type=Path)
+    options = parser.parse_args()
+    main(options.steps, options.base)
