@@ -208,8 +208,7 @@ def main(arguments: Sequence[str]) -> int:
         require_separate()
         return found
 
-    answer_order(folder, work)
-    return 0
+    return answer_order(folder, work)
 
 
 if __name__ == "__main__":

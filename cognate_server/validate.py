@@ -121,8 +121,7 @@ def main(arguments: Sequence[str]) -> int:
         data = DataSettings.model_validate(order["data"])
         return [check.told() for check in gate(version, data, problems=order["reasoning_problems"]).checks]
 
-    answer_order(folder, work)
-    return 0
+    return answer_order(folder, work)
 
 
 if __name__ == "__main__":

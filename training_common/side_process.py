@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ from cognateforge.exceptions import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from training_common import faults
 from training_common.engines.processes import WORKER_ENVIRONMENT
 from training_common.jobs.store import answer_to, reused
 from training_common.rpc.identity import current_caller
@@ -131,12 +133,18 @@ class SideProcesses:
     async def result(self, order: Mapping[str, Any]) -> Any:
         """Run a process on an order, and return its result. It ends with this server, and when this is cancelled.
 
-        Errors: those that it tells; UnavailableError, InternalError, when it ended without a word.
+        Errors: those that it tells; ResourceExhaustedError, where its files cannot be written; UnavailableError,
+        InternalError, when it ended without a word.
         """
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=self._scratch))
+        try:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=self._scratch))
+        except OSError as error:
+            raise self._without_room(error) from error
         try:
             return await self._run(order, folder)
+        except OSError as error:
+            raise self._without_room(error) from error
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
@@ -164,13 +172,15 @@ class SideProcesses:
         return self._told(folder, status)
 
     def _told(self, folder: Path, status: int) -> Any:
-        """Return what a process that has ended left. Errors: those that it tells; UnavailableError, InternalError."""
+        """Return what a process that has ended left. Errors: as `result`."""
         try:
             told = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # none, or one that was cut off
             with (folder / LOG_FILE).open(encoding="utf-8", errors="replace") as output:
                 printed = output.read()[-_TOLD_CHARS:]
             log.error("process ended without a result", method=self._method, status=status, output=printed)
+            if status == os.EX_IOERR:
+                raise self._without_room() from None
             if status == -signal.SIGKILL:
                 raise UnavailableError(
                     "the process that does this was ended by SIGKILL, which a machine short of memory sends too: call "
@@ -185,17 +195,33 @@ class SideProcesses:
             raise BY_REASON[error["reason"]](error["message"], violations=violations)
         return told["result"]
 
+    def _without_room(self, error: OSError | None = None) -> ResourceExhaustedError:
+        if error is not None:
+            log.error("folder cannot be written", method=self._method, detail=str(error))
+        return ResourceExhaustedError(
+            f"the files of {self._what} cannot be written, or the machine gave them no memory: make room on the disk "
+            "of this server's data_dir, then call again"
+        )
 
-def answer_order(folder: Path, work: Callable[[dict[str, Any]], Any]) -> None:
+
+def answer_order(folder: Path, work: Callable[[dict[str, Any]], Any]) -> int:
     """Do an order, in the process that was started for it, and write down its result, or the ForgeError it raised.
 
+    Returns the process's exit status, EX_IOERR where the machine lacks room.
     work: from the order to a result that JSON can carry.
     """
-    order = json.loads((folder / ORDER_FILE).read_text(encoding="utf-8"))
     told: dict[str, Any]
     try:
-        told = {"result": work(order)}
-    except ForgeError as error:
-        fields = [(violation.field, violation.description) for violation in error.violations]
-        told = {"error": {"reason": error.reason_name(), "message": error.message, "fields": fields}}
-    (folder / RESULT_FILE).write_text(json.dumps(told), encoding="utf-8")
+        order = json.loads((folder / ORDER_FILE).read_text(encoding="utf-8"))
+        try:
+            told = {"result": work(order)}
+        except ForgeError as error:
+            fields = [(violation.field, violation.description) for violation in error.violations]
+            told = {"error": {"reason": error.reason_name(), "message": error.message, "fields": fields}}
+        (folder / RESULT_FILE).write_text(json.dumps(told), encoding="utf-8")
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and not faults.of_machine(error):
+            raise
+        traceback.print_exc()
+        return os.EX_IOERR
+    return 0
