@@ -372,6 +372,18 @@ def test_train_takes_one_base_and_settings_of_every_kind(forge: Forge, fake: Fak
     assert "NAME=VALUE" in forge(*common, "--scratch", "--setting", "width").stderr
 
 
+@pytest.mark.parametrize("number", ["9" * 30, "-9223372036854775809", "9" * 5000, "1e999"])
+def test_a_number_that_no_setting_can_hold_is_refused_as_one(forge: Forge, fake: Fake, number: str) -> None:
+    """It is neither rounded nor sent as a word, and the refusal does not repeat thousands of digits."""
+    common = ("train", "--agent", "router", "--steps", "9", "--data", "d.jsonl", "--scratch")
+    result = forge(*common, f"--setting=width={number}")
+    assert (2, []) == (result.exit_code, fake.script.calls)
+    assert "beyond what a setting can hold" in " ".join(result.stderr.split()).replace("│ ", "")
+    assert len(result.stderr) < 1000
+    assert 0 == forge(*common, "--setting=width=9223372036854775807", "--setting=cell=e5").exit_code
+    assert ["integer", "word"] == [s.WhichOneof("value") for s in fake.script.calls[-1].request.plan.settings]
+
+
 def test_train_says_how_a_step_is_taken_and_when_to_end(forge: Forge, fake: Fake) -> None:
     """Schedule, accumulation, precision, validations and early stopping are fields of the plan."""
     common = ("train", "--agent", "router", "--foundation", "cognate-25m@7", "--steps", "9", "--data", "generated")
@@ -730,6 +742,17 @@ def test_what_a_message_says_is_not_said_twice(forge: Forge, fake: Fake) -> None
     )
     lines = forge("pretrain", "--steps", "-4").stderr.splitlines()
     assert [f"error: {told}", "  plan.total_steps (--steps)", "  call id: request-7"] == lines
+
+
+def test_a_field_is_named_once_and_with_what_is_wrong(forge: Forge, fake: Fake) -> None:
+    """Of many findings of one field, those that the message has not quoted are told; no line is a name alone."""
+    findings = [f"rows.jsonl:{line}: blank; write a text" for line in range(1, 5)]
+    fake.script.always = exceptions.DataUnavailableError(
+        f"rows is not used; the first findings: {findings[0]} | {findings[1]}",
+        violations=[exceptions.FieldViolation(field="plan.classification", description=one) for one in findings],
+    )
+    lines = forge("train", "--agent", "a", "--steps", "1", "--data", "rows.jsonl", "--scratch").stderr.splitlines()
+    assert [f"  plan.classification (--task): {one}" for one in findings[2:]] == lines[1:-1]
 
 
 def test_every_option_of_a_field_exists() -> None:

@@ -18,6 +18,7 @@ from cognateforge.agent.v1 import agent_pb2, training_pb2
 from cognateforge.errors.v1 import reasons_pb2
 from cognateforge.exceptions import BY_REASON
 from cognateforge.policy.v1 import policy_pb2
+from training_common.rpc import patterns
 from training_common.rpc.policy import policies, role_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +129,17 @@ def test_everything_that_can_grow_is_bounded(files: list[descriptor_pb2.FileDesc
         if not bounded:
             unbounded.append(name)
     assert [] == unbounded
+
+
+def test_every_pattern_has_words(files: list[descriptor_pb2.FileDescriptorProto]) -> None:
+    """A refusal says what is asked for: each pattern of the contract has its words, and no words are left over."""
+    found = set[str]()
+    for _, field in fields(files):
+        rules = field.GetOptions().Extensions[validate_pb2.field]
+        inner = (rules, rules.repeated.items, rules.map.keys, rules.map.values)
+        found |= {each.string.pattern for each in inner if each.string.pattern}
+    assert set(patterns.WORDS) == found
+    assert all(len(patterns.in_words(pattern)) < 300 for pattern in found)
 
 
 def _reachable(name: str, seen: set[str]) -> None:

@@ -47,6 +47,7 @@ from cognateforge.exceptions import (
 from training_common.rpc.audit import AuditLog
 from training_common.rpc.identity import Caller, Callers, set_caller
 from training_common.rpc.limits import CallerLimits
+from training_common.rpc.patterns import in_words
 from training_common.rpc.policy import OPEN, STANDARD_SERVICES, MethodPolicy
 
 log = structlog.get_logger(__name__)
@@ -353,12 +354,20 @@ def _check_rules(request: Message) -> None:
         return
     violations = [
         FieldViolation(
-            field=_path(item.proto), description=(item.proto.message or item.proto.rule_id)[:_DESCRIPTION_CHARS]
+            field=_path(item.proto),
+            description=_described(item)[:_DESCRIPTION_CHARS],
         )
         for item in found
     ]
     text = "; ".join(f"{v.field or 'request'}: {v.description}" for v in violations)
     raise InvalidFieldError(text, violations=violations)
+
+
+def _described(item: Any) -> str:
+    """Return what is asked for in words."""
+    if item.proto.rule_id == "string.pattern":
+        return in_words(str(item.rule_value))
+    return str(item.proto.message or item.proto.rule_id)
 
 
 def _path(violation: Any) -> str:

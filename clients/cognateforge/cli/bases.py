@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--setting", help="NAME=VALUE, as the architecture declares it. May be repeated."),
 ]
+
+# Of a value that is refused, so much is quoted.
+_TOLD_CHARS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +102,26 @@ def set_settings(plan: training_pb2.TrainingPlan, given: list[str] | None) -> No
 
 
 def _number(text: str) -> int | float | None:
+    """Return a number, None of what is none. Errors: typer.BadParameter, for one that no setting can be."""
     for kind in (int, float):
         try:
             number = kind(text)
         except ValueError:
             continue
-        if math.isfinite(number) and abs(number) < 2**63:
+        # What int() reads in full and the contract cannot carry must not become a word, nor a rounded number.
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            raise _beyond(text)
+        if math.isfinite(number):
             return number
+    # int() gives up on thousands of digits, and float() on what is beyond its range becomes infinite.
+    if re.fullmatch(r"[+-]?(?=\.?[0-9])[0-9_]*\.?[0-9_]*([eE][+-]?[0-9]+)?", text):
+        raise _beyond(text)
     return None
+
+
+def _beyond(text: str) -> typer.BadParameter:
+    told = text if len(text) <= _TOLD_CHARS else f"{text[:_TOLD_CHARS]}..."
+    return typer.BadParameter(
+        f"{told} is beyond what a setting can hold: a whole number has 64 bits, another one is finite",
+        param_hint="--setting",
+    )

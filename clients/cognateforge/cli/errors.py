@@ -100,13 +100,16 @@ def option_for(field: str) -> str:
 def lines(error: ForgeError) -> list[str]:
     """Return an error as people read it; what its message says already is not said again."""
     told = [f"error: {error.message}"]
-    for violation in error.violations:
+    new = [violation for violation in error.violations if violation.description not in error.message]
+    described = {violation.field for violation in new}
+    for field in dict.fromkeys(violation.field for violation in error.violations if violation.field not in described):
+        option = option_for(field)
+        if option or field not in error.message:
+            told.append(f"  {field} ({option})" if option else f"  field: {field}")
+    for violation in new:
         option = option_for(violation.field)
         place = f"{violation.field} ({option})" if option else violation.field
-        if violation.description not in error.message:
-            told.append(f"  {place}: {violation.description}")
-        elif option or violation.field not in error.message:
-            told.append(f"  {place}" if option else f"  field: {place}")
+        told.append(f"  {place}: {violation.description}")
     if error.unknown_reason:
         told.append(f"  reason: {error.unknown_reason}, which this release does not know")
     if error.request_id:
