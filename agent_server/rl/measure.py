@@ -23,10 +23,13 @@ import torch
 from agent_server.architectures.policy_model import PolicyModel
 from agent_server.rl.spaces import Floats
 from agent_server.rl.worlds import EVALUATION, RANDOM_PLAY, World, seed_of
-from cognateforge.exceptions import TrainingDivergedError
+from cognateforge.exceptions import FieldViolation, IncompatibleError, TrainingDivergedError
 
 # Worlds that are played at once: enough that the policy's share of the time is small, few enough to be held.
 _MOST_AT_ONCE = 64
+# Steps of a measured episode: several times those of the longest in wide use, Atari's 27,000. Without a bound a policy
+# that keeps such an episode alive would be measured forever.
+_MOST_STEPS = 100_000
 # A joint action for each live episode: (numbers of the episodes, step, their observations) -> actions.
 Chooser = Callable[[Sequence[int], int, Floats], Floats]
 
@@ -59,7 +62,10 @@ class Stage:
         self.agents = self._worlds[0].agents
 
     def play(self, choose: Chooser, *, between: Callable[[], None] = lambda: None) -> Played:
-        """Play every episode to its end. `between` runs before each step and may raise."""
+        """Play every episode to its end. `between` runs before each step and may raise.
+
+        Errors: IncompatibleError, for an episode that does not end; TrainingDivergedError; those of the environment.
+        """
         returns, actions = [0.0] * self._count, [list[Floats]() for _ in range(self._count)]
         for first in range(0, self._count, len(self._worlds)):
             numbers = range(first, min(first + len(self._worlds), self._count))
@@ -67,6 +73,14 @@ class Stage:
             step = 0
             while live:
                 between()
+                if step >= _MOST_STEPS:
+                    description = (
+                        f"an episode had not ended after {_MOST_STEPS:,} steps: register the environment with "
+                        "max_episode_steps, or let it truncate by itself"
+                    )
+                    raise IncompatibleError(
+                        description, violations=[FieldViolation(field="environment", description=description)]
+                    )
                 playing = list(live)
                 chosen = choose(playing, step, np.stack([live[k] for k in playing]))
                 for k, action in zip(playing, chosen, strict=True):

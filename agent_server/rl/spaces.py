@@ -15,6 +15,8 @@ from cognateforge.exceptions import IncompatibleError
 from training_common.attempt import Json
 
 Floats = NDArray[np.float32]
+# Of a value that is refused, so much is quoted.
+_TOLD_CHARS = 60
 _KINDS = ("box", "discrete", "multi_discrete", "multi_binary")
 
 
@@ -51,11 +53,19 @@ class Space:
         return math.prod(self.shape) if self.kind == "box" else sum(self.counts)
 
     def flatten(self, value: Any) -> Floats:
-        """Return a value as [F] numbers."""
+        """Return a value as [F] numbers. Errors: ValueError, for a value of another form; TypeError, for no numbers."""
         if self.kind in ("box", "multi_binary"):
-            return np.asarray(value, dtype=np.float32).reshape(-1)
+            with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite, which its reader looks for
+                numbers = np.asarray(value, dtype=np.float32)
+            if numbers.size != self.width:
+                raise ValueError(f"it has the shape {numbers.shape}, and its space says {self.shape}")
+            return numbers.reshape(-1)
         flat = np.zeros(self.width, dtype=np.float32)
-        indices = np.asarray(value, dtype=np.int64).reshape(-1) - np.asarray(self.starts)
+        values = np.asarray(value, dtype=np.int64).reshape(-1)
+        indices = values - np.asarray(self.starts) if values.size == len(self.counts) else None
+        # A value too large would be taken for one of the next part.
+        if indices is None or not ((indices >= 0) & (indices < self.counts)).all():
+            raise ValueError(f"it is {str(value)[:_TOLD_CHARS]}, which is not in its space")
         flat[np.cumsum((0, *self.counts[:-1])) + indices] = 1.0
         return flat
 

@@ -4,6 +4,9 @@
     joint action        the parts of all agents' actions, in their order: [K]
 
 An agent that has left has zeros for an observation and is not `present`.
+
+An environment is a stranger's code: what it raises, and what it gives that its own spaces do not allow, becomes an
+IncompatibleError that names it; numbers that are not finite become a TrainingDivergedError.
 """
 
 # E episodes side by side, N agents, F numbers of a joint observation, K parts of a joint action.
@@ -11,7 +14,8 @@ An agent that has left has zeros for an observation and is not `present`.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +24,13 @@ from numpy.typing import NDArray
 
 from agent_server.rl.registry import make_parallel, make_single
 from agent_server.rl.spaces import AgentSpaces, Floats, Space
-from cognateforge.exceptions import TrainingDivergedError
+from cognateforge.exceptions import FieldViolation, ForgeError, IncompatibleError, TrainingDivergedError
+from training_common import faults
 
 Bools = NDArray[np.bool_]
 TRAINING, EVALUATION, RANDOM_PLAY = range(3)  # streams of random numbers that never meet
+# Of what an environment raised, so much is told.
+_TOLD_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,41 +71,84 @@ class World(abc.ABC):
         return np.concatenate([agent.action.random(generator) for agent in self.agents])
 
 
-class SingleWorld(World):
-    """A Gymnasium environment: one agent, called "agent"."""
+@contextlib.contextmanager
+def blamed(name: str, doing: str) -> Iterator[None]:
+    """Name an environment where it raises in the body, SystemExit included.
 
-    def __init__(self, environment: Any) -> None:
-        self._environment = environment
+    Errors: IncompatibleError; what is the machine's fault stays as it is.
+    """
+    try:
+        yield
+    except ForgeError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and faults.of_machine(error)):
+            raise
+        first = "".join(c if c.isprintable() else " " for c in str(error).strip().partition("\n")[0])[:_TOLD_CHARS]
+        description = f"{name} failed when it {doing}: {type(error).__name__}: {first}; correct it, or choose another"
+        raise IncompatibleError(
+            f"the environment {description}",
+            violations=[FieldViolation(field="environment", description=f"the environment {description}")],
+        ) from error
+
+
+def _seen(agent: AgentSpaces, observation: Any) -> Floats:
+    """Return an observation as [F] numbers. Errors: ValueError, for one of another form; TrainingDivergedError."""
+    try:
+        flat = agent.observation.flatten(observation)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the observation of {agent.name} is none of its space: {error}") from error
+    if not np.isfinite(flat).all():
+        raise TrainingDivergedError("the environment gave an observation that is not finite; bound it in a wrapper")
+    return flat
+
+
+def _paid(name: str, reward: Any) -> float:
+    """Return a reward. Errors: ValueError."""
+    try:
+        return float(reward)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the reward of {name} is no number, but a {type(reward).__name__}") from error
+
+
+class SingleWorld(World):
+    """A Gymnasium environment: one agent, called "agent". name: what errors call it."""
+
+    def __init__(self, environment: Any, name: str) -> None:
+        self._environment, self._name = environment, name
         observation = Space.of(environment.observation_space, where="the environment's observation")
         action = Space.of(environment.action_space, where="the environment's action")
         self.agents = (AgentSpaces(name="agent", observation=observation, action=action),)
 
     def reset(self, seed: int) -> tuple[Floats, Bools]:
-        observation, _ = self._environment.reset(seed=seed)
-        return self.agents[0].observation.flatten(observation), np.array([True])
+        with blamed(self._name, "began an episode"):
+            observation, _ = self._environment.reset(seed=seed)
+            return _seen(self.agents[0], observation), np.array([True])
 
     def step(self, action_K: Floats) -> Step:
         agent = self.agents[0]
-        observation, reward, terminated, truncated, _ = self._environment.step(agent.action.action(action_K))
-        over = bool(terminated or truncated)
-        return Step(
-            observation_F=agent.observation.flatten(observation),
-            reward_N=np.array([reward], dtype=np.float32),
-            terminated_N=np.array([bool(terminated)]),
-            truncated_N=np.array([bool(truncated and not terminated)]),
-            present_N=np.array([not over]),
-            over=over,
-        )
+        with blamed(self._name, "was acted in"):
+            observation, reward, terminated, truncated, _ = self._environment.step(agent.action.action(action_K))
+            over = bool(terminated or truncated)
+            return Step(
+                observation_F=_seen(agent, observation),
+                reward_N=np.array([_paid(agent.name, reward)], dtype=np.float32),
+                terminated_N=np.array([bool(terminated)]),
+                truncated_N=np.array([bool(truncated and not terminated)]),
+                present_N=np.array([not over]),
+                over=over,
+            )
 
     def close(self) -> None:
-        self._environment.close()
+        with contextlib.suppress(Exception, SystemExit):  # nothing is read from it any more
+            self._environment.close()
 
 
 class ParallelWorld(World):
-    """A parallel environment of PettingZoo's form."""
+    """A parallel environment of PettingZoo's form. name: what errors call it."""
 
-    def __init__(self, environment: Any) -> None:
-        self._environment = environment
+    def __init__(self, environment: Any, name: str) -> None:
+        self._environment, self._name = environment, name
         self.agents = tuple(
             AgentSpaces(
                 name=str(name),
@@ -112,57 +162,71 @@ class ParallelWorld(World):
         self._present = np.zeros(len(self.agents), dtype=np.bool_)
 
     def reset(self, seed: int) -> tuple[Floats, Bools]:
-        observations, _ = self._environment.reset(seed=seed)
-        self._look()
-        return self._joint(observations), self._present
+        with blamed(self._name, "began an episode"):
+            observations, _ = self._environment.reset(seed=seed)
+            self._look()
+            return self._joint(observations), self._present
 
     def step(self, action_K: Floats) -> Step:
         before = self._present
-        actions = {
-            name: agent.action.action(parts)
-            for name, agent, parts, present in zip(
-                self._names, self.agents, np.split(action_K, self._splits), before, strict=True
+        with blamed(self._name, "was acted in"):
+            actions = {
+                name: agent.action.action(parts)
+                for name, agent, parts, present in zip(
+                    self._names, self.agents, np.split(action_K, self._splits), before, strict=True
+                )
+                if present
+            }
+            observations, rewards, terminations, truncations, _ = self._environment.step(actions)
+            self._look()
+            left = before & ~self._present
+            # Who is gone without a word has no future either.
+            truncated = left & np.array([bool(truncations.get(name)) for name in self._names])
+            truncated &= ~np.array([bool(terminations.get(name)) for name in self._names])
+            paid = [_paid(str(name), rewards.get(name, 0.0)) if there else 0.0 for name, there in self._among(before)]
+            return Step(
+                observation_F=self._joint(observations),
+                reward_N=np.array(paid, dtype=np.float32),
+                terminated_N=left & ~truncated,
+                truncated_N=truncated,
+                present_N=self._present,
+                over=not self._present.any(),
             )
-            if present
-        }
-        observations, rewards, terminations, truncations, _ = self._environment.step(actions)
-        self._look()
-        left = before & ~self._present
-        # Who is gone without a word has no future either.
-        truncated = left & np.array([bool(truncations.get(name)) for name in self._names])
-        truncated &= ~np.array([bool(terminations.get(name)) for name in self._names])
-        return Step(
-            observation_F=self._joint(observations),
-            reward_N=np.array([rewards.get(name, 0.0) for name in self._names], dtype=np.float32) * before,
-            terminated_N=left & ~truncated,
-            truncated_N=truncated,
-            present_N=self._present,
-            over=not self._present.any(),
-        )
 
     def _look(self) -> None:
         there = set(self._environment.agents)
         self._present = np.array([name in there for name in self._names])
 
+    def _among(self, present_N: Bools) -> Iterator[tuple[Any, bool]]:
+        return zip(self._names, map(bool, present_N), strict=True)
+
     def _joint(self, observations: dict[Any, Any]) -> Floats:
-        return np.concatenate(
-            [
-                agent.observation.flatten(observations[name])
-                if name in observations
-                else np.zeros(agent.observation.width, dtype=np.float32)
-                for name, agent in zip(self._names, self.agents, strict=True)
-            ]
-        )
+        """Return what all see. Errors: ValueError, where who acts next sees nothing."""
+        seen = []
+        for agent, (name, present) in zip(self.agents, self._among(self._present), strict=True):
+            if name in observations:
+                seen.append(_seen(agent, observations[name]))
+            elif present:
+                raise ValueError(f"{name} is to act and was given no observation")
+            else:
+                seen.append(np.zeros(agent.observation.width, dtype=np.float32))
+        return np.concatenate(seen)
 
     def close(self) -> None:
-        self._environment.close()
+        with contextlib.suppress(Exception, SystemExit):  # nothing is read from it any more
+            self._environment.close()
 
 
 def world_maker(task: str, name: str, agents: int, *, modules: Sequence[str]) -> Callable[[], World]:
     """Return what makes a plan's environment. Errors of what it returns: InvalidFieldError, IncompatibleError."""
-    if task == "reinforcement":
-        return lambda: SingleWorld(make_single(name, modules=modules))
-    return lambda: ParallelWorld(make_parallel(name, agents, modules=modules))
+
+    def make() -> World:
+        with blamed(name, "was made"):
+            if task == "reinforcement":
+                return SingleWorld(make_single(name, modules=modules), name)
+            return ParallelWorld(make_parallel(name, agents, modules=modules), name)
+
+    return make
 
 
 def seed_of(seed: int, stream: int, *place: int) -> int:
@@ -214,7 +278,7 @@ class Episodes:
         return self._worlds[i].reset(seed_of(self._seed, TRAINING, i, self._numbers[i]))
 
     def step(self, action_EK: Floats) -> Transitions:
-        """Act in every episode. Errors: TrainingDivergedError, when an environment's numbers are not finite."""
+        """Act in every episode. Errors: those of the environment (`blamed`)."""
         returns = []
         count, agents = self.present_EN.shape
         reward_EN = np.zeros((count, agents), dtype=np.float32)
@@ -230,8 +294,6 @@ class Episodes:
                 returns.append(self._returns[i])
                 self._numbers[i] += 1
                 observation_EF[i], present_EN[i] = self._begin(i)
-        if not np.isfinite(observation_EF).all() or not np.isfinite(final_EF).all():
-            raise TrainingDivergedError("the environment gave an observation that is not finite; bound it in a wrapper")
         self.observation_EF, self.present_EN = observation_EF, present_EN
         return Transitions(
             reward_EN=reward_EN,

@@ -19,11 +19,11 @@ from tests.agent.acting import MEETING, MODULES, SIGNAL, meeting_config, signal_
 
 
 def signal_world() -> World:
-    return SingleWorld(make_single(SIGNAL, modules=MODULES))
+    return SingleWorld(make_single(SIGNAL, modules=MODULES), SIGNAL)
 
 
 def meeting_world() -> World:
-    return ParallelWorld(make_parallel(MEETING, 3, modules=MODULES))
+    return ParallelWorld(make_parallel(MEETING, 3, modules=MODULES), MEETING)
 
 
 def model_of(world: World, coordination: str = "independent") -> PolicyModel:
@@ -171,7 +171,7 @@ def test_episodes_are_taken_up_where_they_stood() -> None:
 
 def test_episodes_that_do_not_repeat_begin_anew() -> None:
     """Where keys come from elsewhere, taking an episode up is found out."""
-    make = lambda: SingleWorld(make_single("tests.agent.acting:Restless-v0", modules=MODULES))  # noqa: E731
+    make = lambda: SingleWorld(make_single("tests.agent.acting:Restless-v0", modules=MODULES), "")  # noqa: E731
     episodes = Episodes(make, 4, seed=4)
     for _ in range(5):
         episodes.step(np.zeros((4, 1), dtype=np.float32))
@@ -208,7 +208,7 @@ def test_coordination_is_absent_where_it_was_not_measured() -> None:
 def test_rewards_that_are_no_numbers_end_a_measurement() -> None:
     """A return that is not finite is no figure to publish."""
     stage = Stage(
-        lambda: SingleWorld(make_single("tests.agent.acting:Poisoned-v0", modules=MODULES)), episodes=2, seed=0
+        lambda: SingleWorld(make_single("tests.agent.acting:Poisoned-v0", modules=MODULES), ""), episodes=2, seed=0
     )
     with pytest.raises(TrainingDivergedError, match="a measured return is not finite"):
         stage.random_play()
