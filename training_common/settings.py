@@ -118,6 +118,9 @@ class WorkerSettings(Section):
     deadline_grace_s: float = Field(
         default=60.0, gt=0, le=3600, description="time to save and let go after finish_by, before the worker is killed"
     )
+    cancel_grace_s: float = Field(
+        default=60.0, gt=0, le=3600, description="time to end after a cancel, before the worker is killed"
+    )
     exchange_timeout_s: float = Field(
         default=1800.0,
         gt=0,

@@ -180,6 +180,20 @@ async def test_a_worker_that_does_not_let_go_is_ended_after_the_grace(
     service.database.close()
 
 
+async def test_a_worker_that_does_not_heed_a_cancel_is_ended(tmp_path: Path, store_url: str) -> None:
+    """It hangs in its save and gives signs of life all the while; the job ends as its owner wished."""
+    service = ToyService(tmp_path, store_url=store_url, cancel_grace_s=0.2)
+    job = submit(service, steps=100, checkpoint_every=10, stuck_in_save_at=10)
+    await service.until(job, lambda row: row.step >= 10)
+    handle = service.handle(job)
+    service.steer("cancel", job)
+    assert JobState.CANCELLED is (await service.until(job, ended)).state
+    end = time.monotonic() + 10
+    while service.engine.alive(handle):
+        assert time.monotonic() < end
+    service.database.close()
+
+
 async def test_a_worker_that_dies_after_the_deadline_is_not_replaced(service: ToyService, clock: WallClock) -> None:
     """There is no time left for another attempt."""
     job = submit(service, Scheduling(finish_by_us=in_s(3600)))

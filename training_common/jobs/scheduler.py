@@ -18,6 +18,7 @@ import structlog
 
 from training_common.jobs.folders import log_name
 from training_common.jobs.life import SignsOfLife
+from training_common.jobs.states import JobState
 from training_common.jobs.store import STOPPING, AttemptRow, JobRow, JobStore, Loan, Loss, first_due
 from training_common.jobs.verifier import Verifier
 from training_common.jobs.waits import Standing
@@ -114,6 +115,8 @@ class Scheduler:
         self._launch_again_at = 0.0
         self._launch_pause_s = LAUNCH_PAUSE_S
         self._life = SignsOfLife(clock)
+        # Since when own workers are known to have been cancelled, by attempt id.
+        self._cancelled_s: dict[int, float] = {}
         # What the last look found: own slots in use, and what kept a job from a free one.
         self._taken, self._lent = 0, ""
         # Why no other place than a slot is to be had now, in words; told by who looks for such places.
@@ -163,6 +166,7 @@ class Scheduler:
             else:
                 self._look_at_anothers(job, attempt)
         self._end_overdue(every)
+        self._end_cancelled(held)
         replays = self._verifier.look() if self._verifier else 0
         self._taken, self._lent = sum(job.slots for job, _ in held if not job.lease) + replays, ""
         self._fill()
@@ -203,6 +207,16 @@ class Scheduler:
             for job, attempt in every:
                 if job.id == late.id:
                     self.give_up(job, attempt, f"attempt {attempt.number}: still at work after its deadline's grace")
+
+    def _end_cancelled(self, held: Sequence[tuple[JobRow, AttemptRow]]) -> None:
+        """End workers that do not heed a cancel: a stranger's code that hangs in one gives signs of life for good."""
+        now = self._clock()
+        cancelled = [(job, attempt) for job, attempt in held if job.state is JobState.CANCELLING]
+        self._cancelled_s = {attempt.id: self._cancelled_s.get(attempt.id, now) for _, attempt in cancelled}
+        for job, attempt in cancelled:
+            if now - self._cancelled_s[attempt.id] > self._settings.cancel_grace_s:
+                told = f"had not ended {self._settings.cancel_grace_s:g} s after it was cancelled"
+                self.give_up(job, attempt, f"attempt {attempt.number}: {told}")
 
     def _look_at(self, job: JobRow, attempt: AttemptRow) -> None:
         handle = self._handle_of(attempt)
