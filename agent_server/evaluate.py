@@ -6,10 +6,13 @@ It answers for the set's test rows, as the metrics of training do; for one that 
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
+import math
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 
 from agent_server.agents import Measured
-from agent_server.architectures.factory import AgentArchitectureFactory
+from agent_server.architectures.factory import BUILT_IN, AgentArchitectureFactory
 from agent_server.architectures.model import AgentModel
 from agent_server.architectures.policy_model import PolicyModel
 from agent_server.architectures.refusal import guard_process, require_separate
@@ -37,8 +40,10 @@ from cognateforge.exceptions import (
     ArtifactCorruptError,
     DataUnavailableError,
     FieldViolation,
+    ForgeError,
     IncompatibleError,
 )
+from training_common import faults
 from training_common.artifacts.blobs import BlobStore, StoredFile
 from training_common.artifacts.files import unpack
 from training_common.artifacts.open import open_store
@@ -47,6 +52,8 @@ from training_common.side_process import answer_order
 
 # Labels that a refusal names.
 _NAMED_LABELS = 10
+# Of what a plugin raised, so much is told.
+_TOLD_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +211,39 @@ def main(arguments: Sequence[str]) -> int:
     def work(order: dict[str, Any]) -> list[dict[str, Any]]:
         read = read_order(order)
         torch.set_num_threads(read.threads)
-        found = [asdict(measured) for measured in evaluate(read, folder)]
+        with _plugin_blamed(str(read.body["architecture"])):
+            found = evaluate(read, folder)
+        _require_finite(found)
         require_separate()
-        return found
+        return [asdict(measured) for measured in found]
 
     return answer_order(folder, work)
+
+
+@contextlib.contextmanager
+def _plugin_blamed(architecture: str) -> Iterator[None]:
+    """Name a plugin where it raises in the body, SystemExit included. Errors: IncompatibleError."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and faults.of_machine(error))
+        if isinstance(error, ForgeError) or machine or architecture in BUILT_IN:
+            raise
+        traceback.print_exc()
+        first = "".join(c if c.isprintable() else " " for c in str(error).strip().partition("\n")[0])[:_TOLD_CHARS]
+        raise IncompatibleError(
+            f"an agent of the plugin {architecture} cannot be measured: {type(error).__name__}: {first}; "
+            "correct the plugin"
+        ) from error
+
+
+def _require_finite(found: Sequence[Measured]) -> None:
+    """Refuse figures that are no numbers: the others are of answers that mean nothing. Errors: IncompatibleError."""
+    broken = [measured.metric for measured in found if not math.isfinite(measured.value)]
+    if broken:
+        raise IncompatibleError(
+            f"{', '.join(broken)} is not finite: the agent gives no numbers for these rows; take another version"
+        )
 
 
 if __name__ == "__main__":

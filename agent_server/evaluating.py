@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from agent_server.agents import Measured, find_agent, keep_evaluations
+from agent_server.agents import Measured, find_agent, keep_evaluations, require_there
 from agent_server.settings import EvaluationSettings
 from cognateforge.agent.v1 import agent_pb2
 from cognateforge.agent.v1 import training_pb2 as pb
@@ -20,6 +21,7 @@ from training_common.rpc.identity import current_caller
 from training_common.rpc.mutations import mutate
 from training_common.settings import ArtifactSettings, DataSettings
 from training_common.side_process import SideProcesses
+from training_common.store.database import Turn
 
 METHOD = "EvaluateAgent"
 MODULE = "agent_server.evaluate"
@@ -77,7 +79,8 @@ class Evaluator:
         """Return the answer's bytes: the stored one, that of an evaluation under way, or of a new one.
 
         When the last of its callers has gone, the evaluation is ended.
-        Errors: AgentNotFoundError, IncompatibleError, and those of `SideProcesses`.
+        Errors: AgentNotFoundError, also for one that is collected meanwhile; IncompatibleError, and those of
+        `SideProcesses`.
         """
         row = await self._registry.database.run(find_agent, self._registry, request.name)
         return await self._processes.answer(
@@ -85,27 +88,39 @@ class Evaluator:
         )
 
     async def _run(self, request: pb.EvaluateAgentRequest, row: ArtifactRow) -> bytes:
-        await asyncio.to_thread(require_whole, self._registry, row)
-        told = await self._processes.result(
-            {
-                "files_dir": str(self._places.files_dir.resolve()),
-                "artifacts": self._places.artifacts.model_dump(mode="json"),
-                "hub_dir": str(self._places.hub_dir.resolve()),
-                "data": self._places.data.model_dump(mode="json"),
-                "modules": list(self._places.modules),
-                "manifest": row.manifest.decode(),
-                "threads": self._settings.threads,
-                "request": base64.b64encode(request.SerializeToString()).decode(),
-            }
-        )
+        try:
+            await asyncio.to_thread(require_whole, self._registry, row)
+            told = await self._processes.result(self._order(request, row))
+        except Exception:
+            # The bytes of a version that is collected go away under the process: that is what there is to tell.
+            await self._registry.database.run(self._require_there, row)
+            raise
         found = [Measured(**measured) for measured in told]
         made = {"caller": current_caller().name, "request_id": request.request_id}
 
         def keep(connection: sa.Connection) -> pb.EvaluateAgentResponse:
+            self._registry.database.in_turn(connection, Turn.ALIASES)  # no collection comes between
+            require_there(connection, row)
             keep_evaluations(connection, row, found, **made)
             return pb.EvaluateAgentResponse(evaluations=map(_message, found))
 
         return await mutate(self._registry.database, METHOD, request, keep)
+
+    def _require_there(self, row: ArtifactRow) -> None:
+        with self._registry.database.read() as connection:
+            require_there(connection, row)
+
+    def _order(self, request: pb.EvaluateAgentRequest, row: ArtifactRow) -> Mapping[str, object]:
+        return {
+            "files_dir": str(self._places.files_dir.resolve()),
+            "artifacts": self._places.artifacts.model_dump(mode="json"),
+            "hub_dir": str(self._places.hub_dir.resolve()),
+            "data": self._places.data.model_dump(mode="json"),
+            "modules": list(self._places.modules),
+            "manifest": row.manifest.decode(),
+            "threads": self._settings.threads,
+            "request": base64.b64encode(request.SerializeToString()).decode(),
+        }
 
 
 def _require_task(request: pb.EvaluateAgentRequest, row: ArtifactRow) -> None:

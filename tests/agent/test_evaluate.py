@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from agent_server import evaluate as module
 from agent_server import migrations
 from agent_server.agents import Measured, record_agent
 from agent_server.architectures.model import AgentModel
@@ -95,6 +100,49 @@ def test_a_set_of_strange_labels_is_refused(model: AgentModel) -> None:
     assert ["classification"] == [violation.field for violation in caught.value.violations]
     with pytest.raises(DataUnavailableError, match="toy has no test rows"):
         measure_on(model, prepared([], []), task="classification", wish=GENERATED, max_tokens=128)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "failure", "told"),
+    [
+        ("recurrent", OSError(errno.ENOSPC, "full"), os.EX_IOERR),
+        ("recurrent", MemoryError(), os.EX_IOERR),
+        ("a_plugin", OSError(errno.ENOSPC, "full"), os.EX_IOERR),
+        (
+            "a_plugin",
+            ValueError("no\n\x1b[31m words"),
+            "the plugin a_plugin cannot be measured: ValueError: no; correct",
+        ),
+        ("a_plugin", SystemExit("bye"), "SystemExit: bye"),
+        ("recurrent", [Measured(metric="loss", dataset="d", value=float("nan"), rows=1)], "loss is not finite"),
+    ],
+)
+def test_a_worker_tells_whose_fault_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, failure: Any, told: int | str
+) -> None:
+    """A plugin's is named, a full disk is an exit code of its own, and figures that are no numbers are none."""
+    order = SimpleNamespace(body={"architecture": architecture}, threads=1)
+    monkeypatch.setattr(module, "read_order", lambda _: order)
+    for guard in ("guard_process", "require_separate"):
+        monkeypatch.setattr(module, guard, lambda: None)
+    given = {"return_value": failure} if isinstance(failure, list) else {"side_effect": failure}
+    monkeypatch.setattr(module, "evaluate", Mock(**given))
+    code = module.main([str(tmp_path)])
+    if isinstance(told, int):
+        assert (told, False) == (code, (tmp_path / "result.json").exists())
+    else:
+        error = json.loads((tmp_path / "result.json").read_text())["error"]
+        assert (0, "INCOMPATIBLE") == (code, error["reason"])
+        assert told in error["message"]
+
+
+def test_a_fault_of_our_own_is_no_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the worker as it is, and stands in the server's log."""
+    monkeypatch.setattr(module, "read_order", lambda _: SimpleNamespace(body={"architecture": "cognate"}, threads=1))
+    monkeypatch.setattr(module, "guard_process", lambda: None)
+    monkeypatch.setattr(module, "evaluate", Mock(side_effect=ValueError("ours")))
+    with pytest.raises(ValueError, match="ours"):
+        module.main([str(tmp_path)])
 
 
 def test_spans_of_strange_slots_are_told_apart() -> None:

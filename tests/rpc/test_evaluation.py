@@ -2,20 +2,25 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import psutil
 import pytest
+import sqlalchemy as sa
 
+from agent_server import tables
 from agent_server.agents import Measured, keep_evaluations
 from agent_server.evaluating import Evaluator
 from cognateforge.agent.v1 import agent_pb2
 from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.artifact.v1 import storage_pb2
 from cognateforge.client import AsyncAgentClient
 from cognateforge.exceptions import (
     AgentNotFoundError,
@@ -37,6 +42,7 @@ from tests.support.waiting import until
 WORKER = """
 import base64, json, os, pathlib, signal, subprocess, sys, time
 from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.artifact.v1 import storage_pb2
 
 folder = pathlib.Path(sys.argv[1])
 order = json.loads((folder / "order.json").read_text())
@@ -56,6 +62,10 @@ if seed == 3:
     os.kill(os.getpid(), signal.SIGKILL)
 if seed == 4:
     sys.exit("a secret of the library")
+if seed == 5:
+    (folder / "result.json").write_text("{{" + '"evaluations": [')
+    child.kill()
+    sys.exit(os.EX_IOERR)
 child.kill()
 rows = 4 + len(list(place.glob("started-*")))
 measured = {{"metric": "accuracy", "dataset": "forge-intents/test", "value": 0.5, "rows": rows}}
@@ -216,6 +226,7 @@ async def test_there_are_only_so_many_at_once(tmp_path: Path, place: Path) -> No
         (2, DataUnavailableError, "no rows"),
         (3, UnavailableError, "ended by SIGKILL"),
         (4, InternalError, "internal error"),
+        (5, ResourceExhaustedError, "make room on the disk"),
     ],
 )
 async def test_a_failed_evaluation_is_told_and_keeps_nothing(
@@ -232,6 +243,39 @@ async def test_a_failed_evaluation_is_told_and_keeps_nothing(
         assert "secret" not in str(caught.value)
         assert 1 == len(await evaluations(agents))
         assert (await agents.training.EvaluateAgent(request(0, request_id=wish.request_id))).evaluations
+
+
+async def test_a_version_that_is_collected_meanwhile_gets_no_result(tmp_path: Path, place: Path) -> None:
+    """The caller learns that it is gone, whatever its worker made of it, and nothing is kept of what nobody can get."""
+    async with serving(tmp_path, artifacts={"keep_newest": 1}) as agents:
+        publish_agent(tmp_path / "agent")
+        publish_agent(tmp_path / "agent")
+        call = asyncio.ensure_future(agents.training.EvaluateAgent(request(1)))
+        await until(lambda: len(started(place)) == 1)
+        collect = storage_pb2.CollectArtifactsRequest(request_id=str(uuid.uuid4()), names=["intent-router@1"])
+        await agents.storage.CollectArtifacts(collect)
+        (place / "go").touch()
+        with pytest.raises(AgentNotFoundError, match="intent-router@1 was collected"):
+            await call
+        registry = open_registry(tmp_path / "agent")
+        with registry.database.read() as connection:
+            assert [] == connection.execute(sa.select(tables.evaluations)).all()
+        registry.database.close()
+
+
+async def test_a_full_disk_is_told_and_the_next_call_goes_on(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's own part of an evaluation meets it first: no worker is started."""
+    async with serving(tmp_path) as agents:
+        publish_agent(tmp_path / "agent")
+        with monkeypatch.context() as full:
+            error = OSError(errno.ENOSPC, "No space left on device")
+            full.setattr("training_common.side_process.tempfile.mkdtemp", Mock(side_effect=error))
+            with pytest.raises(ResourceExhaustedError, match="make room on the disk"):
+                await agents.training.EvaluateAgent(request(), timeout=5)
+        assert [] == started(place)
+        assert (await agents.training.EvaluateAgent(request())).evaluations
 
 
 async def test_what_cannot_be_evaluated_starts_no_worker(tmp_path: Path, place: Path) -> None:
