@@ -45,7 +45,8 @@ class Measurements:
             for found in self._objective.floor(rows.test):
                 self._record(found.metric, dataset, found)
         if rows.earlier is not None:
-            for found in measure(self._objective, model, rows.earlier.test, between=between):
+            answering = (model, rows.earlier.test) if when == "after" else rows.earlier.before()
+            for found in [] if answering is None else measure(self._objective, *answering, between=between):
                 if found.metric == self._objective.score:
                     self._record(f"earlier_{found.metric}_{when}", f"{rows.earlier.name}/test", found)
             if when == "after":
@@ -84,8 +85,13 @@ class Measurements:
         return tuple(checks)
 
     def _record_forgetting(self, earlier: Earlier) -> None:
-        """Tell how much worse the earlier set is answered than before, in its score's own unit."""
+        """Tell how much worse the earlier set is answered than before, in its score's own unit.
+
+        Where nobody could answer for it before, nothing can have been forgotten.
+        """
         name, values = self._objective.score, self._by_metric()
+        if f"earlier_{name}_before" not in values:
+            return
         before, after = values[f"earlier_{name}_before"], values[f"earlier_{name}_after"]
         worse = forgetting(before.value, after.value, higher_is_better=self._objective.higher_is_better)
         found = Measurement(metric="forgetting", value=worse, rows=after.rows)

@@ -153,7 +153,8 @@ def train_agent(
     def build() -> AgentModel:
         return architecture.build(request) if agent_dir is None else architecture.build_on(agent_dir, request)
 
-    return _Run(config, architecture, build, data, rehearsal, attempt, team, cost).finish()
+    parent = None if agent_dir is None else lambda: architecture.load(agent_dir)
+    return _Run(config, architecture, build, parent, data, rehearsal, attempt, team, cost).finish()
 
 
 def _check_data(data: PreparedData[Any], task: str) -> None:
@@ -178,6 +179,7 @@ class _Run:
         config: AgentTrainConfig,
         architecture: AgentArchitecture,
         build: Callable[[], AgentModel],
+        parent: Callable[[], AgentModel] | None,
         data: PreparedData[Any] | None,
         rehearsal: PreparedData[Any] | None,
         attempt: Attempt,
@@ -192,7 +194,9 @@ class _Run:
         self.rows = (
             None
             if data is None
-            else TrainingRows(data, rehearsal, self.objective, self.model, config, between=self._heed_stop_early)
+            else TrainingRows(
+                data, rehearsal, self.objective, self.model, config, between=self._heed_stop_early, parent=parent
+            )
         )
         self.validates = team.agree(lambda: self.rows is not None and len(self.rows.validation) > 0)
         self.step = 0

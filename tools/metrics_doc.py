@@ -28,9 +28,11 @@ TRAINING = """Reported in the progress events of an agent's training job, under 
 
 MEASURED = """Measured on rows that are not trained on; each task has its own of them. In progress events a name begins
 with `validation_`. Around a run they are measured on test rows, `_before` its first step and `_after` its last one, on
-validation rows once more, and with rehearsal on the earlier set's test rows, where names begin with `earlier_`. These
-are kept with the published agent: in `Agent.evaluations`, its manifest and its model card. Each names the set, and the
-number of rows, turns or pairs that it was measured on: answers are written for 64 of them at most.
+validation rows once more, and with rehearsal on the earlier set's test rows, where names begin with `earlier_`. Of an
+agent that goes on with other labels, and so with a new head, what is measured there before is the published agent, by
+its own labels; it is absent where that one does not know them all, and then `forgetting` is too. These are kept with
+the published agent: in `Agent.evaluations`, its manifest and its model card. Each names the set, and the number of
+rows, turns or pairs that it was measured on: answers are written for 64 of them at most.
 """
 
 FLOORS = """Kept beside them: what an agent has to beat, and what it forgot.

@@ -154,6 +154,30 @@ def test_rehearsal_keeps_what_was_learnt(first: AgentResult, tmp_path: Path) -> 
     assert with_rows["forgetting"] < without["forgetting"] / 2
 
 
+def test_forgetting_is_of_the_published_agent(first: AgentResult, tmp_path: Path) -> None:
+    """With one label more the head begins anew: what is forgotten is what the published agent could do, by its labels.
+
+    Where it did not know the earlier set's labels, nothing was measured before, and nothing is told of forgetting.
+    """
+    labels = ("other", *reversed(EARLIER.labels))
+    swapped = [dataclasses.replace(row, label=len(EARLIER.labels) - row.label) for row in later_rows().train]
+    data = prepared([*swapped[:80], *[Labelled("other words", 0)] * 10], swapped[80:], name="wider", labels=labels)
+
+    def on(earlier: Rows, name: str) -> dict[str, float]:
+        attempt = MemoryAttempt(tmp_path / name)
+        return measured(
+            train_agent(CONFIG, None, data, attempt, agent_dir=first.folder, rehearsal=earlier, factory=factory())
+        )
+
+    test = [dataclasses.replace(row, label=len(EARLIER.labels) - row.label) for row in EARLIER.test]
+    found = on(prepared([], test, name="earlier", labels=labels), "known")
+    assert found["earlier_accuracy_before"] == measured(first)["accuracy_after"]
+    assert found["forgetting"] == found["earlier_accuracy_before"] - found["earlier_accuracy_after"]
+    strange = on(prepared([], [*test, Labelled("other", 0)], name="earlier", labels=labels), "strange")
+    assert "earlier_accuracy_after" in strange
+    assert not {"earlier_accuracy_before", "forgetting"} & set(strange)
+
+
 def test_an_agent_is_unpacked_once_and_whole(tmp_path: Path) -> None:
     """Jobs side by side share the files; a damaged copy is made anew, and damaged bytes of the store are refused."""
     registry = open_registry(tmp_path)
