@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from agent_server.architectures.factory import SettingValue
 from agent_server.rl.config import PolicyConfig
-from agent_server.rl.registry import require_environment
+from agent_server.rl.lookup import look_up
 from agent_server.train_config import optimization_of
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import FieldViolation, InvalidFieldError, NotImplementedByServerError
@@ -98,7 +98,7 @@ def require_acting(plan: pb.TrainingPlan, *, modules: tuple[str, ...]) -> None:
     plan: with its defaults filled in. Errors: InvalidFieldError, NotImplementedByServerError.
     """
     name = plan.WhichOneof("task") or ""
-    require_environment(name, acting_task(plan).environment, modules=modules, field=f"plan.{name}.environment")
+    look_up(name, acting_task(plan).environment, modules=modules, field=f"plan.{name}.environment")
     violations = [FieldViolation(field=field, description=description) for field, description in _not_served(plan)]
     if violations:
         text = "; ".join(f"{v.field} {v.description}" for v in violations)

@@ -1,4 +1,4 @@
-"""Environments by registered name. Free of torch: the server asks it before a job is made.
+"""Environments by registered name. Free of torch; a server asks it through `agent_server.rl.lookup`.
 
     CartPole-v1             Gymnasium's own registry
     my_games:Maze-v0        the same, after a module that registers it; only modules that the settings list

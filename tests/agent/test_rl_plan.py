@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent_server.plan import require_feasible, with_defaults
+from agent_server.rl.lookup import look_up
 from agent_server.rl.plan import policy_config
 from agent_server.rl.registry import make_parallel, require_environment
 from agent_server.settings import AgentSettings
@@ -169,3 +171,38 @@ def test_the_number_of_agents_is_the_environments() -> None:
     with pytest.raises(InvalidFieldError, match="must be 2 for mpe2/simple_speaker") as refused:
         make_parallel("mpe2/simple_speaker_listener_v4", 5, modules=("mpe2",), field="plan.multi_agent.environment")
     assert ["plan.multi_agent.agents"] == [violation.field for violation in refused.value.violations]
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("raise RuntimeError('no display')", "RuntimeError: no display; correct its module"),
+        ("import sys\nsys.exit('bye')", "SystemExit: bye"),
+        ("import os\nos._exit(3)", "ended the process that looked it up, by exit code 3"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "by signal SIGSEGV"),
+        ("print('{}')", "Gymnasium has no environment"),
+        ("import threading\nthreading.Event().wait()", "took more than 8 s to look up: its module hangs"),
+        ("import cognate_server", "an agent architecture reached for"),
+    ],
+)
+def test_a_modules_import_does_nothing_to_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, told: str
+) -> None:
+    """A process of its own imports it; what it does there refuses the plan, and names the field."""
+    (tmp_path / "strange_games.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InvalidFieldError) as refused:
+        look_up("reinforcement", "strange_games:Maze-v0", modules=("strange_games",), field=PLACE, patience_s=8)
+    [violation] = refused.value.violations
+    assert PLACE == violation.field
+    assert told in violation.description
+    assert "strange_games" not in sys.modules
+
+
+def test_a_name_of_a_module_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found names are known from then on; those that were not found are looked up again."""
+    look_up("reinforcement", SIGNAL, modules=MODULES, field=PLACE)
+    monkeypatch.setattr("agent_server.rl.lookup.subprocess.Popen", None)
+    look_up("reinforcement", SIGNAL, modules=MODULES, field=PLACE)
+    with pytest.raises(TypeError):
+        look_up("multi_agent", MEETING, modules=MODULES, field=PLACE)
