@@ -769,6 +769,9 @@ def test_every_option_of_a_field_exists() -> None:
             plans = (pretraining_pb2.PretrainingPlan.DESCRIPTOR, training_pb2.TrainingPlan.DESCRIPTOR)
             assert any(has_field(plan, field.split(".")[1:]) for plan in plans), field
     assert "--dataset" == errors.option_for("plan.datasets[2].weight")
+    assert ["--data", "--environment"] == [
+        errors.option_for(field) for field in ("classification.file.path", "reinforcement.environment")
+    ]
 
 
 def has_field(message: Descriptor, path: list[str]) -> bool:

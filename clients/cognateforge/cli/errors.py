@@ -20,6 +20,18 @@ _TASKS = (
     "tool_calling",
     "preference",
 )
+_ACTING = ("reinforcement", "multi_agent")
+_POLICY_FIELDS = (
+    "rollout_steps",
+    "environments",
+    "epochs",
+    "minibatches",
+    "discount",
+    "advantage_decay",
+    "clip_range",
+    "entropy_weight",
+    "environment_steps",
+)
 _SOURCE_FIELDS = ("file", "file.path", "hub", "hub.dataset", "hub.config", "hub.revision")
 # Options whose names are not their field's with dashes, by the field's path.
 _OPTIONS: Mapping[str, str] = {
@@ -50,6 +62,8 @@ _OPTIONS: Mapping[str, str] = {
     "plan.adaptation.lora.rank": "--lora-rank",
     "plan.adaptation.lora.alpha": "--lora-alpha",
     "plan.adaptation.lora.dropout": "--lora-dropout",
+    "plan.adaptation.bottleneck.width": "--bottleneck-width",
+    "plan.validation_interval_steps": "--validation-interval",
     "plan.optimization.peak_learning_rate": "--lr",
     "plan.optimization.gradient_clip_norm": "--clip-norm",
 }
@@ -81,6 +95,19 @@ _SAME_NAME = frozenset(
         "plan.behavioural.successes_only",
         "plan.behavioural.weight_by_reward",
         "plan.preference.beta",
+        "plan.max_tokens",
+        "plan.compute.processes",
+        "plan.compute.nodes",
+        "plan.adaptation.freezing.trained_blocks",
+        "plan.multi_agent.agents",
+        "plan.multi_agent.coordination",
+        *(f"plan.{task}.{field}" for task in _ACTING for field in ("environment", "evaluation_episodes")),
+        *(f"plan.{task}.policy_optimization.{field}" for task in _ACTING for field in _POLICY_FIELDS),
+        "plan.optimization.accumulation_steps",
+        "plan.optimization.precision",
+        "plan.optimization.early_stopping",
+        "plan.optimization.early_stopping.patience",
+        "plan.optimization.early_stopping.min_improvement",
         "plan.optimization.warmup_steps",
         "plan.optimization.schedule",
         "plan.optimization.adamw.weight_decay",
@@ -92,6 +119,8 @@ _SAME_NAME = frozenset(
 def option_for(field: str) -> str:
     """Return the option that sets a field of a request, "" where none does."""
     path = re.sub(r"\[[^]]*\]", "", field)
+    if path.partition(".")[0] in (*_TASKS, *_ACTING):  # of an evaluation, which has no plan
+        path = f"plan.{path}"
     if path in _SAME_NAME:
         return "--" + path.rpartition(".")[2].replace("_", "-")
     return _OPTIONS.get(path, "")
