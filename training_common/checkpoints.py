@@ -22,7 +22,7 @@ MANIFEST = "checkpoint.json"
 # step-STEP.ATTEMPT, and .step-STEP.ATTEMPT.PROCESS while it is being written.
 _FOLDER = re.compile(r"\.?step-\d+\.(\d+)(?:\.\d+)?$")
 # Less free space than this after a failed write says why it failed: a writer's last block was larger.
-_FULL_BYTES = 1 << 20
+FULL_BYTES = 1 << 20
 
 
 class CheckpointFolder:
@@ -91,7 +91,7 @@ class CheckpointFolder:
             write(folder)
         except Exception as error:
             # Libraries tell of a full disk in words of their own.
-            if shutil.disk_usage(folder).free < _FULL_BYTES:
+            if shutil.disk_usage(folder).free < FULL_BYTES:
                 raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(folder)) from error
             raise
 

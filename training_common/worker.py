@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import shutil
@@ -47,8 +48,9 @@ from training_common.attempt import (
 )
 from training_common.attempt_log import kept_bounded
 from training_common.checkpoint_writer import CheckpointWriter
-from training_common.checkpoints import CheckpointFolder
+from training_common.checkpoints import FULL_BYTES, CheckpointFolder
 from training_common.devices import take_devices
+from training_common.digests import files_under
 from training_common.engines.processes import EX_TEMPFAIL, end_with_parent, exit_at_once, own_handle, parent_handle
 from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir, verification_log_name
 from training_common.jobs.states import JobState
@@ -71,6 +73,9 @@ _STORAGE = "storage"
 _SIGNING_KEY = "signing key"
 # What has to fit where nobody knows yet how large a checkpoint is.
 _LEAST_ROOM_BYTES = 1 << 20
+_CHECKPOINTS = "checkpoints"
+# The fact of a job that tells how much has to fit before it is tried again.
+_ROOM_FACT = "room_bytes"
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -82,7 +87,7 @@ class WorkerAttempt(Attempt):
         self._workdir = workdir
         self._stop: StopKind | None = None
         workdir.mkdir(parents=True, exist_ok=True)
-        self._checkpoints = CheckpointFolder(workdir / "checkpoints", store)
+        self._checkpoints = CheckpointFolder(workdir / _CHECKPOINTS, store)
         self._writer = CheckpointWriter(self._checkpoints, background=saves_in_background)
 
     @property
@@ -114,7 +119,9 @@ class WorkerAttempt(Attempt):
         """Make sure that a checkpoint fits, and that those of before are there. Errors: AttemptWaits."""
         self._checkpoints.require_present()
         newest = next((row.size_bytes for row in self.store.checkpoints()), 0)
-        room_bytes = max(newest, _LEAST_ROOM_BYTES)
+        # What an attempt before this one has left of its product is written over.
+        beyond = int(self.store.job.facts.get(_ROOM_FACT, 0)) - self._made_bytes()
+        room_bytes = max(newest, _LEAST_ROOM_BYTES, beyond)
         probe = self._workdir / f".room.{os.getpid()}"
         try:
             with probe.open("wb") as file:
@@ -123,11 +130,23 @@ class WorkerAttempt(Attempt):
         except OSError as error:
             if not faults.of_storage(error):
                 raise
-            message = f"{error.strerror}: {room_bytes} bytes for a checkpoint cannot be written"
+            message = f"{error.strerror}: {room_bytes} bytes for a checkpoint or a product cannot be written"
             raise AttemptWaits(_STORAGE, message=message) from error
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink(missing_ok=True)
+
+    def remember_room(self) -> None:
+        """Let the next attempt begin when twice of what this one could write beside its checkpoints fits.
+
+        How large the product would have become is not known.
+        """
+        with contextlib.suppress(sa.exc.OperationalError):  # the store may be on the same full disk
+            self.store.set_facts({_ROOM_FACT: str(2 * self._made_bytes())})
+
+    def _made_bytes(self) -> int:
+        folders = [path for path in self._workdir.iterdir() if path.is_dir() and path.name != _CHECKPOINTS]
+        return sum(file.stat().st_size for folder in folders for file in files_under(folder))
 
     def keep(self, retention: Retention) -> None:
         """Apply this retention from the next checkpoint on."""
@@ -452,6 +471,17 @@ def _work_or_wait(context: WorkerContext[S], work: Work[S]) -> None:
         if stop.kind.saves:
             context.attempt.settle()
         raise
+    except (ForgeError, FencedOutError, sa.exc.OperationalError):
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # Libraries tell of a full disk in words of their own.
+        if not full and (_misses_another(error) or shutil.disk_usage(context.job_dir).free >= FULL_BYTES):
+            raise
+        context.attempt.remember_room()
+        if full:
+            raise
+        raise OSError(errno.ENOSPC, "no space left on device", str(context.job_dir)) from error
     finally:
         # Whatever the job becomes, no checkpoint is recorded after it.
         context.attempt.close()

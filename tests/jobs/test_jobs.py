@@ -9,6 +9,7 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import ToySettings, expected_result
 from training_common import worker
-from training_common.attempt import FencedOutError
+from training_common.attempt import AttemptWaits, FencedOutError
 from training_common.checkpoints import CheckpointFolder
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.scheduler import Scheduler
@@ -160,6 +161,43 @@ async def test_a_full_disk_is_the_machines_fault_and_another_attempt_goes_on(ser
     assert [expected_result(30)] == service.result(job)
     told = [e.payload["message"] for e in service.events(job) if e.payload.get("kind") == "platform"]
     assert ["the worker's machine failed it: No space left on device; another attempt will go on"] == told
+
+
+async def test_a_product_that_did_not_fit_is_tried_again_when_there_is_room(
+    service: ToyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice of what was written has to fit, less what lies there: until then the job waits instead of being spent."""
+    job = await service.until(service.submit(steps=5, product_bytes=3 << 20), ended)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+    assert 6 << 20 == int(job.facts["room_bytes"])
+
+    again = service.submit(steps=5)
+    assert service.store.begin_attempt("local") is not None
+    held, row = service.store.held()[0]
+    service.store.attempt(again.name, row.number, held.fencing_token).set_facts({"room_bytes": str(6 << 20)})
+    store = service.store.attempt(again.name, row.number, held.fencing_token)
+    attempt = worker.WorkerAttempt(store, workdir=service.folder / "work")
+    (service.folder / "work" / "product").mkdir()
+    (service.folder / "work" / "product" / "weights").write_bytes(b"x" * (1 << 20))
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr("training_common.worker.os.posix_fallocate", full)
+    with pytest.raises(AttemptWaits, match=f"{5 << 20} bytes for a checkpoint or a product cannot be written"):
+        attempt.require_storage()
+
+
+@pytest.mark.parametrize(("free", "told"), [(0, OSError), (1 << 30, RuntimeError)])
+def test_a_library_that_fails_on_a_full_disk_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, told: type[Exception]
+) -> None:
+    """Its own words would have failed the job for good; with space left, they do."""
+    attempt = Mock(stop_requested=lambda: None)
+    context = Mock(attempt=attempt, job_dir=tmp_path)
+    monkeypatch.setattr("training_common.worker._require_signing_key", lambda _: None)
+    monkeypatch.setattr("training_common.worker.take_devices", lambda *_, **__: None)
+    monkeypatch.setattr("training_common.worker.shutil.disk_usage", lambda path: Usage(9, 9, free))
+    with pytest.raises(told):
+        worker._work_or_wait(context, Mock(side_effect=RuntimeError("[enforce fail] unexpected pos")))
+    assert (told is OSError) == attempt.remember_room.called
 
 
 async def test_a_missing_file_is_not_the_machines_fault(service: ToyService) -> None:

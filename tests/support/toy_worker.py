@@ -88,6 +88,10 @@ def work(context: WorkerContext[ToySettings]) -> None:
         if step % plan.get("checkpoint_every", 10) == 0:
             save(step, value)
     tell(False)
+    if attempt.store.attempt.number == 1 and "product_bytes" in plan:
+        (context.job_dir / "product").mkdir()
+        (context.job_dir / "product" / "weights").write_bytes(b"x" * plan["product_bytes"])
+        raise OSError(errno.ENOSPC, "No space left on device")
     attempt.trained()
     attempt.event("result", {"message": value.hex()})
     attempt.move(JobState.SUCCEEDED)
