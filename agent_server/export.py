@@ -13,9 +13,12 @@ step: both are in the package (probe.safetensors). The tokenizer stays the packa
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import shutil
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +58,8 @@ _REFUSED: Mapping[str, Mapping[str, str]] = {
 }
 # Longest text where a model has no bound of its own: tracers want one.
 _UNBOUNDED_TOKENS = 1 << 16
+# Less free space than this after a failed write says why it failed: a writer's last block was larger.
+_FULL_BYTES = 1 << 20
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -105,19 +110,28 @@ def export_agent(folder: Path, out: Path, form: str, *, factory: AgentArchitectu
         raise LocalStorageError(f"{out.parent} is no folder: create it, or give another place for {out.name}")
     model = (factory or AgentArchitectureFactory()).get(architecture).load(folder).eval()
     write, read = _FORMS[form]
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch) / out.name
-        try:
-            write(_Plain(model).eval(), probe, model.context, made)
-            exported = read(made)
-        except ForgeError:
-            raise
-        except Exception as error:  # whatever tracers raise
-            text = str(error).partition("\n")[0]
-            raise IncompatibleError(f"{architecture} cannot be exported: {type(error).__name__}: {text}") from error
-        distance, before = check_export(exported, probe, output)
-        size_bytes = made.stat().st_size
-        os.replace(made, out)
+    try:
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            made = Path(scratch) / out.name
+            try:
+                write(_Plain(model).eval(), probe, model.context, made)
+                exported = read(made)
+            except (ForgeError, OSError):
+                raise
+            except Exception as error:  # whatever tracers raise
+                # Libraries tell of a full disk in words of their own.
+                if shutil.disk_usage(scratch).free < _FULL_BYTES:
+                    raise OSError(errno.ENOSPC, "no space left on device", str(made)) from error
+                text = str(error).partition("\n")[0]
+                raise IncompatibleError(f"{architecture} cannot be exported: {type(error).__name__}: {text}") from error
+            distance, before = check_export(exported, probe, output)
+            size_bytes = made.stat().st_size
+            with made.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(made, out)
+    except OSError as error:
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        raise LocalStorageError(f"{out} cannot be written: {error.strerror or error}; {remedy}") from error
     return Exported(file=str(out), format=form, size_bytes=size_bytes, distance=distance, untrained_distance=before)
 
 
@@ -157,9 +171,12 @@ def _write_onnx(model: nn.Module, probe: dict[str, Tensor], context: int, path: 
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         # The newer exporter writes a recurrent layer out step by step; the older one has ONNX's own for it.
         axes = {name: {0: "rows", 1: "tokens"} for name in names}
-        torch.onnx.export(
-            model, arguments, path, dynamo=False, input_names=names, output_names=["logits"], dynamic_axes=axes
-        )
+        with warnings.catch_warnings():
+            # Of the exporter's age, and of numbers of rows that `check_export` asks for.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model, arguments, path, dynamo=False, input_names=names, output_names=["logits"], dynamic_axes=axes
+            )
         return
     program = torch.onnx.export(
         model,
@@ -203,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         exported = export_agent(given.folder, given.out, given.format)
     except ForgeError as error:
-        print(f"{error.reason_name()}: {error.message}", file=sys.stderr)  # noqa: T201 - a command's output
+        reason = error.reason_name() if error.reason else "error"
+        print(f"{reason}: {error.message}", file=sys.stderr)  # noqa: T201 - a command's output
         return 1
     print(json.dumps(asdict(exported)))  # noqa: T201 - a command's output
     return 0

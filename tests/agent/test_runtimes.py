@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
+from agent_server import export
 from agent_server.adaptation import Adaptation, Bottleneck, merge_checked
 from agent_server.architectures.causal_lm import CausalLmArchitecture
 from agent_server.architectures.cognate import CognateArchitecture
@@ -270,6 +273,44 @@ def test_an_export_of_other_weights_is_not_written(
     with pytest.raises(IntegrityCheckFailedError, match="before its first step"):
         export_agent(folder, out, "onnx", factory=factory())
     assert [] == list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1 << 30, "No space left on device; free some space"),
+        (RuntimeError("unexpected pos 64"), 0, "no space left on device; free some space"),
+        (OSError(errno.EACCES, "Permission denied"), 0, "Permission denied; choose another place"),
+    ],
+)
+def test_a_full_disk_is_told_and_what_was_there_stays(
+    packages: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    free: int,
+    told: str,
+) -> None:
+    """It is no fault of the architecture, also where a library tells of it in words of its own."""
+    out = tmp_path / "out" / "model.onnx"
+    out.parent.mkdir()
+    out.write_bytes(b"an earlier one")
+    monkeypatch.setattr("agent_server.export.AgentArchitectureFactory", factory)
+    monkeypatch.setattr(export, "_FORMS", {"onnx": (Mock(side_effect=error), Mock())})
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr("agent_server.export.shutil.disk_usage", lambda path: usage)
+    assert 1 == main([str(packages("recurrent-classes")), str(out), "--format", "onnx"])
+    assert f"error: {out} cannot be written: {told}" in capsys.readouterr().err
+    assert ([out], b"an earlier one") == (list(out.parent.iterdir()), out.read_bytes())
+
+
+def test_an_export_takes_no_folders_place(packages: Callable[[str], Path], tmp_path: Path) -> None:
+    """A place that cannot be replaced is told of, and nothing is left beside it."""
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(LocalStorageError, match="choose another place"):
+        export_agent(packages("recurrent-classes"), tmp_path / "model.onnx", "onnx", factory=factory())
+    assert [tmp_path / "model.onnx"] == list(tmp_path.iterdir())
 
 
 def test_what_is_no_graph_is_not_exported(
