@@ -6,13 +6,11 @@ It answers for the set's test rows, as the metrics of training do; for one that 
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import json
 import math
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from typing import Any
 import torch
 
 from agent_server.agents import Measured
-from agent_server.architectures.factory import BUILT_IN, AgentArchitectureFactory
+from agent_server.architectures.blame import plugin_blamed
+from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.architectures.model import AgentModel
 from agent_server.architectures.policy_model import PolicyModel
 from agent_server.architectures.refusal import guard_process, require_separate
@@ -40,10 +39,8 @@ from cognateforge.exceptions import (
     ArtifactCorruptError,
     DataUnavailableError,
     FieldViolation,
-    ForgeError,
     IncompatibleError,
 )
-from training_common import faults
 from training_common.artifacts.blobs import BlobStore, StoredFile
 from training_common.artifacts.files import unpack
 from training_common.artifacts.open import open_store
@@ -52,8 +49,6 @@ from training_common.side_process import answer_order
 
 # Labels that a refusal names.
 _NAMED_LABELS = 10
-# Of what a plugin raised, so much is told.
-_TOLD_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,30 +206,13 @@ def main(arguments: Sequence[str]) -> int:
     def work(order: dict[str, Any]) -> list[dict[str, Any]]:
         read = read_order(order)
         torch.set_num_threads(read.threads)
-        with _plugin_blamed(str(read.body["architecture"])):
+        with plugin_blamed(str(read.body["architecture"]), doing="measured", folder=folder):
             found = evaluate(read, folder)
         _require_finite(found)
         require_separate()
         return [asdict(measured) for measured in found]
 
     return answer_order(folder, work)
-
-
-@contextlib.contextmanager
-def _plugin_blamed(architecture: str) -> Iterator[None]:
-    """Name a plugin where it raises in the body, SystemExit included. Errors: IncompatibleError."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and faults.of_machine(error))
-        if isinstance(error, ForgeError) or machine or architecture in BUILT_IN:
-            raise
-        traceback.print_exc()
-        first = "".join(c if c.isprintable() else " " for c in str(error).strip().partition("\n")[0])[:_TOLD_CHARS]
-        raise IncompatibleError(
-            f"an agent of the plugin {architecture} cannot be measured: {type(error).__name__}: {first}; "
-            "correct the plugin"
-        ) from error
 
 
 def _require_finite(found: Sequence[Measured]) -> None:

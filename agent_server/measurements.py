@@ -102,5 +102,8 @@ class Measurements:
 
     def _record(self, metric: str, dataset: str, found: Measurement) -> None:
         if not math.isfinite(found.value):
-            raise TrainingDivergedError(f"{metric} on {dataset} is {found.value}: lower the learning rate")
+            remedy = "lower the learning rate"
+            if metric.endswith("_before"):  # no step was taken yet
+                remedy = "what it begins with gives no numbers, so look at the base, or at the architecture's plugin"
+            raise TrainingDivergedError(f"{metric} on {dataset} is {found.value}: {remedy}")
         self.results.append(Evaluation(metric=metric, dataset=dataset, value=found.value, rows=found.rows))

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from agent_server import descents, foundation
+from agent_server.architectures.blame import plugin_blamed
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.architectures.refusal import guard_process, require_separate
 from agent_server.architectures.settings import settings_of
@@ -78,16 +79,19 @@ def work(context: WorkerContext[AgentSettings]) -> None:
         )
     attempt.move(JobState.RUNNING)
     config, base_dir, agent_dir = _agreed(team, plan, base)
-    result = train_agent(
-        config,
-        base_dir,
-        data,
-        TeamAttempt(team, attempt, job=attempt.job, workdir=attempt.workdir),
-        rehearsal=rehearsal,
-        agent_dir=agent_dir,
-        team=team,
-        cost=_cost(context, team),
-    )
+    # Several processes end for each other's faults, which torch tells of in errors of its own.
+    blamed = plan.architecture if team.size == 1 else ""
+    with plugin_blamed(blamed, doing="trained", folder=attempt.workdir) if blamed else contextlib.nullcontext():
+        result = train_agent(
+            config,
+            base_dir,
+            data,
+            TeamAttempt(team, attempt, job=attempt.job, workdir=attempt.workdir),
+            rehearsal=rehearsal,
+            agent_dir=agent_dir,
+            team=team,
+            cost=_cost(context, team),
+        )
     require_separate()
     manifest = json.dumps(data.manifest.to_json(), indent=1) + "\n"
     (result.folder / "data.json").write_text(manifest, encoding="utf-8")

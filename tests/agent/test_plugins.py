@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +13,7 @@ import pytest
 
 import cognate_server
 from agent_server.adaptation import Adaptation
+from agent_server.architectures.blame import plugin_blamed
 from agent_server.architectures.factory import (
     BUILT_IN,
     AgentArchitectureFactory,
@@ -20,6 +23,7 @@ from agent_server.architectures.factory import (
 from agent_server.architectures.settings import Setting
 from cognateforge.exceptions import ArchitectureNotFoundError, IncompatibleError
 from tests.agent.plugins import ECHO, write_package
+from training_common.attempt import AttemptStopped, StopKind
 
 Install = Callable[..., None]
 REQUEST = BuildRequest(task="classification", adaptation=Adaptation(), seed=0)
@@ -338,3 +342,35 @@ def test_a_plugin_that_fails_in_the_worker_fails_its_job_alone(install: Install)
     Path(sys.path[0], "echo_plugin.py").write_text("import sys\nsys.exit('bye')", encoding="utf-8")
     with pytest.raises(IncompatibleError, match="the plugin echo failed: SystemExit: bye"):
         echo.build(REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "error", "told"),
+    [
+        ("echo", ValueError("bad\n\x1b[31m"), IncompatibleError),
+        ("echo", SystemExit("bye"), IncompatibleError),
+        ("recurrent", ValueError("ours"), ValueError),
+        ("echo", OSError(errno.ENOSPC, "full"), OSError),
+        ("echo", MemoryError(), MemoryError),
+        ("echo", AttemptStopped(StopKind.PAUSE), AttemptStopped),
+        ("echo", IncompatibleError("its own words"), IncompatibleError),
+    ],
+)
+def test_a_plugins_fault_is_named_and_no_others(
+    tmp_path: Path, architecture: str, error: BaseException, told: type[BaseException]
+) -> None:
+    """What a plugin raises in a worker names it, one that ends its process too; a stop or a full disk does not."""
+    with pytest.raises(told) as caught, plugin_blamed(architecture, doing="trained", folder=tmp_path):
+        raise error
+    if told is IncompatibleError and error is not caught.value:
+        first = str(error).partition("\n")[0]
+        expected = f"an agent of the plugin echo cannot be trained: {type(error).__name__}: {first}; correct the plugin"
+        assert expected == str(caught.value)
+
+
+def test_a_full_disk_is_no_fault_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries tell of it in words of their own."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("agent_server.architectures.blame.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(RuntimeError, match="unexpected pos"), plugin_blamed("echo", doing="trained", folder=tmp_path):
+        raise RuntimeError("unexpected pos 64")
