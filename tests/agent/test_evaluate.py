@@ -43,6 +43,7 @@ CONFIG = AgentTrainConfig(
     agent="router", total_steps=60, batch_size=32, seed=3, evaluation_rows=0, optimization=Optimization(lr=1e-2)
 )
 GENERATED = pb.ClassificationTask(generated=pb.GeneratedSource(seed=1))
+from training_common.side_process import ORDER_FILE, RESULT_FILE
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +126,14 @@ def test_a_worker_tells_whose_fault_it_was(
     monkeypatch.setattr(module, "read_order", lambda _: order)
     for guard in ("guard_process", "require_separate"):
         monkeypatch.setattr(module, guard, lambda: None)
+    (tmp_path / ORDER_FILE).write_text("{}")
     given = {"return_value": failure} if isinstance(failure, list) else {"side_effect": failure}
     monkeypatch.setattr(module, "evaluate", Mock(**given))
     code = module.main([str(tmp_path)])
     if isinstance(told, int):
-        assert (told, False) == (code, (tmp_path / "result.json").exists())
+        assert (told, False) == (code, (tmp_path / RESULT_FILE).exists())
     else:
-        error = json.loads((tmp_path / "result.json").read_text())["error"]
+        error = json.loads((tmp_path / RESULT_FILE).read_text())["error"]
         assert (0, "INCOMPATIBLE") == (code, error["reason"])
         assert told in error["message"]
 
@@ -141,6 +143,7 @@ def test_a_fault_of_our_own_is_no_plugins(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "read_order", lambda _: SimpleNamespace(body={"architecture": "cognate"}, threads=1))
     monkeypatch.setattr(module, "guard_process", lambda: None)
     monkeypatch.setattr(module, "evaluate", Mock(side_effect=ValueError("ours")))
+    (tmp_path / ORDER_FILE).write_text("{}")
     with pytest.raises(ValueError, match="ours"):
         module.main([str(tmp_path)])
 
