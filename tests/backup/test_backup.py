@@ -17,7 +17,7 @@ from tests.backup.stores import FIRST, contents, fill, opened, publish, service_
 from training_common.artifacts.blobs import BlobStore
 from training_common.backup import create
 from training_common.backup.create import back_up
-from training_common.backup.destination import FolderDestination, object_key
+from training_common.backup.destination import FolderDestination, object_digits, object_key
 from training_common.backup.locks import BACKUP, PRUNE, at_work
 from training_common.backup.manifest import backup_ids, newest_backup, open_backup
 from training_common.backup.prune import prune
@@ -311,6 +311,21 @@ def test_old_backups_go_and_what_others_name_stays(
     assert (0, 0) == (again.backups, again.objects)
 
 
+def test_a_prune_leaves_what_no_backup_has_written(
+    settings: ServiceSettings, place: FolderDestination, tmp_path: Path
+) -> None:
+    """A place that was named by mistake, or is shared, may have a folder `objects` of somebody else's."""
+    back_up(COGNATE, settings, place)
+    strangers = [f"objects/{'ab' * 20}", f"objects/sha256/{'ab' * 32}", "objects/pack/x.idx", "objects/cd/.tmp-x"]
+    unnamed = [object_key(f"sha256:{'ab' * 32}"), "objects/sha256/cd/.tmp-x"]
+    for key in (*strangers, *unnamed):
+        place.put(key, iter([b"bytes"]), 5)
+    assert 2 == prune(place, "cognate", keep=1).objects
+    kept = {entry.key for entry in place.entries("objects")}
+    assert set(strangers) <= kept
+    assert not kept & set(unnamed)
+
+
 def test_a_backup_that_lacks_bytes_does_not_replace_a_whole_one(
     settings: ServiceSettings, place: FolderDestination, tmp_path: Path
 ) -> None:
@@ -412,8 +427,7 @@ def test_a_backup_that_is_killed_is_not_there(
     assert 0 == verify(place, made.backup).damaged
     prune(place, "cognate", keep=1)
     assert 0 == verify(place, made.backup).damaged
-    held = [path.name for path in (tmp_path / "backups" / "objects").rglob("*") if path.is_file()]
-    assert all(create.is_digest(name) for name in held), "nothing half-written stays"
+    assert all(object_digits(entry.key) for entry in place.entries("objects")), "nothing half-written stays"
     assert names(settings) == names(restored(place, tmp_path / "b"))
 
 

@@ -64,6 +64,12 @@ def test_only_an_empty_place_is_restored_into(
         restore(COGNATE, other, place, backup)
     assert b"somebody's" == stored.read_bytes()
     stored.unlink()
+    manifest = tmp_path / "b" / "artifacts" / "manifests" / "cognate-25m" / "7.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(b"{}")
+    with pytest.raises(PreconditionError, match="store of artifacts is not empty, it has manifests of cognate-25m@7"):
+        restore(COGNATE, other, place, backup)
+    manifest.unlink()
     restore(COGNATE, other, place, backup)
     with pytest.raises(PreconditionError, match="of the cognate service, not of agent"):
         restore(service_of("agent"), settings_of("agent", tmp_path / "c"), place, backup)

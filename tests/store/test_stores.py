@@ -1,6 +1,8 @@
 """What every store of bytes promises: a folder and a real S3 server, each with an archive of the other kind."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 import time
@@ -258,6 +260,42 @@ def test_what_a_killed_process_staged_is_removed_later(tmp_path: Path, monkeypat
     assert 2 == len(list(blobs.blobs()))
     put(blobs, tmp_path, b"third")
     assert not left.exists()
+
+
+def test_a_folder_among_what_was_staged_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody here made it, so it stays, however old it is."""
+    blobs = BlobStore(tmp_path / "artifacts")
+    left = tmp_path / "artifacts" / "staged" / "left"
+    left.mkdir(parents=True)
+    monkeypatch.setattr(time, "time", lambda: left.stat().st_mtime + 86_401)
+    put(blobs, tmp_path, b"first")
+    assert left.is_dir()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "socket"])
+def test_what_is_no_file_is_damage_and_holds_nobody_up(tmp_path: Path, kind: str) -> None:
+    """A pipe would be waited for, by the event loop too, and a link hand out what its maker cannot read."""
+    blobs = BlobStore(tmp_path / "artifacts")
+    file = put(blobs, tmp_path, CONTENT)
+    hexadecimal = file.digest.removeprefix("sha256:")
+    path = tmp_path / "artifacts" / "blobs" / "sha256" / hexadecimal[:2] / hexadecimal
+    path.unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "link":
+            path.symlink_to(tmp_path / "source")
+        case "folder":
+            path.mkdir()
+        case "socket":
+            os.mknod(path, stat.S_IFSOCK | 0o600)
+    for read in (lambda: blobs.check(file), lambda: payload(blobs, (file,)), lambda: blobs.read(file.digest, 1 << 20)):
+        with pytest.raises(ArtifactCorruptError) as caught:
+            read()
+        assert "UNREADABLE" == caught.value.metadata["problem"]
+    assert [] == list(blobs.blobs())
+    with pytest.raises(ArtifactCorruptError, match="have changed"):
+        put(blobs, tmp_path, CONTENT)
 
 
 def test_a_store_that_is_away_says_nothing_of_its_bytes(tmp_path: Path, s3: S3Server) -> None:

@@ -69,11 +69,15 @@ class Folder:
             return self._link(staged, key)
 
     def read(self, key: str, begin: int, end: int) -> Iterator[bytes]:
+        path = self._path(key)
         try:
-            descriptor = os.open(self._path(key), os.O_RDONLY)
+            # Without waiting: what stands there may be a pipe that nobody writes to. And no link is followed: it would
+            # hand out what this server can read and its reader cannot.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except NotADirectoryError as error:
             raise FileNotFoundError(error.errno, error.strerror, error.filename) from error
         try:
+            _require_file(os.fstat(descriptor), path)
             # pread is several times faster than an object store's own stream.
             while begin < end and (piece := os.pread(descriptor, min(CHUNK_BYTES, end - begin), begin)):
                 yield piece
@@ -84,20 +88,19 @@ class Folder:
     def size(self, key: str) -> int | None:
         path = self._path(key)
         try:
-            stat = path.stat()
+            found = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if not S_ISREG(stat.st_mode):
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        return stat.st_size
+        _require_file(found, path)
+        return found.st_size
 
     def list(self, prefix: str) -> Iterator[Entry]:
         for path in (self.root / prefix).rglob("*"):
             with contextlib.suppress(FileNotFoundError):  # removed while it is looked at
-                if path.is_file():
-                    stat = path.stat()
+                found = path.lstat()
+                if S_ISREG(found.st_mode):
                     key = path.relative_to(self.root).as_posix()
-                    yield Entry(key, stat.st_size, stat.st_mtime_ns // 1000)
+                    yield Entry(key, found.st_size, found.st_mtime_ns // 1000)
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
@@ -127,8 +130,9 @@ class Folder:
     @staticmethod
     def _sweep(folder: Path) -> None:
         for left in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if left.stat().st_mtime < time.time() - _STAGED_S:
+            # Gone meanwhile; or a folder that somebody made here, and no reason to refuse a publication.
+            with contextlib.suppress(OSError):
+                if left.lstat().st_mtime < time.time() - _STAGED_S:
                     left.unlink()
 
     def _link(self, staged: Path, key: str) -> bool:
@@ -146,6 +150,12 @@ class Folder:
         for folder in missing:
             _flush(folder)
         return created
+
+
+def _require_file(found: os.stat_result, path: Path) -> None:
+    """Refuse what a store never holds: a folder, a link, a pipe. Errors: OSError."""
+    if not S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 class _Writer:

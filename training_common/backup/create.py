@@ -22,7 +22,7 @@ from cognateforge.exceptions import ArtifactCorruptError, PreconditionError, Una
 from training_common.artifacts.blobs import BlobStore, StoredFile
 from training_common.artifacts.open import open_blobs
 from training_common.backup.checkpoints import checkpoint_files, newest_and_pinned, unreadable_is_corrupt
-from training_common.backup.destination import OBJECTS, Destination, checked, object_key
+from training_common.backup.destination import OBJECTS, Destination, checked, object_digits, object_key
 from training_common.backup.digest_table import DigestTable
 from training_common.backup.locks import BACKUP, at_work
 from training_common.backup.manifest import Backup, BackupManifest, Missing, put_manifest
@@ -139,9 +139,8 @@ class _Copier:
         self._destination = destination
         self._known = DigestTable()
         for entry in destination.entries(OBJECTS):
-            name = entry.key.rpartition("/")[2]
-            if is_digest(name):
-                self._known.add(name, entry.size_bytes)
+            if digits := object_digits(entry.key):
+                self._known.add(digits, entry.size_bytes)
 
     def close(self) -> None:
         self._known.close()
@@ -196,11 +195,6 @@ class _Copier:
 
         for _ in in_parallel(copy, listing.segments):
             pass
-
-
-def is_digest(name: str) -> bool:
-    """Whether an object's name is that of whole bytes: others are what somebody still writes, or left behind."""
-    return len(name) == 64 and not name.strip("0123456789abcdef")
 
 
 def _copy_checkpoints(

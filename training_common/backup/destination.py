@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,10 +55,26 @@ class Destination(Protocol):
         """Let go of a key. One that is not there is no error."""
 
 
+# What backups write below OBJECTS: whole objects, and beside them what a writer that is gone has left half-written.
+_OBJECT = re.compile(rf"{OBJECTS}/sha256/([0-9a-f]{{2}})/(?P<digits>\1[0-9a-f]{{62}})")
+_HALF_WRITTEN = re.compile(rf"{OBJECTS}/sha256/[0-9a-f]{{2}}/{re.escape(_TEMPORARY)}[^/]*")
+
+
 def object_key(digest: str) -> str:
     """Return under which key bytes of a digest are kept."""
     hexadecimal = digest.removeprefix("sha256:")
     return f"{OBJECTS}/sha256/{hexadecimal[:2]}/{hexadecimal}"
+
+
+def object_digits(key: str) -> str:
+    """Return the hex digits of the digest whose object a key is, "" for anything else that lies there."""
+    found = _OBJECT.fullmatch(key)
+    return "" if found is None else found["digits"]
+
+
+def is_half_written(key: str) -> bool:
+    """Whether a key is that of an object which nobody has come to the end of writing."""
+    return _HALF_WRITTEN.fullmatch(key) is not None
 
 
 def checked(pieces: Iterator[bytes], *, digest: str, size_bytes: int, what: str) -> Iterator[bytes]:

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cognateforge.exceptions import ArtifactCorruptError, PreconditionError
-from training_common.backup.create import is_digest
-from training_common.backup.destination import OBJECTS, Destination
+from training_common.backup.destination import OBJECTS, Destination, is_half_written, object_digits
 from training_common.backup.digest_table import DigestTable
 from training_common.backup.locks import PRUNE, at_work
 from training_common.backup.manifest import Backup, backup_ids, delete_manifest, open_backup
@@ -81,10 +80,13 @@ def _name_files(destination: Destination, backup: Backup, named: DigestTable) ->
 
 
 def _remove_others(destination: Destination, named: DigestTable, pruned: Pruned) -> None:
-    """Remove objects that are not named, and what writers that are gone have left half-written: nobody else writes."""
+    """Remove objects that are not named, and what writers that are gone have left half-written: nobody else writes.
+
+    What else lies there is somebody else's, and stays.
+    """
     for entry in destination.entries(OBJECTS):
-        name = entry.key.rpartition("/")[2]
-        if not is_digest(name) or named.size(name) is None:
+        digits = object_digits(entry.key)
+        if is_half_written(entry.key) or (digits and named.size(digits) is None):
             destination.delete(entry.key)
             pruned.objects += 1
             pruned.size_bytes += entry.size_bytes

@@ -19,8 +19,7 @@ import sqlalchemy as sa
 from cognateforge.exceptions import ArtifactCorruptError, PreconditionError
 from training_common.artifacts.blobs import BlobStore, ManifestExistsError
 from training_common.artifacts.open import open_blobs
-from training_common.backup.create import is_digest
-from training_common.backup.destination import OBJECTS, Destination, object_key, read_object
+from training_common.backup.destination import OBJECTS, Destination, object_digits, object_key, read_object
 from training_common.backup.digest_table import DigestTable
 from training_common.backup.manifest import Backup, BackupManifest, TableDump
 from training_common.backup.parallel import in_parallel
@@ -93,9 +92,8 @@ def _require_complete(destination: Destination, backup: Backup) -> None:
     """Make sure that every object is there with its size, before anything is written. Errors: ArtifactCorruptError."""
     table, manifest = DigestTable(), backup.manifest
     for entry in destination.entries(OBJECTS):
-        name = entry.key.rpartition("/")[2]
-        if is_digest(name):
-            table.add(name, entry.size_bytes)
+        if digits := object_digits(entry.key):
+            table.add(digits, entry.size_bytes)
     segments = ((s.digest, s.size_bytes, "rows") for listing in manifest.listings for s in listing.segments)
     lacking = [(digest, what) for digest, size, what in segments if table.size(digest) != size]
     if not lacking:
@@ -143,6 +141,12 @@ def _claim(database: Database, blobs: BlobStore, backup: Backup) -> None:
         if stored:
             raise PreconditionError(
                 f"the store of artifacts is not empty, it holds {', '.join(stored)}; restore into an empty one"
+            )
+        # A manifest that is left would be met only after all bytes were written, or take a number away in silence.
+        named = [f"{one.family}@{one.version}" for one in itertools.islice(blobs.manifests(), _TOLD)]
+        if named:
+            raise PreconditionError(
+                f"the store of artifacts is not empty, it has manifests of {', '.join(named)}; restore into an empty one"
             )
         revisions.RESTORING.create(connection)
         connection.execute(sa.insert(revisions.RESTORING).values(backup=backup.id))
