@@ -14,7 +14,7 @@ from cognateforge.agent.v1 import agent_pb2
 from cognateforge.artifact.v1 import artifact_pb2, storage_pb2
 from cognateforge.cli.diff import agent_facts, compare, model_facts
 from cognateforge.exchange.v1 import model_pb2
-from tests.client.fakes import CARD, Fake
+from tests.client.fakes import CARD, Fake, FakeAgents
 from tests.client.test_cli import Forge
 
 DIGEST = f"sha256:{'a' * 64}"
@@ -33,6 +33,34 @@ def forge(fake: Fake) -> Forge:
 
 def asked(fake: Fake) -> Any:
     return fake.script.calls[-1].request
+
+
+def test_texts_of_others_do_not_command_a_terminal(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label or a set's name may hold what clears a screen, turns a line around, or is markup to the table's maker."""
+    evil = "\x1b[2J\x9b1m\u202e[/bold][link=x]name"
+    agent = agent_pb2.Agent(name="intent-router@3", digest=DIGEST, labels=[evil], task=evil)
+    monkeypatch.setattr(FakeAgents, "_agent", lambda _self: agent)
+    told = [
+        forge("agent", "intent-router@3"),
+        forge("agents"),
+        forge("agents", "diff", "intent-router@3", "intent-router@3", "--all"),
+        forge("agent", "intent-router@3", "--json"),
+    ]
+    for result in told:
+        assert 0 == result.exit_code
+        assert "[/bold][link=x]name" in result.stdout
+        assert not {"\x1b", "\x9b", "\u202e"} & {*result.stdout}
+    assert [evil] == json.loads(told[-1].stdout)["labels"]
+
+
+def test_a_file_of_a_strange_name_does_not_command_a_terminal(forge: Forge, tmp_path: Path) -> None:
+    """Whoever is asked to verify a folder does not know yet whom it is from."""
+    (tmp_path / "manifest.json").write_bytes(b'{"name":"x\\u001b[2J@1","schema":"cognateforge.manifest/1","files":[]}')
+    (tmp_path / "\x1b[2Jstranger").write_bytes(b"")
+    result = forge("verify", str(tmp_path), "--public-key", "nothing.pem")
+    assert 0 != result.exit_code
+    assert "\x1b" not in result.stderr
+    assert "stranger" in result.stderr
 
 
 @pytest.mark.parametrize("command", [("models",), ("models", "list"), ("agents",), ("agents", "list")])

@@ -146,7 +146,8 @@ def _claim(database: Database, blobs: BlobStore, backup: Backup) -> None:
         named = [f"{one.family}@{one.version}" for one in itertools.islice(blobs.manifests(), _TOLD)]
         if named:
             raise PreconditionError(
-                f"the store of artifacts is not empty, it has manifests of {', '.join(named)}; restore into an empty one"
+                f"the store of artifacts is not empty, it has manifests of {', '.join(named)}; restore into an empty "
+                "one"
             )
         revisions.RESTORING.create(connection)
         connection.execute(sa.insert(revisions.RESTORING).values(backup=backup.id))

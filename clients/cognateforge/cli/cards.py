@@ -10,6 +10,7 @@ import typer
 from cognateforge.cli.artifacts import Kind, KindOption, found_as
 from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.session import Session, command, print_line, say
+from cognateforge.cli.terminal import printable
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1.agent_pb2 import GetAgentCardResponse
@@ -46,8 +47,10 @@ def register(app: typer.Typer) -> None:
             session.emit(found)
         elif not found.markdown:
             say(f"{found.name} was published without a card")
-        elif raw:
+        elif raw and sys.stdout.isatty():
             print_line(found.markdown, newline=False)
+        elif raw:  # into a file, where its digest is that of the version's README.md
+            sys.stdout.buffer.write(found.markdown.encode())
         else:
             _render(found.markdown)
 
@@ -57,4 +60,4 @@ def _render(markdown: str) -> None:
     from rich.markdown import Markdown
 
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-    console.print(Markdown(markdown, hyperlinks=False))
+    console.print(Markdown(printable(markdown), hyperlinks=False))

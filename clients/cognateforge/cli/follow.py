@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.plain import enum_word, to_plain
 from cognateforge.cli.session import Session, print_line, say
+from cognateforge.cli.terminal import printable
 from cognateforge.exceptions import BY_REASON, JobFailedError
 from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
@@ -89,16 +90,11 @@ def show_logs(session: Session, frames: Iterator[job_pb2.LogFrame], name: str) -
             if frame.HasField("gap"):
                 say(f"{frame.gap.next_position - frame.gap.position} bytes are no longer kept")
             for line in frame.lines.lines:
-                print_line(_printable(line.text), newline=not line.continued)
+                print_line(line.text, newline=not line.continued)
     except KeyboardInterrupt:
         say(f"no longer following; the job goes on: forge logs --follow {name}")
         return Exit.INTERRUPTED
     return Exit.OK
-
-
-def _printable(text: str) -> str:
-    """Return the text without what a terminal would obey."""
-    return "".join(one if one.isprintable() or one == "\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def show_models(session: Session, news: Iterator[ModelNews]) -> None:
@@ -217,7 +213,7 @@ def _bar(job: Job) -> Iterator[OnFrame]:
             elif event.HasField("state_change"):
                 bar.update(task, description=enum_word(job_pb2.JobState.DESCRIPTOR, event.state_change.to))
             elif text := told(frame):
-                bar.console.print(text, markup=False, highlight=False)
+                bar.console.print(printable(text), markup=False, highlight=False)
 
         yield show
 

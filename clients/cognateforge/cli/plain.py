@@ -12,6 +12,8 @@ from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from cognateforge.cli.terminal import printable_json
+
 
 def to_plain(message: Message) -> dict[str, Any]:
     """Return a message as a dict. What has no presence is always there; what is absent is left out."""
@@ -32,7 +34,8 @@ def to_plain(message: Message) -> dict[str, Any]:
 
 def to_line(value: Message | dict[str, Any]) -> str:
     """Return one line of JSON."""
-    return json.dumps(to_plain(value) if isinstance(value, Message) else value, ensure_ascii=False, allow_nan=False)
+    plain = to_plain(value) if isinstance(value, Message) else value
+    return printable_json(json.dumps(plain, ensure_ascii=False, allow_nan=False))
 
 
 def enum_word(enum: EnumDescriptor, number: int) -> str:

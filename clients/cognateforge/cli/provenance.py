@@ -14,8 +14,10 @@ from cognateforge.cli.artifacts import Kind, KindOption
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.session import Session, command, first_found, print_line
+from cognateforge.cli.terminal import printable
 
 if TYPE_CHECKING:
+    from rich.text import Text
     from rich.tree import Tree
 
     from cognateforge.client.lineage import Step
@@ -150,26 +152,29 @@ def _plain(step: Step) -> dict[str, Any]:
 
 def _draw(step: Step) -> None:
     from rich.console import Console
-    from rich.text import Text
     from rich.tree import Tree
 
-    tree = Tree(Text(_line(step)))
+    tree = Tree(_text(_line(step)))
     _grow(tree, step)
     # A pipe has no width: nothing is cut there.
     (Console() if sys.stdout.isatty() else Console(width=400)).print(tree)
 
 
 def _grow(tree: Tree, step: Step) -> None:
+    if step.code:
+        tree.add(_text(f"code {step.code.get('version', '')} {_short(str(step.code.get('digest', '')))}"))
+    for one in step.data:
+        tree.add(_text(f"data {one['name']}: {one['kind']}, {one['rows']} rows, {_short(one['digest'])}"))
+    for below in step.made_of:
+        _grow(tree.add(_text(f"made of {_line(below)}")), below)
+    for above in step.made:
+        _grow(tree.add(_text(f"made into {_line(above)}")), above)
+
+
+def _text(words: str) -> Text:
     from rich.text import Text
 
-    if step.code:
-        tree.add(Text(f"code {step.code.get('version', '')} {_short(str(step.code.get('digest', '')))}"))
-    for one in step.data:
-        tree.add(Text(f"data {one['name']}: {one['kind']}, {one['rows']} rows, {_short(one['digest'])}"))
-    for below in step.made_of:
-        _grow(tree.add(Text(f"made of {_line(below)}")), below)
-    for above in step.made:
-        _grow(tree.add(Text(f"made into {_line(above)}")), above)
+    return Text(printable(words))
 
 
 def _line(step: Step) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from cognateforge.cli.exits import Exit, exit_for
+from cognateforge.cli.terminal import printable
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -147,10 +148,12 @@ class Session:
             return
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*columns, box=None, pad_edge=False)
         for _, _, cells in rows:
-            table.add_row(*(str(cell) for cell in cells))
+            # As a Text: what is in brackets would be taken for markup.
+            table.add_row(*(Text(printable(str(cell))) for cell in cells))
         # A pipe has no width: nothing is cut there.
         console = Console() if sys.stdout.isatty() else Console(width=400)
         console.print(table)
@@ -185,12 +188,12 @@ def _indented(value: Mapping[str, Any], depth: int = 0) -> list[str]:
 
 def print_line(text: str, *, newline: bool = True) -> None:
     """Print a result to stdout, at once: a reader of a pipe follows a watched job."""
-    typer.echo(text, nl=newline)
+    typer.echo(printable(text), nl=newline)
 
 
 def say(text: str) -> None:
     """Tell a person something, on stderr."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
 
 
 def new_request_id(given: str | None) -> str:
