@@ -53,13 +53,25 @@ def test_texts_of_others_do_not_command_a_terminal(forge: Forge, monkeypatch: py
     assert [evil] == json.loads(told[-1].stdout)["labels"]
 
 
+@pytest.mark.parametrize("command", ["pin", "unpin", "archive", "restore", "collect"])
+@pytest.mark.parametrize("name", ["cognate-25m", "router@production", "cognate-25m@0", "../x@1"])
+def test_what_is_no_version_is_told_in_words(forge: Forge, fake: Fake, command: str, name: str) -> None:
+    """A family, an alias and what can be no name are refused before a server answers with its pattern."""
+    result = forge("artifacts", command, name)
+    assert 2 == result.exit_code
+    assert "is no version: give its family and number, as in cognate-25m@7" in " ".join(
+        result.stderr.replace("\u2502", "").split()
+    )
+    assert [] == fake.script.calls
+
+
 def test_a_file_of_a_strange_name_does_not_command_a_terminal(forge: Forge, tmp_path: Path) -> None:
     """Whoever is asked to verify a folder does not know yet whom it is from."""
     (tmp_path / "manifest.json").write_bytes(b'{"name":"x\\u001b[2J@1","schema":"cognateforge.manifest/1","files":[]}')
-    (tmp_path / "\x1b[2Jstranger").write_bytes(b"")
+    (tmp_path / "\x07\x1b[2Jstranger").write_bytes(b"")
     result = forge("verify", str(tmp_path), "--public-key", "nothing.pem")
     assert 0 != result.exit_code
-    assert "\x1b" not in result.stderr
+    assert not {"\x1b", "\x07"} & {*result.stderr}
     assert "stranger" in result.stderr
 
 

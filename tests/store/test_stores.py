@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cognateforge.exceptions import ArtifactCorruptError, IntegrityCheckFailedError
+from tests.support.proxy import FaultyProxy
 from tests.support.s3 import S3Server
 from tests.support.stored import Stored, a_bucket, a_folder
 from training_common.artifacts import bucket, folder
@@ -319,6 +320,24 @@ def service(tmp_path: Path, **artifacts: object) -> ServiceSettings:
     return ServiceSettings.model_validate(
         {"address": "127.0.0.1:0", "data_dir": tmp_path / "data", "artifacts": artifacts}
     )
+
+
+def test_a_service_that_never_answers_is_not_waited_for_with_a_manifest(
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is put in a transaction that all other writers wait for, so the longest request of bytes is not its bound."""
+    monkeypatch.setattr(bucket, "_SHORT_S", 1)
+    proxy = FaultyProxy(int(s3.options["endpoint"].rpartition(":")[2]))
+    try:
+        options = {**s3.options, "endpoint": f"http://{proxy.address}"}
+        blobs = Stored(files_dir=tmp_path, url=s3.new_url(), options=options).open()
+        proxy.partition()
+        begin_s = time.monotonic()
+        with pytest.raises(StoreAwayError):
+            blobs.put_manifest("cognate-25m", 1, b"{}" * 1000)
+        assert time.monotonic() - begin_s < 20
+    finally:
+        proxy.close()
 
 
 def test_settings_that_lead_nowhere_are_refused_with_the_remedy(tmp_path: Path, s3: S3Server) -> None:

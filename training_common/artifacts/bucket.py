@@ -35,6 +35,8 @@ _PART_BYTES, _PARTS_AT_ONCE = 16 << 20, 4
 _RANGE_BYTES = 8 << 20
 _RANGES_AT_ONCE = 16
 _READ_BYTES = 1 << 20
+# A manifest is never larger, and it is put while other writers of the database wait.
+_SMALL_BYTES = 1 << 20
 # The whole of a request. The longer one sends up to _WHOLE_BYTES: at 0.5 MB/s it is done.
 _SHORT_S, _LONG_S = 30, 300
 # A manifest is put while other writers of the database wait.
@@ -99,7 +101,8 @@ class Bucket:
     def put(self, key: str, data: bytes) -> bool:
         try:
             # In parts there would be no condition: obstore sends it with whole objects alone.
-            self._asked(obstore.put, self._patient, key, data, mode="create", use_multipart=False)
+            store = self._store if len(data) <= _SMALL_BYTES else self._patient
+            self._asked(obstore.put, store, key, data, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
         return True

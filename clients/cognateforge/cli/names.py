@@ -36,3 +36,10 @@ def check_artifact_name(name: str) -> str:
             "may follow, as in cognate-25m@7"
         )
     return name
+
+
+def check_version_name(name: str) -> str:
+    """Return the name of one version. Errors: BadParameter, for a family, an alias, and what can be no name."""
+    if not re.fullmatch(r"[a-z][a-z0-9-]*@[1-9][0-9]*", name):
+        raise typer.BadParameter(f"{name!r} is no version: give its family and number, as in cognate-25m@7")
+    return name

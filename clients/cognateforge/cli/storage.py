@@ -11,7 +11,7 @@ import typer
 
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import Progress, RequestId, Service
-from cognateforge.cli.names import check_artifact_name
+from cognateforge.cli.names import check_artifact_name, check_version_name
 from cognateforge.cli.session import Session, command, first_found, new_request_id, print_line, say
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ ServiceOption = Annotated[
     Service | None, typer.Option("--service", help="Whose artifacts. Default: both services are asked.")
 ]
 Version = Annotated[
-    str, typer.Argument(help="Version, for instance cognate-25m@7.", metavar="NAME", callback=check_artifact_name)
+    str, typer.Argument(help="Version, for instance cognate-25m@7.", metavar="NAME", callback=check_version_name)
 ]
 # Bytes are read, and copied, before the answer comes: a model in a bucket takes its time.
 Within = Annotated[float, typer.Option(min=1, help="Seconds for it.")]
@@ -142,7 +142,7 @@ def _tell_summary(session: Session, summary: VerifyProgress, damaged: int, besid
         return
     where = f"{beside['service']}: " if beside else ""
     say(
-        f"{where}{summary.versions} versions, {summary.files} files and {summary.bytes} bytes read, "
+        f"{where}{_count(summary.versions, 'version')}, {_count(summary.files, 'file')} and {summary.bytes} bytes read, "
         f"{damaged or 'none'} damaged"
     )
 
@@ -257,7 +257,7 @@ def _collect(app: typer.Typer) -> None:
         from cognateforge.artifact.v1 import storage_pb2
         from cognateforge.exceptions import ForgeError
 
-        wanted = [check_artifact_name(name) for name in names or ()]
+        wanted = [check_version_name(name) for name in names or ()]
         request = storage_pb2.CollectArtifactsRequest(
             request_id=new_request_id(request_id), names=wanted, validate_only=dry_run
         )
@@ -292,4 +292,9 @@ def _tell_collected(
         print_line(f"{one.name} {one.digest}: {one.why}")
     where = f"{beside['service']}: " if beside else ""
     would = "would be collected" if dry_run else "collected"
-    say(f"{where}{len(answer.collected)} versions and {answer.blobs} stored files of {answer.bytes} bytes {would}")
+    versions, blobs = _count(len(answer.collected), "version"), _count(answer.blobs, "stored file")
+    say(f"{where}{versions} and {blobs} of {answer.bytes} bytes {would}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
