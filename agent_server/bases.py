@@ -10,7 +10,7 @@ from pathlib import Path
 from agent_server.agents import find_agent
 from agent_server.architectures.hub import fetch_from_hub
 from agent_server.architectures.model_folder import find_folder, open_folder
-from agent_server.foundation import Foundation, file_digest, locked
+from agent_server.foundation import Below, Foundation, file_digest, locked
 from agent_server.settings import ModelSettings
 from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.exceptions import (
@@ -56,13 +56,15 @@ def resolve(
     agent_name: str = "",
     model_digest: str = "",
     hold: Callable[[ArtifactRow], None] = lambda _row: None,
+    trust: Callable[[str, Below], None] = lambda _agent, _below: None,
 ) -> Base:
     """Return a plan's base, with its files on this machine.
 
     fetch: gets the foundation. models: where model folders are. agent_name, model_digest: what an earlier attempt
-    resolved, so that a job has one base. hold: keeps an agent from being collected.
-    Errors: those of `fetch`; AgentNotFoundError; ArtifactCorruptError; DataUnavailableError; IncompatibleError;
-    NotImplementedByServerError.
+    resolved, so that a job has one base. hold: keeps an agent from being collected. trust: refuses an agent for the
+    foundation below it.
+    Errors: those of `fetch` and `trust`; AgentNotFoundError; ArtifactCorruptError; DataUnavailableError;
+    IncompatibleError; NotImplementedByServerError.
     """
     match plan.WhichOneof("base"):
         case "foundation":
@@ -81,6 +83,7 @@ def resolve(
         case "agent_version":
             row = find_base(plan, registry, name=agent_name)
             hold(row)
+            trust(row.name, below(row))
             return _agent(row, registry, cache_dir)
         case other:
             raise NotImplementedByServerError(f"this release cannot train on the base {other}")
@@ -115,6 +118,12 @@ def find_base(plan: pb.TrainingPlan, registry: ArtifactRegistry, *, name: str = 
     return row
 
 
+def below(row: ArtifactRow) -> Below:
+    """Return the foundation at the bottom of a published agent."""
+    parent = row.body["parent"]
+    return Below(name=parent["name"], digest=parent["digest"])
+
+
 def _agent(row: ArtifactRow, registry: ArtifactRegistry, cache_dir: Path) -> Base:
     require_whole(registry, row)
     folder = cache_dir / row.digest.removeprefix("sha256:")
@@ -128,13 +137,13 @@ def _agent(row: ArtifactRow, registry: ArtifactRegistry, cache_dir: Path) -> Bas
             shutil.rmtree(making, ignore_errors=True)
             unpack(row.files, registry.blobs, making)
             making.rename(folder)
-    parent = row.body["parent"]
+    bottom = below(row)
     return Base(
         name=row.name,
         digest=row.digest,
         agent_dir=folder,
-        foundation=parent["name"],
-        foundation_digest=parent["digest"],
+        foundation=bottom.name,
+        foundation_digest=bottom.digest,
     )
 
 

@@ -84,6 +84,14 @@ class Descent:
     digest: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Below:
+    """The foundation model at the bottom of an agent, as its manifest names it; empty where there is none."""
+
+    name: str
+    digest: str
+
+
 # What says that Cognate is away, and nothing about the model that was asked for.
 AWAY = BREAKS
 
@@ -255,9 +263,7 @@ def refusal(
     Also None where Cognate gives no answer in time: a job may be submitted while Cognate is down, and waits for it.
     caller_left_s: what is left of the deadline of who submits. Half of it stays for the submission itself.
     """
-    within_s = link.endpoint.ask_within_s
-    if caller_left_s is not None:
-        within_s = min(within_s, caller_left_s / 2)
+    within_s = _within_s(link, caller_left_s)
     if within_s <= 0:
         return None
     try:
@@ -277,6 +283,30 @@ def refusal(
     except ForgeError:
         return None
     return None
+
+
+def refusal_below(
+    link: CognateLink, agent: str, below: Below, *, caller_left_s: float | None = None
+) -> PreconditionError | None:
+    """Return what speaks against the foundation below the agent that a plan goes on with, or None, as `refusal`."""
+    within_s, trusted = _within_s(link, caller_left_s), trusted_keys(link.endpoint)
+    if within_s <= 0 or not trusted:
+        return None
+    try:
+        with deadline_within(within_s):
+            check_below(link.client(), agent, below, trusted)
+    except ProvenanceRefusedError as error:
+        field = FieldViolation(field="plan.agent_version.name", description=error.message)
+        return ProvenanceRefusedError(error.message, violations=[field], metadata=error.metadata)
+    except ForgeError:
+        return None
+    return None
+
+
+def _within_s(link: CognateLink, caller_left_s: float | None) -> float:
+    """Return how long Cognate is asked while somebody submits."""
+    asked_s = link.endpoint.ask_within_s
+    return asked_s if caller_left_s is None else min(asked_s, caller_left_s / 2)
 
 
 def _blame(field: str, error: ForgeError) -> list[FieldViolation]:
@@ -324,6 +354,29 @@ def check_provenance(client: CognateClient, model: pb.FoundationModel, trusted: 
     found = verify_provenance(provenance, name=model.name, digest=model.digest, public_keys=trusted)
     _require_as_signed(model, found)
     log.info("provenance verified", model=model.name, digest=model.digest, key=found.key)
+
+
+def check_below(client: CognateClient, agent: str, below: Below, trusted: Sequence[Path]) -> None:
+    """Make sure that the foundation at the bottom of an agent is published as it was, and signed by who is trusted.
+
+    The agent may have been made before that was asked for, or while another key was trusted.
+    Errors: as `check_provenance`, naming the agent; UnavailableError and its kin when Cognate cannot be reached.
+    """
+    if not trusted or not below.name:
+        return
+    try:
+        model = client.models.GetModel(pb.GetModelRequest(name=below.name)).model
+    except ModelNotFoundError as error:
+        why = f"its foundation {below.name} is not published any more, so nothing tells who signed it"
+        raise refused(Problem.NOT_PUBLISHED, agent, why) from error
+    if model.digest != below.digest:
+        why = f"it was made of {below.name} as {below.digest}, and that is {model.digest} now"
+        raise refused(Problem.OTHER_VERSION, agent, why)
+    try:
+        check_provenance(client, model, trusted)
+    except ProvenanceRefusedError as error:
+        message = f"{agent} is refused for its foundation: {error.message}"
+        raise ProvenanceRefusedError(message, metadata=error.metadata) from error
 
 
 def _require_as_signed(model: pb.FoundationModel, found: VerifiedProvenance) -> None:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -31,6 +32,7 @@ from agent_server.tracker import Cost
 from agent_server.train_config import AgentTrainConfig, from_plan
 from agent_server.trainer import train_agent
 from cognateforge.agent.v1 import training_pb2 as pb
+from cognateforge.client import CognateClient
 from cognateforge.exceptions import NotImplementedByServerError
 from training_common.artifacts.open import open_registry
 from training_common.artifacts.registry import ArtifactRegistry
@@ -44,6 +46,7 @@ from training_common.worker import AssistantContext, WorkerContext, run
 
 # Long enough that a Cognate that restarts is not pressed, short enough that its return is seen at once.
 _RETRY_S = 1.0
+T = TypeVar("T")
 
 
 def work(context: WorkerContext[AgentSettings]) -> None:
@@ -149,6 +152,7 @@ def _base(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan, registry
         hold=lambda row: context.attempt.store.write_too(
             lambda connection: descents.hold_agent(connection, registry, row, context.attempt.job)
         ),
+        trust=lambda agent, below: _trust(context, agent, below),
     )
 
 
@@ -186,14 +190,45 @@ def _heed(attempt: Attempt) -> None:
 
 
 def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foundation.Foundation:
-    """Fetch the plan's foundation. While Cognate cannot be reached, wait for a moment, then give the slot back.
+    """Fetch the plan's foundation.
 
     A later attempt takes the version that the first one resolved, so that a job has one foundation.
-    Errors: AttemptWaits; AttemptStopped.
+    Errors: those of `_asking`.
+    """
+    endpoint = context.settings.cognate
+    architecture = AgentArchitectureFactory().get(plan.architecture)
+    name = context.attempt.store.job.facts.get("foundation") or plan.foundation.name
+
+    def fetch(client: CognateClient, on_progress: Callable[[int, int], None]) -> foundation.Foundation:
+        return foundation.fetch(
+            client,
+            name,
+            accept_experimental=plan.foundation.accept_experimental,
+            required=architecture.required_architecture,
+            cache_dir=context.settings.files_dir / "foundations",
+            trusted=foundation.trusted_keys(endpoint),
+            on_resolved=functools.partial(_hold_model, context, functools.partial(foundation.register, client)),
+            on_progress=on_progress,
+            patience_s=endpoint.hold_slot_s,
+        )
+
+    return _asking(context, fetch)
+
+
+def _trust(context: WorkerContext[AgentSettings], agent: str, below: foundation.Below) -> None:
+    """Refuse an agent for the foundation below it, where the policy does. Errors: those of `_asking`."""
+    trusted = foundation.trusted_keys(context.settings.cognate)
+    if trusted and below.name:
+        _asking(context, lambda client, _progress: foundation.check_below(client, agent, below, trusted))
+
+
+def _asking(context: WorkerContext[AgentSettings], ask: Callable[[CognateClient, Callable[[int, int], None]], T]) -> T:
+    """Return what Cognate answers. While it cannot be reached, wait for a moment, then give the slot back.
+
+    ask: gets a client, and what it calls when something has arrived.
+    Errors: those of `ask`; AttemptWaits; AttemptStopped.
     """
     attempt, endpoint = context.attempt, context.settings.cognate
-    architecture = AgentArchitectureFactory().get(plan.architecture)
-    name = attempt.store.job.facts.get("foundation") or plan.foundation.name
     # Who waited before holds no slot for it again: one look is enough.
     hold_s = 0.0 if attempt.store.job.waits else endpoint.hold_slot_s
     hold_until, progressed = time.monotonic() + hold_s, False
@@ -208,17 +243,7 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
         while True:
             try:
                 client = client or stack.enter_context(foundation.connect(endpoint))
-                return foundation.fetch(
-                    client,
-                    name,
-                    accept_experimental=plan.foundation.accept_experimental,
-                    required=architecture.required_architecture,
-                    cache_dir=context.settings.files_dir / "foundations",
-                    trusted=foundation.trusted_keys(endpoint),
-                    on_resolved=functools.partial(_hold_model, context, functools.partial(foundation.register, client)),
-                    on_progress=on_progress,
-                    patience_s=endpoint.hold_slot_s,
-                )
+                return ask(client, on_progress)
             except foundation.AWAY as error:
                 away = error.message
             _heed(attempt)

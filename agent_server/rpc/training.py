@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from agent_server import descents, estimates, foundation
 from agent_server.architectures.factory import AgentArchitectureFactory
-from agent_server.bases import find_base
+from agent_server.bases import below, find_base
 from agent_server.data.check import RowChecker
 from agent_server.evaluating import Evaluator
 from agent_server.plan import require_feasible, with_defaults
@@ -20,7 +20,7 @@ from cognateforge.agent.v1 import training_pb2 as pb
 from cognateforge.agent.v1 import training_pb2_grpc
 from cognateforge.exceptions import PreconditionError
 from cognateforge.job.v1 import job_pb2
-from training_common.artifacts.registry import ArtifactRegistry
+from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.compute import require_slots
 from training_common.jobs.store import JobRow
 from training_common.rpc.identity import current_caller
@@ -54,10 +54,10 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
 
     async def StartTraining(self, request: pb.StartTrainingRequest, context: Context) -> Any:
         plan, caller = with_defaults(request.plan), current_caller().name
-        refused = await asyncio.to_thread(self._ask_cognate, plan, context.time_remaining())
         base = None
         if plan.WhichOneof("base") == "agent_version":
             base = await self._registry.database.run_brief(find_base, plan, self._registry)
+        refused = await asyncio.to_thread(self._ask_cognate, plan, base, context.time_remaining())
 
         def hold(connection: sa.Connection, job: JobRow) -> None:
             """Keep what the job starts from. A foundation that is no exact version yet is kept once a worker knows."""
@@ -94,7 +94,11 @@ class TrainingServicer(JobRpcs[pb.TrainingJob], training_pb2_grpc.AgentForgeTrai
                 answer.data_report.CopyFrom(convert.data_report(checked))
         return answer
 
-    def _ask_cognate(self, plan: pb.TrainingPlan, caller_left_s: float | None) -> PreconditionError | None:
+    def _ask_cognate(
+        self, plan: pb.TrainingPlan, base: ArtifactRow | None, caller_left_s: float | None
+    ) -> PreconditionError | None:
+        if base is not None:
+            return foundation.refusal_below(self._cognate, base.name, below(base), caller_left_s=caller_left_s)
         architecture = self._factory.architectures.get(plan.architecture)
         if architecture is None or plan.WhichOneof("base") != "foundation":
             return None

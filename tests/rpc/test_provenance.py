@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ from cognateforge.exceptions import ArtifactCorruptError, ForgeError, Provenance
 from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
 from cognateforge.signatures import KeyPair, make_keys
-from tests.support.published import FILES, publish_agent, publish_model, publish_stated
+from tests.support.published import (
+    FILES,
+    FOUNDATION,
+    publish_agent,
+    publish_model,
+    publish_stated,
+    publish_stated_agent,
+)
 from tests.support.servers import running_agent, running_cognate
 from training_common.artifacts.registry import ArtifactRow
 from training_common.digests import sha256_bytes
@@ -264,13 +272,58 @@ async def test_a_submission_by_policy_is_refused_at_once(keys: KeyPair, other: K
             assert (await agents.training.StartTraining(request)).job.job.name
 
 
-@pytest.mark.timeout(90)
-async def test_a_job_by_policy_fails_for_good(
-    keys: KeyPair, other: KeyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def go_on() -> pb.TrainingPlan:
+    """Return a plan that goes on from the agent of `publish_stated_agent`."""
+    changed = plan()
+    changed.agent_version.name = "intent-router@1"
+    return changed
+
+
+def collected(folder: Path) -> None:
+    with _writing(folder) as connection:
+        connection.execute(sa.update(t.artifacts).values(collect_us=1))
+
+
+@pytest.mark.parametrize("problem", ["", "unknown_key", "not_signed", "other_version", "not_published"])
+async def test_an_agent_that_is_gone_on_from_is_held_to_the_same_keys(
+    keys: KeyPair, other: KeyPair, tmp_path: Path, problem: str
 ) -> None:
-    """A worker refuses as well, says why, and is not tried again."""
+    """Its foundation is asked for anew: it may have been made before the policy, or under another key."""
+    key = {"unknown_key": other.private, "not_signed": None}.get(problem, keys.private)
     async with running_cognate(tmp_path / "cognate") as cognate:
-        publish_stated(tmp_path / "cognate", key=keys.private)
+        row = publish_stated(tmp_path / "cognate", key=key)
+        settings = policy(cognate.address, keys, ask_within_s=30)
+        async with (
+            running_agent(tmp_path / "agent", cognate=settings) as server,
+            AsyncAgentClient(server.address) as agents,
+        ):
+            made_of = replace(row, digest=FOUNDATION) if problem == "other_version" else row
+            publish_stated_agent(tmp_path / "agent", made_of)
+            if problem == "not_published":
+                collected(tmp_path / "cognate")
+            request = pb.StartTrainingRequest(request_id=str(uuid.uuid4()), plan=go_on())
+            if not problem:
+                assert (await agents.training.StartTraining(request)).job.job.name
+                return
+            with pytest.raises(ProvenanceRefusedError, match=r"intent-router@1 is refused.*cognate-25m@1") as refused:
+                await agents.training.StartTraining(request)
+            assert problem == refused.value.metadata["problem"]
+            assert ["plan.agent_version.name"] == [violation.field for violation in refused.value.violations]
+            assert [] == list((await agents.training.ListJobs(pb.ListJobsRequest())).jobs)
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("make", [plan, go_on])
+async def test_a_job_by_policy_fails_for_good(
+    keys: KeyPair,
+    other: KeyPair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], pb.TrainingPlan],
+) -> None:
+    """A worker refuses as well, says why, and is not tried again; also for the foundation below an agent."""
+    async with running_cognate(tmp_path / "cognate") as cognate:
+        row = publish_stated(tmp_path / "cognate", key=keys.private)
         settings = {"cognate": policy(cognate.address, other, ask_within_s=0), "workers": {"slots": 1, "threads": 1}}
         # What its worker, a process of its own, reads.
         monkeypatch.setenv("AGENT_SERVER_DATA_DIR", str(tmp_path / "agent"))
@@ -278,7 +331,8 @@ async def test_a_job_by_policy_fails_for_good(
         monkeypatch.setenv("AGENT_SERVER_COGNATE__PROVENANCE", "require")
         monkeypatch.setenv("AGENT_SERVER_COGNATE__PUBLIC_KEY_FILES", str(other.public))
         async with running_agent(tmp_path / "agent", **settings) as server, AsyncAgentClient(server.address) as agents:
-            request = pb.StartTrainingRequest(request_id=str(uuid.uuid4()), plan=plan())
+            publish_stated_agent(tmp_path / "agent", row)
+            request = pb.StartTrainingRequest(request_id=str(uuid.uuid4()), plan=make())
             name = (await agents.training.StartTraining(request)).job.job.name
             [end] = [frame.end async for frame in agents.watch_job(name) if frame.HasField("end")]
             job = (await agents.training.GetJob(pb.GetJobRequest(name=name))).job.job

@@ -142,7 +142,8 @@ def _tell_summary(session: Session, summary: VerifyProgress, damaged: int, besid
         return
     where = f"{beside['service']}: " if beside else ""
     say(
-        f"{where}{_count(summary.versions, 'version')}, {_count(summary.files, 'file')} and {summary.bytes} bytes read, "
+        f"{where}{_count(summary.versions, 'version')}, {_count(summary.files, 'file')} and "
+        f"{summary.bytes} bytes read, "
         f"{damaged or 'none'} damaged"
     )
 

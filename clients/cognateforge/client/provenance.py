@@ -31,6 +31,7 @@ class Problem(enum.StrEnum):
     UNKNOWN_KEY = "unknown_key"
     SIGNATURE = "signature"
     OTHER_VERSION = "other_version"
+    NOT_PUBLISHED = "not_published"
     MANIFEST = "manifest"
     NO_STATEMENT = "no_statement"
     STATEMENT = "statement"
