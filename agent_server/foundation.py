@@ -96,6 +96,10 @@ class Below:
 AWAY = BREAKS
 
 
+# What the worker passes on without knowing it.
+Client = CognateClient
+
+
 # What rpc/convert reads of the circuit to Cognate.
 CircuitSnapshot = BreakerSnapshot
 

@@ -32,7 +32,6 @@ from agent_server.tracker import Cost
 from agent_server.train_config import AgentTrainConfig, from_plan
 from agent_server.trainer import train_agent
 from cognateforge.agent.v1 import training_pb2 as pb
-from cognateforge.client import CognateClient
 from cognateforge.exceptions import NotImplementedByServerError
 from training_common.artifacts.open import open_registry
 from training_common.artifacts.registry import ArtifactRegistry
@@ -199,7 +198,7 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
     architecture = AgentArchitectureFactory().get(plan.architecture)
     name = context.attempt.store.job.facts.get("foundation") or plan.foundation.name
 
-    def fetch(client: CognateClient, on_progress: Callable[[int, int], None]) -> foundation.Foundation:
+    def fetch(client: foundation.Client, on_progress: Callable[[int, int], None]) -> foundation.Foundation:
         return foundation.fetch(
             client,
             name,
@@ -222,7 +221,9 @@ def _trust(context: WorkerContext[AgentSettings], agent: str, below: foundation.
         _asking(context, lambda client, _progress: foundation.check_below(client, agent, below, trusted))
 
 
-def _asking(context: WorkerContext[AgentSettings], ask: Callable[[CognateClient, Callable[[int, int], None]], T]) -> T:
+def _asking(
+    context: WorkerContext[AgentSettings], ask: Callable[[foundation.Client, Callable[[int, int], None]], T]
+) -> T:
     """Return what Cognate answers. While it cannot be reached, wait for a moment, then give the slot back.
 
     ask: gets a client, and what it calls when something has arrived.
