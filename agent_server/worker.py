@@ -46,6 +46,8 @@ from training_common.worker import AssistantContext, WorkerContext, run
 # Long enough that a Cognate that restarts is not pressed, short enough that its return is seen at once.
 _RETRY_S = 1.0
 T = TypeVar("T")
+# Is told of the bytes that there are, and of those that there will be.
+_Progress = Callable[[int, int], None]
 
 
 def work(context: WorkerContext[AgentSettings]) -> None:
@@ -198,7 +200,7 @@ def _fetch(context: WorkerContext[AgentSettings], plan: pb.TrainingPlan) -> foun
     architecture = AgentArchitectureFactory().get(plan.architecture)
     name = context.attempt.store.job.facts.get("foundation") or plan.foundation.name
 
-    def fetch(client: foundation.Client, on_progress: Callable[[int, int], None]) -> foundation.Foundation:
+    def fetch(client: foundation.Client, on_progress: _Progress) -> foundation.Foundation:
         return foundation.fetch(
             client,
             name,
