@@ -1,6 +1,8 @@
 """`forge backup`, `forge backups` and `forge restore`: found by entry points, quick to list, told in exit codes."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,41 @@ def test_what_is_wrong_is_told_in_exit_codes(settings_file: Path, tmp_path: Path
             path.write_bytes(b"damage")
     damaged = forge("backups", "verify", "--from", place)
     assert (Exit.CORRUPT, True) == (damaged.exit_code, "damaged: " in damaged.stderr)
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+@pytest.mark.parametrize("kind", ["away", "garbage"])
+def test_a_database_that_fails_is_told_in_a_line(settings_file: Path, tmp_path: Path, kind: str, command: str) -> None:
+    """The hour of a restore is not one for a traceback: what is wrong, and with which setting; no password."""
+    place, other, garbage = tmp_path / "backups", tmp_path / "other.toml", tmp_path / "garbage.db"
+    assert Exit.OK == forge("backup", "--service", "cognate", "--settings", settings_file, "--to", place).exit_code
+    garbage.write_bytes(b"nothing that a database would write" * 100)
+    url = {"away": "postgresql+psycopg://u:secret@127.0.0.1:1/x", "garbage": f"sqlite:///{garbage}"}[kind]
+    other.write_text(f'data_dir = "{tmp_path / "b"}"\nstore_url = "{url}"\n')
+    where = {"backup": "--to", "restore": "--from"}[command]
+    told = forge(command, "--service", "cognate", "--settings", other, where, place)
+    assert Exit.LOCAL == told.exit_code
+    assert "error: the database of the cognate service cannot be used: " in told.stderr
+    assert "check store_url" in told.stderr
+    assert "secret" not in told.stderr
+    assert 1 == len(told.stderr.splitlines())
+
+
+def test_a_disk_that_is_full_is_told_by_its_own_place(
+    settings_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write's error names no file: where a restore writes is not where its backup lies."""
+    place, other = tmp_path / "backups", tmp_path / "other.toml"
+    assert Exit.OK == forge("backup", "--service", "cognate", "--settings", settings_file, "--to", place).exit_code
+    other.write_text(f'data_dir = "{tmp_path / "b"}"\n')
+
+    def full(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    told = forge("restore", "--service", "cognate", "--settings", other, "--from", place)
+    assert Exit.LOCAL == told.exit_code
+    assert f"error: {tmp_path / 'b' / 'artifacts' / 'staged'}: No space left on device" in told.stderr
 
 
 def test_a_backup_that_lacks_bytes_is_told_and_removes_nothing(settings_file: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from cognateforge.flush import EarlyFlush
-from training_common.artifacts.places import CHUNK_BYTES, Added, ChangedError, Entry
+from training_common.artifacts.places import CHUNK_BYTES, Added, ChangedError, Entry, at_path
 
 _STAGED = "staged"
 # What a process that was killed has left. None writes for so long.
@@ -121,7 +121,8 @@ class Folder:
         descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         writer = _Writer(descriptor)
         try:
-            yield staged, writer
+            with at_path(folder):
+                yield staged, writer
         finally:
             writer.stop()
             os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +38,17 @@ class Added:
     digest: str
     size_bytes: int
     created: bool
+
+
+@contextmanager
+def at_path(path: Path) -> Iterator[None]:
+    """Let an OSError name a path where it names none, as one of writing: a disk that is full is told by its place."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 class Place(Protocol):

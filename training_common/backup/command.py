@@ -177,10 +177,16 @@ def _installed() -> Iterator[None]:
 
 @contextmanager
 def _using(service: str, file: Path | None) -> Iterator[tuple[StoredService, ServiceSettings]]:
-    """Yield a service and its settings. Errors: InvalidRequestError; ClientSetupError, for settings of no use."""
-    from cognateforge.exceptions import ClientSetupError
+    """Yield a service and its settings.
+
+    Errors: InvalidRequestError; ClientSetupError, for settings of no use; LocalStorageError, when its database fails,
+    also later.
+    """
+    from cognateforge.exceptions import ClientSetupError, LocalStorageError
 
     with _installed():
+        import sqlalchemy as sa
+
         from training_common.backup.service import find_service
         from training_common.settings import SettingsError
 
@@ -189,6 +195,12 @@ def _using(service: str, file: Path | None) -> Iterator[tuple[StoredService, Ser
             yield stored, stored.load_settings(file)
         except SettingsError as error:
             raise ClientSetupError(str(error)) from error
+        except sa.exc.DBAPIError as error:
+            why = " ".join(str(error.orig).split())
+            raise LocalStorageError(
+                f"the database of the {service} service cannot be used: {why}; check store_url and data_dir, and that "
+                "it is up"
+            ) from error
 
 
 def _facts(backup: Backup) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from cognateforge.exceptions import ArtifactCorruptError, InvalidRequestError, LocalStorageError
+from training_common.artifacts.places import at_path
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -115,7 +116,8 @@ class FolderDestination:
                 yield Entry(key=key, size_bytes=found.st_size, modified_s=found.st_mtime)
 
     def pieces(self, key: str) -> Iterator[bytes]:
-        with (self._root / key).open("rb", buffering=0) as file:
+        path = self._root / key
+        with at_path(path), path.open("rb", buffering=0) as file:
             while piece := file.read(_READ_BYTES):
                 yield piece
 
@@ -135,7 +137,7 @@ class FolderDestination:
         descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=target.parent)  # with mode 0600
         temporary = Path(name)
         try:
-            with open(descriptor, "wb") as file:
+            with at_path(target.parent), open(descriptor, "wb") as file:
                 file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())

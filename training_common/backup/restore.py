@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from cognateforge.exceptions import ArtifactCorruptError, PreconditionError
 from training_common.artifacts.blobs import BlobStore, ManifestExistsError
 from training_common.artifacts.open import open_blobs
+from training_common.artifacts.places import at_path
 from training_common.backup.destination import OBJECTS, Destination, object_digits, object_key, read_object
 from training_common.backup.digest_table import DigestTable
 from training_common.backup.manifest import Backup, BackupManifest, TableDump
@@ -168,7 +169,7 @@ def _restore_blobs(destination: Destination, manifest: BackupManifest, blobs: Bl
 
 
 def _write(path: Path, pieces: Iterator[bytes]) -> None:
-    with path.open("wb") as file:
+    with at_path(path.parent), path.open("wb") as file:
         file.writelines(pieces)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cognateforge.exceptions import ArtifactCorruptError
+from training_common.artifacts.places import at_path
 from training_common.backup.destination import Destination, read_object
 from training_common.digests import sha256_bytes
 
@@ -66,7 +67,8 @@ class SegmentWriter:
     def _cut(self) -> None:
         data = gzip.compress(b"".join(self._lines), _LEVEL, mtime=0)
         digest = sha256_bytes(data)
-        staged(self._folder, digest).write_bytes(data)
+        with at_path(self._folder):
+            staged(self._folder, digest).write_bytes(data)
         self._segments.append(Segment(digest=digest, size_bytes=len(data), lines=len(self._lines)))
         self._lines, self._size = [], 0
 
