@@ -17,7 +17,11 @@ from cognateforge.cli.exits import Exit
 from tests.backup.conftest import entry_points
 from tests.backup.stores import opened, publish, settings_of
 from training_common.backup import service
+from training_common.backup import verify as verifying
+from training_common.backup.destination import Destination, FolderDestination
+from training_common.backup.manifest import Backup, delete_manifest
 from training_common.backup.service import StoredService
+from training_common.backup.verify import Checked
 
 MODULES = ("sqlalchemy", "alembic", "pydantic", "obstore", "torch", "cognate_server", "agent_server")
 
@@ -158,6 +162,37 @@ def test_a_disk_that_is_full_is_told_by_its_own_place(
     told = forge("restore", "--service", "cognate", "--settings", other, "--from", place)
     assert Exit.LOCAL == told.exit_code
     assert f"error: {tmp_path / 'b' / 'artifacts' / 'staged'}: No space left on device" in told.stderr
+
+
+def test_a_backup_that_is_pruned_while_it_is_read_is_no_damage(
+    settings_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schedule prunes every quarter of an hour, and a verification of all backups takes longer."""
+    place = tmp_path / "backups"
+    wish = ("backup", "--service", "cognate", "--settings", settings_file, "--to", place, "--json")
+    [first], [second] = lines(forge(*wish)), lines(forge(*wish))
+    read = verifying.verify
+
+    def pruned_meanwhile(destination: Destination, backup: Backup) -> Checked:
+        if backup.id == first["backup"]:
+            delete_manifest(destination, backup.id)
+            for entry in list(destination.entries("objects")):
+                destination.delete(entry.key)
+        return read(destination, backup)
+
+    monkeypatch.setattr(verifying, "verify", pruned_meanwhile)
+    told = forge("backups", "verify", "--from", place, "--json")
+    assert f"backup {first['backup']} was pruned while it was read" in told.stderr
+    assert (Exit.CORRUPT, [second["backup"]]) == (
+        told.exit_code,
+        [json.loads(line)["verified"] for line in told.stdout.splitlines()],
+    ), "what still is a backup and lacks objects is damaged"
+    delete_manifest(FolderDestination(place), second["backup"])
+    [third] = lines(forge(*wish))
+    monkeypatch.setattr(verifying, "verify", lambda destination, backup: read(destination, backup))
+    assert [third["backup"]] == [
+        one["verified"] for one in lines(forge("backups", "verify", "--from", place, "--json"))
+    ]
 
 
 def test_a_backup_that_lacks_bytes_is_told_and_removes_nothing(settings_file: Path, tmp_path: Path) -> None:

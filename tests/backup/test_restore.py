@@ -1,6 +1,8 @@
 """Restores: into an empty place only, whole or never served, and what was under way goes on."""
 
 import asyncio
+import errno
+import os
 import shutil
 import time
 from pathlib import Path
@@ -17,11 +19,15 @@ from tests.support.postgres import PostgresServer
 from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from training_common.artifacts.blobs import BlobStore
+from training_common.backup import restore as restoring
 from training_common.backup.create import back_up
 from training_common.backup.destination import FolderDestination, object_key
+from training_common.backup.locks import PRUNE, at_work
 from training_common.backup.manifest import newest_backup
+from training_common.backup.prune import prune
 from training_common.backup.restore import restore
 from training_common.backup.rows import Shape, decode, shape_of
+from training_common.backup.settle import settle
 from training_common.digests import canonical_json, sha256_bytes
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobStore
@@ -91,6 +97,42 @@ def test_a_backup_that_lacks_an_object_is_refused_before_anything_is_written(
         with pytest.raises(ArtifactCorruptError, match=rf"lacks 1 objects.*{object_key(digest)} \({what}\)"):
             restore(COGNATE, other, place, backup)
         assert not (tmp_path / "b" / "store.db").exists()
+
+
+def test_a_prune_waits_for_a_restore(
+    settings: ServiceSettings, place: FolderDestination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would remove what a restore of an older backup is about to read. A prune that was cut is in nobody's way."""
+    tried = []
+
+    def settle_and_prune(*arguments):  # type: ignore[no-untyped-def]
+        with pytest.raises(PreconditionError, match=rf"a restore is at work .* \(process {os.getpid()} on") as refused:
+            prune(place, "cognate", keep=1)
+        tried.append(refused)
+        return settle(*arguments)
+
+    monkeypatch.setattr(restoring, "settle", settle_and_prune)
+    backup = newest_backup(place, "cognate")
+    restore(COGNATE, settings_of("cognate", tmp_path / "b"), place, backup)
+    assert 1 == len(tried)
+    assert [] == list(place.entries("locks"))
+    monkeypatch.setattr(restoring, "settle", settle)
+    with at_work(place, PRUNE, alone=True):
+        restore(COGNATE, settings_of("cognate", tmp_path / "c"), place, backup)
+
+
+def test_a_place_that_cannot_be_written_is_restored_from(
+    place: FolderDestination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a bucket whose credentials read alone."""
+
+    def refused(*_arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(FolderDestination, "put", refused)
+    monkeypatch.setattr(FolderDestination, "delete", refused)
+    other = settings_of("cognate", tmp_path / "b")
+    assert 0 == restore(COGNATE, other, place, newest_backup(place, "cognate")).settled.cut
 
 
 def test_a_damaged_object_is_never_served(settings: ServiceSettings, place: FolderDestination, tmp_path: Path) -> None:

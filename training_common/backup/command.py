@@ -137,13 +137,20 @@ def _verify(backups: typer.Typer) -> None:
     def verify_backup(session: Session, place: From, name: Name = "") -> Exit:
         """Read backups again and compare every digest. Default: all of them."""
         with _installed():
+            from cognateforge.exceptions import NotFoundError
             from training_common.backup.destination import open_destination
             from training_common.backup.manifest import backup_ids, open_backup
 
+            worst = Exit.OK
             with open_destination(place) as destination:
-                names = [name] if name else backup_ids(destination)
-                found = [_verified(session, destination, open_backup(destination, one)) for one in names]
-        return max(found, default=Exit.OK)
+                for one in [name] if name else backup_ids(destination):
+                    try:
+                        worst = max(worst, _verified(session, destination, open_backup(destination, one)))
+                    except NotFoundError as error:
+                        if name:
+                            raise
+                        say(error.message)
+        return worst
 
 
 def _prune(backups: typer.Typer) -> None:
@@ -233,9 +240,14 @@ def _tell(session: Session, facts: dict[str, Any], *, line: bool = False) -> Non
 
 
 def _verified(session: Session, destination: Any, backup: Backup) -> Exit:
+    from cognateforge.exceptions import NotFoundError
+    from training_common.backup.manifest import backup_ids
     from training_common.backup.verify import verify
 
     found = verify(destination, backup)
+    # A prune removes the manifest first: what lacks objects then is no backup any more, and not a damaged one.
+    if found.damaged and backup.id not in backup_ids(destination):
+        raise NotFoundError(f"backup {backup.id} was pruned while it was read")
     _tell(
         session,
         {"verified": backup.id, "objects": found.objects, "bytes": found.size_bytes, "damaged": found.damaged},

@@ -6,6 +6,7 @@ file is put again now and then; one that has not been for long, or whose process
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -18,7 +19,7 @@ from cognateforge.exceptions import PreconditionError
 from training_common.backup.destination import LOCKS, Destination, Entry
 from training_common.engines.processes import find, own_handle
 
-BACKUP, PRUNE = "backup", "prune"
+BACKUP, PRUNE, RESTORE = "backup", "prune", "restore"
 REFRESH_S = 60.0
 # Ten refreshes that failed: by then the process or its network is gone.
 STALE_S = 600.0
@@ -31,6 +32,28 @@ def at_work(destination: Destination, kind: str, *, alone: bool) -> Iterator[Cal
     alone: whether nobody else may be at work; otherwise only those that are alone are in the way.
     Errors: PreconditionError, naming who is in the way; from what is yielded, when it is too late to go on.
     """
+    with _announced(destination, kind) as (key, require_held):
+        _require_free(destination, key, alone=alone)
+        yield require_held
+
+
+@contextmanager
+def at_restore(destination: Destination) -> Iterator[None]:
+    """Keep prunes away while the context lasts. Nobody is in a restore's way.
+
+    A place that this process cannot write to is read all the same.
+    """
+    from obstore.exceptions import BaseError
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, BaseError):
+            stack.enter_context(_announced(destination, RESTORE))
+        yield
+
+
+@contextmanager
+def _announced(destination: Destination, kind: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Put a file of one's own while the context lasts, and yield its key and what makes sure that it is still there."""
     key = f"{LOCKS}/{kind}-{uuid.uuid4().hex}"
     content = json.dumps({"host": socket.gethostname(), "process": own_handle()}).encode()
     refreshed, ended = [time.monotonic()], threading.Event()
@@ -55,8 +78,7 @@ def at_work(destination: Destination, kind: str, *, alone: bool) -> Iterator[Cal
     thread = threading.Thread(target=go_on_putting, daemon=True)
     thread.start()
     try:
-        _require_free(destination, key, alone=alone)
-        yield require_held
+        yield key, require_held
     finally:
         ended.set()
         thread.join()
@@ -68,7 +90,7 @@ def _require_free(destination: Destination, own: str, *, alone: bool) -> None:
     now_s = next((entry.modified_s for entry in entries if entry.key == own), 0.0)
     for entry in entries:
         kind = entry.key.removeprefix(f"{LOCKS}/").partition("-")[0]
-        if entry.key == own or kind not in (BACKUP, PRUNE) or not (alone or kind == PRUNE):
+        if entry.key == own or kind not in (BACKUP, PRUNE, RESTORE) or not (alone or kind == PRUNE):
             continue
         if problem := _holder(destination, entry, now_s):
             raise PreconditionError(

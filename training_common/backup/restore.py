@@ -22,6 +22,7 @@ from training_common.artifacts.open import open_blobs
 from training_common.artifacts.places import at_path
 from training_common.backup.destination import OBJECTS, Destination, object_digits, object_key, read_object
 from training_common.backup.digest_table import DigestTable
+from training_common.backup.locks import at_restore
 from training_common.backup.manifest import Backup, BackupManifest, TableDump
 from training_common.backup.parallel import in_parallel
 from training_common.backup.rows import RowWriter, decode, read_rows, reflect, shape_of, to_line
@@ -56,6 +57,11 @@ def restore(service: StoredService, settings: ServiceSettings, destination: Dest
     Errors: PreconditionError, for a backup of another service or of a newer release, and where the place is not empty;
     ArtifactCorruptError, for a backup that lacks objects, of which nothing is written then, or holds damaged ones.
     """
+    with at_restore(destination):
+        return _restore(service, settings, destination, backup)
+
+
+def _restore(service: StoredService, settings: ServiceSettings, destination: Destination, backup: Backup) -> Restored:
     begin_s = time.monotonic()
     _require_fitting(service, backup)
     _require_complete(destination, backup)
