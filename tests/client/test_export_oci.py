@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from cognateforge.exceptions import LocalStorageError
+from cognateforge.exceptions import ArtifactCorruptError, LocalStorageError
 from cognateforge.export import Artifact, open_artifact, write_folder, write_oci
 from cognateforge.layout import SIGNATURE_NAME
 from tests.support.fetched import write_manifest
@@ -152,6 +152,44 @@ def test_a_layout_keeps_every_rule_and_holds_every_file(artifact: Artifact, tmp_
     assert exported.digest == json.loads((tmp_path / "layout" / "index.json").read_bytes())["manifests"][0]["digest"]
     size_bytes = sum(path.stat().st_size for path in (tmp_path / "layout").rglob("*") if path.is_file())
     assert (exported.name, exported.size_bytes) == ("intent-router@3", size_bytes)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"name": "../router@3"},
+        {"name": f"{'r' * 60}@3"},
+        {"name": ["router@3"]},
+        {"kind": "../../x"},
+        {"kind": ["agent"]},
+        {"parent": "cognate-25m@7"},
+        {"architecture": ["cognate"]},
+        {"task": {}},
+        {"create_us": "yesterday"},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_no_version_is_refused(tmp_path: Path, told: dict[str, Any]) -> None:
+    """A folder may be anybody's, and what its manifest says goes into other tools' names."""
+    write_manifest(tmp_path, **{"name": "router@3", "kind": "agent", **told})
+    with pytest.raises(ArtifactCorruptError, match=r"names no version|neither a model|has a form"):
+        open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("made_us", [-1, 10**30])
+def test_a_moment_that_is_none_is_not_told(tmp_path: Path, made_us: int) -> None:
+    """The image has no time then."""
+    (tmp_path / "fetched").mkdir()
+    write_manifest(tmp_path / "fetched", name="router@3", kind="agent", create_us=made_us)
+    write_oci(open_artifact(tmp_path / "fetched"), tmp_path / "layout")
+    assert "org.opencontainers.image.created" not in read_manifest(tmp_path / "layout")["annotations"]
+
+
+def test_a_manifest_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+    """As any that is no JSON."""
+    (tmp_path / "manifest.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(ArtifactCorruptError, match="the manifest is not JSON"):
+        open_artifact(tmp_path)
 
 
 def test_a_signature_goes_with_the_manifest(artifact: Artifact, tmp_path: Path) -> None:

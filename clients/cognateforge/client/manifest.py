@@ -65,7 +65,7 @@ def parse_manifest(raw: bytes, digest: str) -> Manifest:
         raise ArtifactCorruptError(f"the manifest has digest {found}, the registry says {digest}")
     try:
         document = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactCorruptError(f"the manifest is not JSON: {error}") from error
     entries = document.get("files") if isinstance(document, dict) else None
     if not isinstance(entries, list) or len(entries) > MAX_FILES:

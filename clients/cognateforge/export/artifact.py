@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from typing import Any
 from cognateforge.client.manifest import Manifest, digest_of, parse_manifest
 from cognateforge.exceptions import ArtifactCorruptError, LocalStorageError
 from cognateforge.layout import MANIFEST_NAME, SIGNATURE_NAME
+
+# The contract's rule for the name of a version, and what there are versions of.
+_VERSION = re.compile(r"[a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8}")
+_KINDS = ("foundation", "agent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +83,7 @@ def open_artifact(folder: Path) -> Artifact:
         ) from error
     digest = digest_of(raw)
     manifest = parse_manifest(raw, digest)
-    if not isinstance(manifest.document.get("name"), str):
-        raise ArtifactCorruptError(f"{folder / MANIFEST_NAME} names no version")
+    _require_version(manifest.document, folder / MANIFEST_NAME)
     for file in manifest.files:
         path = folder / file.path
         if path.is_symlink() or not path.is_file():
@@ -92,6 +96,24 @@ def open_artifact(folder: Path) -> Artifact:
         if found != file.digest:
             raise ArtifactCorruptError(f"{file.path} of {folder} has digest {found}, not {file.digest}: fetch it again")
     return Artifact(folder=folder, manifest=manifest, digest=digest)
+
+
+def _require_version(document: dict[str, Any], path: Path) -> None:
+    """Refuse what is no version's: its parts go into names and annotations of other tools."""
+    if not _VERSION.fullmatch(str(document.get("name"))):
+        raise ArtifactCorruptError(f"{path} names no version")
+    if document.get("kind", _KINDS[0]) not in _KINDS:
+        raise ArtifactCorruptError(f"{path} is of neither a model nor an agent")
+    wanted: dict[str, tuple[type, ...]] = {
+        "create_us": (int,),
+        "parent": (dict,),
+        "architecture": (dict, str),
+        "task": (str,),
+        "state": (str,),
+    }
+    for part, form in wanted.items():
+        if part in document and not isinstance(document[part], form):
+            raise ArtifactCorruptError(f"{path}: {part} has a form that no version's has")
 
 
 def require_free(out: Path) -> None:

@@ -164,6 +164,8 @@ def _reading(output: object, pooling: str) -> str:
 
 def _require_whole(artifact: Artifact, *, read: Sequence[str]) -> TensorFile:
     """Return the weights beside the base, where all of them have a place in the export."""
+    if _WEIGHTS not in artifact.files:
+        raise ArtifactCorruptError(f"{artifact.name} has no {_WEIGHTS}")
     weights = TensorFile(artifact.files[_WEIGHTS])
     if left := sorted(set(weights.entries) - set(read)):
         raise _refused(artifact, f"transformers knows no layer for what was trained beside its base, such as {left[0]}")

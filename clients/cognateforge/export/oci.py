@@ -32,6 +32,8 @@ LAYER = "application/vnd.oci.image.layer.v1.tar"
 # What the specification defines, and what is this project's own.
 OCI, OWN = "org.opencontainers.image", "io.cognateforge"
 _LICENCES = "licences/"
+# RFC 3339 has no later one.
+_YEAR_10000_US = 253_402_300_800 * 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ def _type(artifact: Artifact) -> str:
 def _created(artifact: Artifact) -> str:
     """Return when the artifact was made, empty where its manifest does not tell."""
     made_us = artifact.document.get("create_us")
-    if not isinstance(made_us, int):
+    if not isinstance(made_us, int) or not 0 <= made_us < _YEAR_10000_US:
         return ""
     return datetime.fromtimestamp(made_us // 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
