@@ -16,6 +16,7 @@ from training_common.backup.segments import Listing, Segment
 from training_common.digests import canonical_json, sha256_bytes
 
 SCHEMA = "cognateforge.backup/1"
+_YEAR_10000_US = 253_402_300_800 * 10**6
 # Of the manifest's own digest, in its id: enough to tell that it is damaged.
 _ID_DIGITS = 16
 _ID = re.compile(rf"(?P<service>[a-z]+)-(?P<time>\d{{8}}T\d{{6}}\.\d{{6}}Z)-(?P<digest>[0-9a-f]{{{_ID_DIGITS}}})")
@@ -127,7 +128,12 @@ def open_backup(destination: Destination, name: str) -> Backup:
         raise NotFoundError(f"there is no backup {name}; `forge backups list` shows those that there are")
     if sha256_bytes(data).removeprefix("sha256:")[:_ID_DIGITS] != match["digest"]:
         raise ArtifactCorruptError(f"{key} does not have the digest in its name: it is damaged; use another backup")
-    return Backup(id=name, manifest=_parse(json.loads(data), key))
+    try:
+        return Backup(id=name, manifest=_parse(json.loads(data), key))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ArtifactCorruptError(
+            f"{key} is of a form that this release does not know: use the release that wrote it, or another backup"
+        ) from error
 
 
 def newest_backup(destination: Destination, service: str) -> Backup:
@@ -147,6 +153,8 @@ def _parse(body: dict[str, Any], key: str) -> BackupManifest:
     schema = body.pop("schema")
     if schema != SCHEMA:
         raise ArtifactCorruptError(f"{key} has the form {schema!r}, this release reads {SCHEMA!r}: use a newer release")
+    if not 0 <= int(body["snapshot_us"]) < _YEAR_10000_US:
+        raise ValueError("its moment is none")
     tables = tuple(
         TableDump(name=table["name"], shape=_shape(table["shape"]), rows=_listing(table["rows"]))
         for table in body.pop("tables")

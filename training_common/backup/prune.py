@@ -14,7 +14,7 @@ from training_common.backup.destination import OBJECTS, Destination, is_half_wri
 from training_common.backup.digest_table import DigestTable
 from training_common.backup.locks import PRUNE, at_work
 from training_common.backup.manifest import Backup, backup_ids, delete_manifest, open_backup
-from training_common.backup.segments import kept_lines
+from training_common.backup.segments import kept_checkpoints, kept_files
 
 
 @dataclass(kw_only=True)
@@ -73,9 +73,9 @@ def _name(destination: Destination, ids: Iterable[str], named: DigestTable) -> N
 
 
 def _name_files(destination: Destination, backup: Backup, named: DigestTable) -> None:
-    for digest, size_bytes, *_ in kept_lines(destination, backup.manifest.blobs, what="list of files"):
+    for digest, size_bytes, *_ in kept_files(destination, backup.manifest.blobs, what="list of files"):
         named.add(digest, size_bytes)
-    for _, digest, size_bytes in kept_lines(destination, backup.manifest.checkpoints, what="list of checkpoints"):
+    for _, digest, size_bytes in kept_checkpoints(destination, backup.manifest.checkpoints, what="list of checkpoints"):
         named.add(digest, size_bytes)
 
 

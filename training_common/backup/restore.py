@@ -6,8 +6,10 @@ any moment, the place has to be emptied first.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,13 +22,14 @@ from cognateforge.exceptions import ArtifactCorruptError, PreconditionError
 from training_common.artifacts.blobs import BlobStore, ManifestExistsError
 from training_common.artifacts.open import open_blobs
 from training_common.artifacts.places import at_path
+from training_common.artifacts.registry import ArtifactRow
 from training_common.backup.destination import OBJECTS, Destination, object_digits, object_key, read_object
 from training_common.backup.digest_table import DigestTable
 from training_common.backup.locks import at_restore
 from training_common.backup.manifest import Backup, BackupManifest, TableDump
 from training_common.backup.parallel import in_parallel
 from training_common.backup.rows import RowWriter, decode, read_rows, reflect, shape_of, to_line
-from training_common.backup.segments import kept_lines
+from training_common.backup.segments import kept_checkpoints, kept_files, kept_lines
 from training_common.backup.service import StoredService
 from training_common.backup.settle import Settled, settle
 from training_common.backup.snapshot import live_versions
@@ -40,6 +43,8 @@ from training_common.store.database import Database, Turn
 # Rows that are inserted at once: one can hold a manifest of a megabyte.
 _INSERTED_ROWS = 200
 _TOLD = 5
+# The contract's rule for the name of a version: it names files.
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,47}@[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ def _restore(service: StoredService, settings: ServiceSettings, destination: Des
         with database.write() as connection:
             database.may_idle(connection)  # objects may come slowly
             _load(connection, destination, backup.manifest, service.migrations)
-            _restore_manifests(connection, blobs)
+            _restore_manifests(connection, blobs, backup.manifest, destination)
             revisions.upgrade_to(connection, service.migrations, "head")
         settled = settle(database, backup, jobs_dir(settings))
         with database.write() as connection:
@@ -117,14 +122,14 @@ def _require_complete(destination: Destination, backup: Backup) -> None:
 def _files(destination: Destination, manifest: BackupManifest) -> Iterator[tuple[str, int, str]]:
     """Yield digest, size and name of the versions' files that are in a backup."""
     missing = {one.digest for one in manifest.missing}
-    for digest, size_bytes, name, path in kept_lines(destination, manifest.blobs, what="list of files"):
+    for digest, size_bytes, name, path in kept_files(destination, manifest.blobs, what="list of files"):
         if digest not in missing:
             yield digest, size_bytes, f"{name}: {path}"
 
 
 def _checkpoint_files(destination: Destination, manifest: BackupManifest) -> Iterator[tuple[str, int, str]]:
     """Yield digest, size and path of the checkpoints' files."""
-    for path, digest, size_bytes in kept_lines(destination, manifest.checkpoints, what="list of checkpoints"):
+    for path, digest, size_bytes in kept_checkpoints(destination, manifest.checkpoints, what="list of checkpoints"):
         yield digest, size_bytes, path
 
 
@@ -240,14 +245,34 @@ def _set_sequence(connection: sa.Connection, table: sa.Table) -> None:
     connection.execute(sa.select(sa.func.setval(sequence, sa.func.coalesce(newest, 1), newest.is_not(None))))
 
 
-def _restore_manifests(connection: sa.Connection, blobs: BlobStore) -> None:
+def _restore_manifests(
+    connection: sa.Connection, blobs: BlobStore, manifest: BackupManifest, destination: Destination
+) -> None:
     artifacts = next(table for table in reflect(connection) if table.name == t.artifacts.name)
-    for version in live_versions(connection, artifacts):
-        if sha256_bytes(version.manifest) != version.digest:
-            raise ArtifactCorruptError(f"{version.name}: its manifest in the backup does not have its digest")
-        try:
-            blobs.put_manifest(version.family, version.version, version.manifest)
-        except ManifestExistsError as error:
-            raise PreconditionError(
-                f"the store of artifacts is not empty: {error}; restore into an empty one"
-            ) from error
+    with contextlib.closing(DigestTable()) as listed:
+        for digest, size_bytes, *_ in kept_files(destination, manifest.blobs, what="list of files"):
+            listed.add(digest, size_bytes)
+        for version in live_versions(connection, artifacts):
+            _require_whole(version, listed)
+            _put_manifest(blobs, version)
+
+
+def _require_whole(version: ArtifactRow, listed: DigestTable) -> None:
+    """Refuse a version that its own manifest does not name, or of whose bytes the backup says nothing."""
+    if sha256_bytes(version.manifest) != version.digest:
+        raise ArtifactCorruptError(f"{version.name}: its manifest in the backup does not have its digest")
+    try:
+        unlisted = [file.path for file in version.files if listed.size(file.digest) is None]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactCorruptError(f"{version.name[:100]!r}: its manifest in the backup is none") from error
+    if unlisted or not _NAME.fullmatch(version.name):
+        raise ArtifactCorruptError(
+            f"{version.name[:100]!r}: the backup does not tell of all its files, or it is no version's name"
+        )
+
+
+def _put_manifest(blobs: BlobStore, version: ArtifactRow) -> None:
+    try:
+        blobs.put_manifest(version.family, version.version, version.manifest)
+    except ManifestExistsError as error:
+        raise PreconditionError(f"the store of artifacts is not empty: {error}; restore into an empty one") from error

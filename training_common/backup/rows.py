@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cognateforge.exceptions import PreconditionError
+from cognateforge.exceptions import ArtifactCorruptError, PreconditionError
 
 _KINDS: tuple[tuple[type[Any], str], ...] = (
     (sa.JSON, "json"),
@@ -104,10 +104,15 @@ def to_line(row: Sequence[Any]) -> bytes:
 
 
 def decode(row: list[Any], shape: Shape) -> list[Any]:
-    """Return a row's values as a database takes them; JSON stays text."""
+    """Return a row's values as a database takes them; JSON stays text. Errors: ArtifactCorruptError."""
+    if not isinstance(row, list) or len(row) != len(shape.columns):
+        raise ArtifactCorruptError(f"{str(row)[:200]} is no row of {len(shape.columns)} columns")
     for at, kind in _special(shape):
         if row[at] is not None:
-            row[at] = base64.b64decode(row[at]) if kind == "bytes" else float(row[at])
+            try:
+                row[at] = base64.b64decode(row[at]) if kind == "bytes" else float(row[at])
+            except (ValueError, TypeError) as error:
+                raise ArtifactCorruptError(f"{str(row[at])[:200]} is no value of kind {kind}") from error
     return row
 
 
@@ -142,6 +147,10 @@ class RowWriter:
         except (sa.exc.DataError, sa.exc.IntegrityError) as error:
             raise PreconditionError(
                 f"table {self._name}: a row of the backup does not fit into this database: {error.orig}"
+            ) from error
+        except (sa.exc.ProgrammingError, sa.exc.InterfaceError, OverflowError) as error:
+            raise ArtifactCorruptError(
+                f"table {self._name}: a row of the backup has a value of another kind"
             ) from error
 
     def _parameters(self, row: list[Any]) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from typing import Any
 
 from cognateforge.exceptions import ArtifactCorruptError
 from training_common.artifacts.places import at_path
-from training_common.backup.destination import Destination, read_object
+from training_common.backup.destination import Destination, object_key, read_object
 from training_common.digests import sha256_bytes
 
 # One key in so many ends a segment.
 _LINES = 4096
 # What bounds the memory that a segment takes: so much text, beyond its last line.
 _BYTES = 8 << 20
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 # zlib's usual one: a higher one takes twice the time for a few per cent.
 _LEVEL = 6
 
@@ -95,6 +97,30 @@ def staged_lines(folder: Path, listing: Listing) -> Iterator[Any]:
             yield json.loads(line)
 
 
+def kept_files(
+    destination: Destination, listing: Listing, *, what: str, kept: Callable[[int], object] = lambda _size: None
+) -> Iterator[tuple[str, int, str, str]]:
+    """Yield digest, size, version and path of each file of a list of files, as `kept_lines` does."""
+    for line in kept_lines(destination, listing, what=what, kept=kept):
+        match line:
+            case [str(digest), int(size_bytes), str(version), str(path)] if _DIGEST.fullmatch(digest):
+                yield digest, size_bytes, version, path
+            case _:
+                raise ArtifactCorruptError(f"{what}: {str(line)[:200]} is none of its lines")
+
+
+def kept_checkpoints(
+    destination: Destination, listing: Listing, *, what: str, kept: Callable[[int], object] = lambda _size: None
+) -> Iterator[tuple[str, str, int]]:
+    """Yield path, digest and size of each file of a list of checkpoints, as `kept_lines` does."""
+    for line in kept_lines(destination, listing, what=what, kept=kept):
+        match line:
+            case [str(path), str(digest), int(size_bytes)] if _DIGEST.fullmatch(digest) and "\0" not in path:
+                yield path, digest, size_bytes
+            case _:
+                raise ArtifactCorruptError(f"{what}: {str(line)[:200]} is none of its lines")
+
+
 def kept_lines(
     destination: Destination, listing: Listing, *, what: str, kept: Callable[[int], object] = lambda _size: None
 ) -> Iterator[Any]:
@@ -107,11 +133,14 @@ def kept_lines(
     for segment in listing.segments:
         data = b"".join(read_object(destination, segment.digest, segment.size_bytes, what=what))
         kept(segment.size_bytes)
-        text = gzip.decompress(data)
+        try:
+            text = gzip.decompress(data)
+            # Not splitlines: JSON's texts may hold other ends of lines than this one.
+            lines = [json.loads(line) for line in text.split(b"\n")[:-1]]
+        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+            raise ArtifactCorruptError(f"{what}: {object_key(segment.digest)} holds no lines of a backup") from error
         sha256.update(text)
-        # Not splitlines: JSON's texts may hold other ends of lines than this one.
-        for line in text.split(b"\n")[:-1]:
-            count += 1
-            yield json.loads(line)
+        count += len(lines)
+        yield from lines
     if (count, f"sha256:{sha256.hexdigest()}") != (listing.lines, listing.digest):
         raise ArtifactCorruptError(f"{what}: its {count} rows are not the {listing.lines} that the backup tells of")

@@ -6,16 +6,17 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from cognateforge.exceptions import ArtifactCorruptError
 from training_common.backup.destination import Destination, read_object
 from training_common.backup.manifest import Backup
 from training_common.backup.parallel import in_parallel
-from training_common.backup.segments import Listing, kept_lines
+from training_common.backup.segments import kept_checkpoints, kept_files, kept_lines
 
 # Of so many it is told what is wrong; of the others, that there are more.
 _TOLD = 20
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -43,18 +44,18 @@ def verify(destination: Destination, backup: Backup) -> Checked:
     """Read everything in a backup, and return what is wrong with it."""
     found, manifest = Checked(), backup.manifest
     for table in manifest.tables:
-        for _ in _lines(destination, table.rows, f"table {table.name}", found):
+        rows = kept_lines(destination, table.rows, what=f"table {table.name}", kept=found.add)
+        for _ in _noting(rows, found):
             pass
+    files = kept_files(destination, manifest.blobs, what="list of files", kept=found.add)
+    kept = kept_checkpoints(destination, manifest.checkpoints, what="list of checkpoints", kept=found.add)
     missing = {one.digest for one in manifest.missing}
     blobs = (
         (digest, size_bytes, f"{name}: {path}")
-        for digest, size_bytes, name, path in _lines(destination, manifest.blobs, "list of files", found)
+        for digest, size_bytes, name, path in _noting(files, found)
         if digest not in missing
     )
-    checkpoints = (
-        (digest, size_bytes, path)
-        for path, digest, size_bytes in _lines(destination, manifest.checkpoints, "list of checkpoints", found)
-    )
+    checkpoints = ((digest, size_bytes, path) for path, digest, size_bytes in _noting(kept, found))
     for size_bytes, problem in in_parallel(partial(_read, destination), itertools.chain(blobs, checkpoints)):
         if problem:
             found.note(problem)
@@ -63,9 +64,10 @@ def verify(destination: Destination, backup: Backup) -> Checked:
     return found
 
 
-def _lines(destination: Destination, listing: Listing, what: str, found: Checked) -> Iterator[Any]:
+def _noting(lines: Iterator[T], found: Checked) -> Iterator[T]:
+    """Yield lines, and note what ends them."""
     try:
-        yield from kept_lines(destination, listing, what=what, kept=found.add)
+        yield from lines
     except ArtifactCorruptError as error:
         found.note(error.message)
 
