@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2
 
 import agent_server.server
 import cognate_server.server
+from cognateforge.artifact.v1 import artifact_pb2
 from cognateforge.client import AsyncCognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import (
@@ -36,6 +37,7 @@ from cognateforge.exceptions import (
     UnavailableError,
     from_rpc_error,
 )
+from cognateforge.exchange.v1 import model_pb2
 from cognateforge.policy.v1 import policy_pb2
 from tests.support.servers import running_agent, running_cognate
 from training_common.jobs.store import JobStore
@@ -256,6 +258,23 @@ async def test_bytes_that_are_no_message_are_a_bad_request(tmp_path: Path) -> No
             assert isinstance(answer, InvalidFieldError), method
             assert f"the request's bytes are no message that {PRETRAINING}/{method} takes" == answer.message
             assert answer.request_id
+
+
+@pytest.mark.parametrize(
+    ("wanted", "field"),
+    [
+        (artifact_pb2.ArtifactFilter(data="gsm8k\0"), "filter.data"),
+        (artifact_pb2.ArtifactFilter(results=[artifact_pb2.ResultFilter(metric="\0")]), "filter.results.metric"),
+    ],
+)
+async def test_a_text_that_no_database_holds_is_refused(
+    wanted: artifact_pb2.ArtifactFilter, field: str, tmp_path: Path
+) -> None:
+    """PostgreSQL would fail at it, as a fault of the server; every store refuses the same."""
+    async with running_cognate(tmp_path) as server, AsyncCognateClient(server.address) as client:
+        with pytest.raises(InvalidFieldError, match=f"{field}: must not hold a NUL character") as refused:
+            await client.models.ListModels(model_pb2.ListModelsRequest(filter=wanted))
+    assert [field] == [violation.field for violation in refused.value.violations]
 
 
 async def test_the_callers_request_id_is_told_back_if_it_is_one(tmp_path: Path) -> None:

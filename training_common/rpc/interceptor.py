@@ -15,7 +15,7 @@ import inspect
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -233,7 +233,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             raise InvalidFieldError(f"the request's bytes are no message that {call.method} takes")
         if call.policy.mutation:
             call.wish, call.name = _text(request, "request_id"), _text(request, "name")
-        _refuse_long_lists(request)
+        _refuse_what_no_rule_allows(request)
         if call.policy.mutation:
             _refuse_unknown_fields(request)
         _check_rules(request)
@@ -326,10 +326,11 @@ def _list_bounds(descriptor: Descriptor) -> Mapping[str, int]:
     return bounds
 
 
-def _refuse_long_lists(message: Message, path: str = "") -> None:
+def _refuse_what_no_rule_allows(message: Message, path: str = "") -> None:
     """Refuse a list that is too long before anything looks at its items: the rules would be checked for each of them.
 
     A request of 1 MiB can hold a million items, whose checks would keep the event loop for half a minute.
+    Refuse as well a text with a NUL character, for which PostgreSQL has no value.
     """
     bounds = _list_bounds(message.DESCRIPTOR)
     for field, value in message.ListFields():
@@ -339,10 +340,24 @@ def _refuse_long_lists(message: Message, path: str = "") -> None:
             raise InvalidFieldError(
                 f"{inner}: {description}", violations=[FieldViolation(field=inner, description=description)]
             )
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
+        if field.type == field.TYPE_STRING:
+            _refuse_nul(value if field.is_repeated else (value,), inner)
+        if field.message_type is None:
+            continue
+        if field.message_type.GetOptions().map_entry:
+            texts = (text for entry in value.items() for text in entry if isinstance(text, str))
+            _refuse_nul(texts, inner)
             continue
         for item in value if field.is_repeated else (value,):
-            _refuse_long_lists(cast("Message", item), inner)
+            _refuse_what_no_rule_allows(cast("Message", item), inner)
+
+
+def _refuse_nul(texts: Iterable[str], path: str) -> None:
+    if any("\0" in text for text in texts):
+        description = "must not hold a NUL character"
+        raise InvalidFieldError(
+            f"{path}: {description}", violations=[FieldViolation(field=path, description=description)]
+        )
 
 
 def _check_rules(request: Message) -> None:
