@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 
 from cognateforge.flush import EarlyFlush
 from training_common.artifacts.places import CHUNK_BYTES, Added, ChangedError, Entry, at_path
@@ -155,6 +155,8 @@ class Folder:
 
 def _require_file(found: os.stat_result, path: Path) -> None:
     """Refuse what a store never holds: a folder, a link, a pipe. Errors: OSError."""
+    if S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
