@@ -37,13 +37,13 @@ from tests.support.servers import running_agent
 from training_common.artifacts.blobs import BlobStore
 from training_common.digests import files_under
 from training_common.settings import DataSettings
+from training_common.side_process import ORDER_FILE, RESULT_FILE
 from training_common.store.database import Database
 
 CONFIG = AgentTrainConfig(
     agent="router", total_steps=60, batch_size=32, seed=3, evaluation_rows=0, optimization=Optimization(lr=1e-2)
 )
 GENERATED = pb.ClassificationTask(generated=pb.GeneratedSource(seed=1))
-from training_common.side_process import ORDER_FILE, RESULT_FILE
 
 
 @pytest.fixture(scope="module")
