@@ -17,7 +17,7 @@ help: ## List the targets.
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing the services and the client library (PyTorch is the largest part)"
-	$(PIP) --editable '.[cognate,agent]'
+	$(PIP) --editable '.[cognate,agent,dashboard]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

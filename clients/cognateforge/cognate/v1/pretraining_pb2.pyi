@@ -1018,8 +1018,11 @@ class GetMetricsRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    MAX_POINTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"jobs/" and a UUID."""
+    max_points: _builtins.int
+    """Most points of each series, for instance as many as a plot has pixels. 0 means 10,000, which is also the most."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of metrics. Empty means all."""
@@ -1029,10 +1032,11 @@ class GetMetricsRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         metrics: _abc.Iterable[_builtins.str] | None = ...,
+        max_points: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_points", b"max_points", "metrics", b"metrics", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1047,8 +1051,8 @@ class GetMetricsResponse(_message.Message):
     SERIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def series(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.MetricSeries]:
-        """One series for each metric that was measured, sorted by name. A series holds at most 10,000 points: longer ones
-        are thinned evenly and keep their first and last point.
+        """One series for each metric that was measured, sorted by name. A series holds at most max_points: a longer one keeps
+        its last point, its first one where there is room, and the lowest and highest of even parts between them.
         """
 
     def __init__(

@@ -497,6 +497,7 @@ class Job(_message.Message):
     SCHEDULING_FIELD_NUMBER: _builtins.int
     FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
     FILES_REMOVED_TIME_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"jobs/" and a UUID."""
     state: Global___JobState.ValueType
@@ -517,6 +518,8 @@ class Job(_message.Message):
     """Name of the artifact it published, for instance "cognate-25m@7". Empty before."""
     first_sequence: _builtins.int
     """Sequence of the oldest event that is kept. Those before it, and their metrics, were removed by retention."""
+    trace_id: _builtins.str
+    """The trace that its submission and its attempts are part of: 32 hexadecimal digits. Empty where none was recorded."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the job was submitted."""
@@ -565,10 +568,11 @@ class Job(_message.Message):
         scheduling: Global___Scheduling | None = ...,
         first_sequence: _builtins.int = ...,
         files_removed_time: _timestamp_pb2.Timestamp | None = ...,
+        trace_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "files_removed_time", b"files_removed_time", "scheduling", b"scheduling", "start_time", b"start_time", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "files_removed_time", b"files_removed_time", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "name", b"name", "observed", b"observed", "scheduling", b"scheduling", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "caller", b"caller", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "files_removed_time", b"files_removed_time", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "name", b"name", "observed", b"observed", "scheduling", b"scheduling", "start_time", b"start_time", "state", b"state", "step", b"step", "total_steps", b"total_steps", "trace_id", b"trace_id", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
