@@ -78,8 +78,10 @@ class Services:
         self.running.append(service)
         return service
 
-    def start_both(self, *, cognate: str, agent: str) -> tuple[Service, Service]:
+    def start_both(self, *, cognate: str, agent: str, admin: tuple[str, str] | None = None) -> tuple[Service, Service]:
         """Start Cognate, then the agent service that is told where Cognate is. FORGE_DATA names a folder of data.
+
+        admin: where each serves its metrics and its health over HTTP; None: nowhere.
 
         Errors: RuntimeError, also for a FORGE_DATA that is no folder.
         """
@@ -89,9 +91,13 @@ class Services:
         # Both before the first is started, so that a second starter leaves nothing behind.
         for name, address in (("cognate_server", cognate), ("agent_server", agent)):
             self._require_free(name, address)
+        for address in admin or ():
+            require_free(address)
         data = {"DATA__FOLDER": str(Path(folder).resolve())} if folder else {}
-        first = self.start("cognate_server", address=cognate, settings=data)
-        second = self.start("agent_server", address=agent, settings={**data, "COGNATE__ADDRESS": first.address})
+        pages: list[dict[str, str]] = [{"TELEMETRY__ADDRESS": address} for address in admin or ()] or [{}, {}]
+        first = self.start("cognate_server", address=cognate, settings={**data, **pages[0]})
+        told = {**data, **pages[1], "COGNATE__ADDRESS": first.address}
+        second = self.start("agent_server", address=agent, settings=told)
         return first, second
 
     def _require_free(self, name: str, address: str) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from deploy.services import Services
 
 COGNATE, AGENT = "127.0.0.1:7101", "127.0.0.1:7102"
+ADMIN = ("127.0.0.1:7111", "127.0.0.1:7112")
 
 
 def main() -> int:
@@ -22,13 +23,13 @@ def main() -> int:
         signal.signal(signum, lambda *_: stop.set())
     services = Services(Path("var"))
     try:
-        services.start_both(cognate=COGNATE, agent=AGENT)
+        services.start_both(cognate=COGNATE, agent=AGENT, admin=ADMIN)
     except RuntimeError as error:
         console.print(str(error), style="red", markup=False)
         services.stop()
         return 1
-    for service in services.running:
-        console.print(f"{service.name:15} {service.address:18} log {service.log}")
+    for service, admin in zip(services.running, ADMIN, strict=True):
+        console.print(f"{service.name:15} {service.address:18} http://{admin}/metrics  log {service.log}")
     console.print("try: .venv/bin/forge status      stop with Ctrl-C")
     while not stop.wait(1.0):
         ended = next((s for s in services.running if s.process.poll() is not None), None)

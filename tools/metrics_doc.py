@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import agent_server.metrics
 import cognate_server.metrics
 from training_common.metrics import Metric
+from training_common.telemetry.catalog import CATALOG, ServerMetric
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 
 HEAD = """# Metrics
 
-<!-- Written by `make docs` from cognate_server/metrics.py and agent_server/metrics.py. Edit those, then run it. -->
+<!-- Written by `make docs` from cognate_server/metrics.py, agent_server/metrics.py and
+training_common/telemetry/catalog.py. Edit those, then run it. -->
 
 What the services measure, and what each name means. A quantity that was not measured is absent: there is no
 placeholder, and no older value stands in for it. The unit "1" stands for a plain number.
@@ -43,10 +45,27 @@ instance "accuracy". Beside them, and with `coordination` where several agents a
 """
 
 
+SERVERS = """What each service exposes at `/metrics` and sends over OTLP ([telemetry.md](telemetry.md)), under the same
+names. Every one has the label `service`, "cognate" or "agent", beside those of the table. What could not be looked at
+is absent. A metric of training above is `forge_training_metric` here, with its name as the label `metric`.
+"""
+
+
 def table(metrics: Mapping[str, Metric]) -> str:
     """Return one Markdown table, in the order of the code."""
     rows = [f"| `{name}` | {metric.unit} | {metric.definition} |" for name, metric in metrics.items()]
     return "\n".join(["| name | unit | what it is |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+def server_table(metrics: Sequence[ServerMetric]) -> str:
+    """Return the table of what servers expose, in the order of the catalogue."""
+    rows = [
+        f"| `{one.name}` | {one.kind.value} | {', '.join(f'`{label}`' for label in one.labels) or '-'} "
+        f"| {' '.join(one.services)} | {one.description} |"
+        for one in metrics
+    ]
+    head = ["| name | kind | labels | services | what it is |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([*head, *rows]) + "\n"
 
 
 def render() -> str:
@@ -58,7 +77,8 @@ def render() -> str:
         ("Agent floors", FLOORS, agent_server.metrics.FLOORS),
         ("Agents measured again", ON_REQUEST, agent_server.metrics.ON_REQUEST),
     )
-    return "\n".join([HEAD, *(f"## {title}\n\n{text}\n{table(metrics)}" for title, text, metrics in sections)])
+    pages = [f"## {title}\n\n{text}\n{table(metrics)}" for title, text, metrics in sections]
+    return "\n".join([HEAD, *pages, f"## Servers\n\n{SERVERS}\n{server_table(CATALOG)}"])
 
 
 def main() -> None:

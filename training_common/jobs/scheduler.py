@@ -24,6 +24,7 @@ from training_common.jobs.verifier import Verifier
 from training_common.jobs.waits import Standing
 from training_common.settings import WorkerSettings
 from training_common.store.database import now_us
+from training_common.telemetry.traces import trace_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -121,6 +122,7 @@ class Scheduler:
         self._taken, self._lent = 0, ""
         # Why no other place than a slot is to be had now, in words; told by who looks for such places.
         self.beyond = ""
+        self._ticked_at_s: float | None = None
 
     @property
     def standing(self) -> Standing:
@@ -133,6 +135,11 @@ class Scheduler:
             launch_again_s=again_s,
             beyond=self.beyond,
         )
+
+    @property
+    def tick_age_s(self) -> float | None:
+        """Seconds since it last looked at all jobs; None before the first look."""
+        return None if self._ticked_at_s is None else max(0.0, self._clock() - self._ticked_at_s)
 
     def wake(self) -> None:
         """Look for work now. Call it on the event loop."""
@@ -173,6 +180,7 @@ class Scheduler:
         if self._preempting is not None:
             for job, attempt, message in self._preempting.look(held, free=self._settings.slots - self._taken):
                 self.give_up(job, attempt, message)
+        self._ticked_at_s = self._clock()
 
     def _fill(self) -> None:
         while self._taken < self._settings.slots and self._launch_works():
@@ -231,24 +239,26 @@ class Scheduler:
             if attempt.handle:
                 # It has run, and the engine took its capacity away: another attempt goes on from the checkpoint.
                 self._engine.kill(handle)
-                self._cut(job, attempt, f"attempt {attempt.number}: the worker was suspended while it ran")
+                self._cut(job, attempt, f"attempt {attempt.number}: the worker was suspended while it ran", lost=True)
             else:
                 self._store.beat_for(attempt)
         elif handle and not self._engine.alive(handle):
             ending = self._engine.ending(handle)
             loss = Loss.KILLED if ending.from_outside else Loss.CRASHED
-            self._cut(job, attempt, f"attempt {attempt.number}: {ending.words}", loss)
+            self._cut(job, attempt, f"attempt {attempt.number}: {ending.words}", loss, lost=True)
         elif not handle and now_us() - attempt.start_us > 1e6 * self._settings.start_timeout_s:
             # The server that was to start it ended over it. By the wall clock, as that one may end again and again.
-            self._cut(job, attempt, f"attempt {attempt.number}: its server ended before a worker had registered")
+            self._cut(
+                job, attempt, f"attempt {attempt.number}: its server ended before a worker had registered", lost=True
+            )
         elif not attempt.handle and silent_s > self._settings.start_timeout_s:
             if handle:
                 self._engine.kill(handle)
-            self._cut(job, attempt, f"attempt {attempt.number}: no worker registered in time", Loss.CRASHED)
+            self._cut(job, attempt, f"attempt {attempt.number}: no worker registered in time", Loss.CRASHED, lost=True)
         elif attempt.handle and silent_s > self._settings.silent_cut_s:
             self._engine.kill(handle)
             message = f"attempt {attempt.number}: the worker gave no sign of life for {silent_s:.0f} s"
-            self._cut(job, attempt, message, Loss.CRASHED)
+            self._cut(job, attempt, message, Loss.CRASHED, lost=True)
         else:
             self._observe(job, silent_s)
 
@@ -264,7 +274,7 @@ class Scheduler:
         if silent_s > self._settings.silent_cut_s:
             message = f"attempt {attempt.number}: no sign of life from {attempt.server} for {silent_s:.0f} s"
             # A machine that went away is no fault of the job.
-            self._cut(job, attempt, message)
+            self._cut(job, attempt, message, lost=True)
         else:
             self._observe(job, silent_s)
 
@@ -331,12 +341,20 @@ class Scheduler:
         self.last_launch_failed = False
         self._launch_pause_s = LAUNCH_PAUSE_S
         self._store.set_launched(attempt.id, self._launched[attempt.id])
-        log.info("worker started", job=job.name, attempt=job.attempt, lease=job.lease)
+        log.info("worker started", job=job.name, attempt=job.attempt, lease=job.lease, **_trace_of(job))
         return job
 
-    def _cut(self, job: JobRow, attempt: AttemptRow, message: str, loss: Loss | None = None) -> None:
+    def _cut(
+        self, job: JobRow, attempt: AttemptRow, message: str, loss: Loss | None = None, *, lost: bool = False
+    ) -> None:
         self._launched.pop(attempt.id, None)
         most = 0 if loss is None else getattr(self._settings, loss)
-        after = self._store.cut(job, attempt, message=message, loss=loss, most=most)
+        after = self._store.cut(job, attempt, message=message, loss=loss, most=most, lost=lost)
         if after is not None:
-            log.warning("worker lost", job=job.name, attempt=attempt.number, detail=message, state=after.state.value)
+            facts = {"detail": message, "state": after.state.value, **_trace_of(job)}
+            log.warning("worker lost", job=job.name, attempt=attempt.number, **facts)
+
+
+def _trace_of(job: JobRow) -> dict[str, str]:
+    """Return the job's trace as a field of log lines."""
+    return {"trace_id": trace_id_of(job.traceparent)} if job.traceparent else {}

@@ -90,6 +90,7 @@ class JobRow:
     failure_message: str
     artifact: str
     facts: Mapping[str, str]
+    traceparent: str
     first_sequence: int
     files_removed_us: int | None
 
@@ -240,9 +241,12 @@ def move(
     *,
     message: str = "",
     only_token: int | None = None,
+    lost: bool = False,
     **changes: Any,
 ) -> JobRow:
     """Move a job to another state and record it, in the caller's transaction.
+
+    lost: whether it moves because its worker was lost, for those who count such events.
 
     Errors: IllegalTransitionError, with the moves that its state allows; FencedOutError.
     """
@@ -260,7 +264,9 @@ def move(
         changes = {**_NO_WAIT, **changes}
         if job.waits:  # what it waited for is there, for the others too
             connection.execute(_others_that_wait(job.waits_for, None).values(not_before_us=0))
-    payload = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
+    payload: dict[str, Json] = {"from": job.state.value, "to": to.value, "message": message[:MAX_TEXT_CHARS]}
+    if lost:
+        payload["lost"] = True
     place = queue.place_us(job.create_us, job.priority) if to in WAITING else None
     changes = {"state": to.value, "queue_us": place, **changes}
     return append_event(connection, job.id, "state_change", payload, only_token=only_token, changes=changes)
@@ -372,10 +378,12 @@ class JobStore:
         configuration: str = "",
         demand: queue.Demand = queue.NOBODYS,
         reservation: str = "",
+        traceparent: str = "",
     ) -> JobRow:
         """Store a new QUEUED job and its first event.
 
-        configuration: digest of what decides how fast its steps are.
+        configuration: digest of what decides how fast its steps are. traceparent: the place in a trace that it is
+        submitted at.
         """
         now = now_us()
         values: dict[str, Any] = {
@@ -388,6 +396,7 @@ class JobStore:
             "configuration": configuration,
             "facts": {},
             "reservation": reservation,
+            "traceparent": traceparent,
             **asdict(demand),
             "slots": demand.slots,
             **scheduling.columns(now),
@@ -451,16 +460,17 @@ class JobStore:
         with self.database.read() as connection:
             return [EventRow(**row) for row in connection.execute(query).mappings()]
 
-    def events_of_kind(self, job_id: int, kind: str, sequence: int, limit: int) -> list[EventRow]:
-        """Return up to `limit` events of one kind of a job after `sequence`, in order."""
+    def progress_after(self, job_id: int, sequence: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Return up to `limit` progress events of a job after `sequence`, in order: their sequences and payloads."""
+        # Long jobs have very many of them, so that no more is read than is needed.
         query = (
-            sa.select(t.events)
-            .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.sequence > sequence)
+            sa.select(t.events.c.sequence, t.events.c.payload)
+            .where(t.events.c.job_id == job_id, t.events.c.kind == "progress", t.events.c.sequence > sequence)
             .order_by(t.events.c.sequence)
             .limit(limit)
         )
         with self.database.read() as connection:
-            return [EventRow(**row) for row in connection.execute(query).mappings()]
+            return [(row[0], row[1]) for row in connection.execute(query)]
 
     def progress(self) -> int:
         """Return a number that changes when any job may have a new event. Cheap: it is the primary key's end."""
@@ -495,6 +505,11 @@ class JobStore:
         """Return how many jobs wait for nothing but a worker."""
         query = sa.select(sa.func.count()).select_from(t.jobs).where(queue.is_due())
         return connection.execute(query).scalar_one()
+
+    def first_in_queue(self, connection: sa.Connection, limit: int) -> list[JobRow]:
+        """Return up to `limit` jobs that wait for nothing but a worker, in the queue's order."""
+        query = sa.select(t.jobs).where(queue.is_due()).order_by(*queue.ORDER).limit(limit)
+        return [_job(row) for row in connection.execute(query).mappings()]
 
     def held_slots(self, connection: sa.Connection) -> int:
         """Return how many slots are taken by jobs that a worker holds."""
@@ -644,12 +659,20 @@ class JobStore:
             return append_event(connection, job.id, "attempt_started", {"attempt": number, "engine": engine})
 
     def cut(
-        self, job: JobRow, attempt: AttemptRow, *, message: str, loss: Loss | None = None, most: int = 0
+        self,
+        job: JobRow,
+        attempt: AttemptRow,
+        *,
+        message: str,
+        loss: Loss | None = None,
+        most: int = 0,
+        lost: bool = False,
     ) -> JobRow | None:
         """Take a job away from a worker that was lost, and settle what becomes of it.
 
         A job that was pausing or being cancelled is PAUSED or CANCELLED. Otherwise it recovers, unless more than `most`
         attempts in a row were lost alike without a new checkpoint: then it is FAILED. loss: None does not count.
+        lost: whether the platform ended the worker, and not this server for a reason of its own.
         Returns None when the worker had let go itself.
         """
         with self.database.write() as connection:
@@ -662,6 +685,7 @@ class JobStore:
             if loss is not None and stuck:
                 counts[loss] += 1
             changes: dict[str, Any] = {"fencing_token": current.fencing_token + 1, "wish": "", "observed": True}
+            changes |= {"lost": lost}
             if current.state is JobState.CANCELLING:
                 return move(connection, current, JobState.CANCELLED, message=message, **changes)
             if current.state is JobState.PAUSING:
@@ -669,14 +693,14 @@ class JobStore:
             if current.wish == StopKind.DEADLINE:
                 return move(connection, current, JobState.FAILED, message=message, **changes, **past_finish_by(current))
             if loss is not None and counts[loss] > most:
-                lost = f"{counts[loss]} attempts in a row were lost without a new checkpoint; last: {message}"
-                failure: dict[str, Any] = {"failure_reason": "RETRY_BUDGET_SPENT", "failure_message": lost}
+                spent = f"{counts[loss]} attempts in a row were lost without a new checkpoint; last: {message}"
+                failure: dict[str, Any] = {"failure_reason": "RETRY_BUDGET_SPENT", "failure_message": spent}
                 return move(connection, current, JobState.FAILED, message=message, **changes, **failure)
             if loss is Loss.KILLED and counts[loss] > 1:
                 # A machine that ends workers, for want of memory for instance, is not pressed.
                 pause_us = round(_pause_s(counts[loss] - 2) * 1e6)
                 changes |= {"not_before_us": now_us() + pause_us, "waits_for": ""}
-            return move(connection, current, JobState.RECOVERING, message=message, **changes, **counts)
+            return move(connection, current, JobState.RECOVERING, message=message, **changes, **dict[str, Any](counts))
 
     def set_launched(self, attempt_id: int, handle: str) -> None:
         """Store by which handle an attempt's worker was started, for a server that is started after this one."""
@@ -805,6 +829,18 @@ class AttemptStore:
                 only_token=self.attempt.fencing_token,
                 changes=changes,
             )
+
+    def note_at_work(self, kind: str, message: str, facts: Mapping[str, str]) -> bool:
+        """Record a note, unless the job holds no worker any more: an end is a job's last event.
+
+        Returns whether it was recorded. Errors: FencedOutError.
+        """
+        with self.writing() as connection:
+            if self._check(connection).state not in HELD:
+                return False
+            token = self.attempt.fencing_token
+            append_event(connection, self.job.id, "note", note_of(kind, message, facts), only_token=token)
+            return True
 
     def progress(self, *, step: int, payload: Mapping[str, Json]) -> None:
         """Record that training went on. Errors: FencedOutError."""

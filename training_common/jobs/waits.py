@@ -13,6 +13,7 @@ from training_common.devices import DEVICE
 from training_common.jobs.queue import latest_pause_us, positions
 from training_common.jobs.states import WAITING
 from training_common.jobs.store import JobRow
+from training_common.store import tables as t
 from training_common.store.database import now_us
 
 
@@ -87,6 +88,29 @@ def waits(
     return found
 
 
+def paused_for(connection: sa.Connection) -> dict[WaitReason, int]:
+    """Return how many jobs are not to be tried before a moment that is to come, by what they wait for until then."""
+    now, j = now_us(), t.jobs.c
+    killed = j.kills_without_progress > 0
+    query = (
+        sa.select(j.waits_for, killed, sa.func.count())
+        .where(j.queue_us.is_not(None), j.not_before_us > now, j.not_before_us <= latest_pause_us(now))
+        .group_by(j.waits_for, killed)
+    )
+    found: dict[WaitReason, int] = {}
+    for what, was_killed, count in connection.execute(query):
+        reason = _pause_reason(what, was_killed)
+        found[reason] = found.get(reason, 0) + count
+    return found
+
+
+def _pause_reason(waits_for: str, killed: bool) -> WaitReason:
+    if waits_for == DEVICE:
+        return WaitReason.DEVICE
+    # An earlier release has not kept whom a job waits for.
+    return WaitReason.PEER if waits_for or not killed else WaitReason.PAUSE
+
+
 def _in_queue(job: JobRow, place: int, standing: Standing, kept: HeldBack | None) -> Wait:
     if kept is not None:
         return Wait(reason=kept.reason, message=kept.message, position=place)
@@ -109,11 +133,12 @@ def _slots(place: int, standing: Standing) -> str:
 
 
 def _paused(job: JobRow) -> Wait:
-    if job.waits_for == DEVICE:
-        message = f"the devices of its worker's host are in use: tried {job.waits} times"
-        return Wait(reason=WaitReason.DEVICE, message=message, not_before_us=job.not_before_us)
-    if job.waits_for or not job.kills_without_progress:  # an earlier release has not kept whom it waits for
-        message = f"{job.waits_for or 'what it needs'} is away: tried {job.waits} times"
-        return Wait(reason=WaitReason.PEER, message=message, not_before_us=job.not_before_us)
-    message = f"its workers were ended from outside {job.kills_without_progress} times without a new checkpoint"
-    return Wait(reason=WaitReason.PAUSE, message=message, not_before_us=job.not_before_us)
+    reason = _pause_reason(job.waits_for, job.kills_without_progress > 0)
+    match reason:
+        case WaitReason.DEVICE:
+            message = f"the devices of its worker's host are in use: tried {job.waits} times"
+        case WaitReason.PEER:
+            message = f"{job.waits_for or 'what it needs'} is away: tried {job.waits} times"
+        case _:
+            message = f"its workers were ended from outside {job.kills_without_progress} times without a new checkpoint"
+    return Wait(reason=reason, message=message, not_before_us=job.not_before_us)

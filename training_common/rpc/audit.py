@@ -39,6 +39,8 @@ class AuditLog:
         # The file may end in half a line: after a crash, or a disk that took a part.
         self._torn = True
         self._lost = 0
+        # Records that could not be written, since the start.
+        self.failures = 0
 
     def check(self) -> bool:
         """Return whether records can be written. After a failure it tries with a record that tells of the gap."""
@@ -56,6 +58,7 @@ class AuditLog:
         values = {key: _bounded(value) for key, value in record.items() if value not in ("", None)}
         if not self._try(values):
             self._lost += 1
+            self.failures += 1
             log.error("audit record not written", record=values)
 
     def close(self) -> None:

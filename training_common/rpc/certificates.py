@@ -37,6 +37,11 @@ class ServerCertificates:
         except (OSError, ValueError, TypeError) as error:
             raise SettingsError(f"security.tls: {_told(error)}") from error
 
+    @property
+    def expire_s(self) -> float:
+        """When the certificate that is in use ends, in seconds since 1970."""
+        return self._expire_s
+
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for a port, which ask every client for a certificate."""
         return grpc.dynamic_ssl_server_credentials(self._current, self._fetch, require_client_authentication=True)
@@ -69,6 +74,7 @@ class ServerCertificates:
             raise ValueError(f"{cert_file} expired at {chain[0].not_valid_after_utc.isoformat()}")
         if left < _WARN_BEFORE:
             log.warning("certificate expires soon", cert_file=str(cert_file), hours=round(left.total_seconds() / 3600))
+        self._expire_s = chain[0].not_valid_after_utc.timestamp()
         # Written anew from what was read: gRPC passes over what it dislikes in a file, and keeps its old authorities.
         key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return grpc.ssl_server_certificate_configuration([(key_pem, _pem(chain))], _pem(authorities))

@@ -53,10 +53,15 @@ async def guarded(
 
 
 async def frames(
-    blobs: BlobStore, row: ArtifactRow, offset_bytes: int, new_frame: Callable[[], Frame]
+    blobs: BlobStore,
+    row: ArtifactRow,
+    offset_bytes: int,
+    new_frame: Callable[[], Frame],
+    sent: Callable[[int], None] = lambda _size_bytes: None,
 ) -> AsyncIterator[Frame]:
     """Yield the payload from `offset_bytes` on, each piece as the chunk of a new frame.
 
+    sent: told of the bytes of each piece that gRPC has taken.
     Files of a folder are read on the event loop: a piece out of the page cache takes less time than a hop to a thread,
     and gRPC's flow control waits between the pieces.
     Errors: ArtifactCorruptError; StoreAwayError.
@@ -65,9 +70,11 @@ async def frames(
     if blobs.far:
         async for offset, piece in _from_afar(payload):
             yield _frame(new_frame, offset, piece)
+            sent(len(piece))
         return
     for offset, piece in payload:
         yield _frame(new_frame, offset, piece)
+        sent(len(piece))
 
 
 def _frame(new_frame: Callable[[], Frame], offset: int, piece: bytes) -> Frame:

@@ -47,6 +47,11 @@ class HealthMonitor:
         """Whether the last check found everything well, and was lately. May be read from any thread."""
         return self._serving and time.monotonic() - self._checked < _STALE_AFTER_S
 
+    @property
+    def word(self) -> str:
+        """The service's own word, as its health service answers for the empty name. May be read from any thread."""
+        return "SERVING" if self.serving else "NOT_SERVING"
+
     def watch_audit(self, audit: AuditLog) -> None:
         """Report NOT_SERVING while the audit log cannot be written."""
         self._audit = audit

@@ -27,6 +27,7 @@ import structlog
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
+from google.rpc import code_pb2
 from grpc_status import rpc_status
 
 from cognateforge._vendor.buf.validate import validate_pb2
@@ -49,6 +50,8 @@ from training_common.rpc.identity import Caller, Callers, set_caller
 from training_common.rpc.limits import CallerLimits
 from training_common.rpc.patterns import in_words
 from training_common.rpc.policy import OPEN, STANDARD_SERVICES, MethodPolicy
+from training_common.telemetry import traces
+from training_common.telemetry.calls import CallTelemetry
 
 log = structlog.get_logger(__name__)
 
@@ -79,6 +82,11 @@ class _Call:
     name: str = ""
     # The servicer has been asked: what happens from here on is no refusal.
     admitted: bool = False
+    unary: bool = True
+    # Its place in a trace: the caller's word, what came of it, and the span where this server makes any.
+    traceparent: str = ""
+    trace: traces.TraceContext | None = None
+    span: Any = None
 
 
 class ContractInterceptor(grpc.aio.ServerInterceptor):
@@ -92,6 +100,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         limits: CallerLimits,
         audit: AuditLog,
         max_streams: int = 1000,
+        telemetry: CallTelemetry | None = None,
     ) -> None:
         self._table = table
         self._callers = callers
@@ -99,6 +108,7 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         self._audit = audit
         self._max_streams = max_streams
         self._streams = 0
+        self._telemetry = telemetry
 
     async def intercept_service(
         self,
@@ -112,7 +122,8 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         service = method[1:].partition("/")[0]
         if service in STANDARD_SERVICES:
             return self._bound_standard(handler, method)
-        given = dict(handler_call_details.invocation_metadata or ()).get(REQUEST_ID_KEY, "")
+        metadata: dict[str, Any] = dict(handler_call_details.invocation_metadata or ())
+        given = metadata.get(REQUEST_ID_KEY, "")
         request_id = str(given) if _REQUEST_ID.fullmatch(str(given)) else f"{random.getrandbits(128):032x}"
         call = _Call(
             method=method,
@@ -120,6 +131,8 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             known=method in self._table,
             request_id=request_id,
             started=time.monotonic(),
+            unary=not handler.response_streaming,
+            traceparent=str(metadata.get(traces.TRACEPARENT, "")),
         )
         return self._wrap(handler, call)
 
@@ -147,10 +160,13 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
                 f"call {method} later"
             )
         self._streams += 1
+        closed = self._telemetry.stream_opened(method) if self._telemetry is not None else None
         try:
             yield
         finally:
             self._streams -= 1
+            if closed is not None:
+                closed()
 
     def _bound_standard(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
         """Bound the streams of health and reflection, which pass none of the other steps."""
@@ -207,13 +223,16 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:
                 await self._refuse(error, context, call)
                 return
+            except BaseException:  # the caller has let go
+                self._end(call, "CANCELLED")
+                raise
             self._end(call, "OK")
 
         return serve
 
     def _identify(self, context: grpc.aio.ServicerContext[Any, Any], call: _Call) -> Caller:
         """Bind the call's identity, and return a caller who may make it."""
-        structlog.contextvars.bind_contextvars(request_id=call.request_id)
+        structlog.contextvars.bind_contextvars(request_id=call.request_id, **self._trace(call))
         call.peer = context.peer()
         caller = self._callers.of(context)
         call.caller = caller.name
@@ -224,6 +243,18 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             wanted = ", ".join(sorted(call.policy.roles))
             raise RoleMissingError(f"{call.method} is for {wanted}; caller {caller.name[:255]} has no such role")
         return caller
+
+    def _trace(self, call: _Call) -> dict[str, str]:
+        """Find the call's place in a trace, make it current, and return it as fields of log lines."""
+        place = traces.parse(call.traceparent) if call.traceparent else None
+        if self._telemetry is not None:
+            call.span, place = self._telemetry.begin(call.method, place)
+        call.trace = place
+        traces.set_current(place)
+        if place is None:
+            return {}
+        # Without a span of its own the call has the caller's, which is none of this server's.
+        return {"trace_id": place.trace_id} | ({"span_id": place.span_id} if call.span is not None else {})
 
     def _admit(self, request: Message | None, context: grpc.aio.ServicerContext[Any, Any], call: _Call) -> Message:
         """Return the call's request, or raise the first thing that speaks against it."""
@@ -238,6 +269,8 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
             _refuse_unknown_fields(request)
         _check_rules(request)
         call.admitted = True
+        if (name := call.name or _text(request, "name")).startswith("jobs/"):
+            structlog.contextvars.bind_contextvars(job=name)
         return request
 
     async def _refuse(self, error: Exception, context: grpc.aio.ServicerContext[Any, Any], call: _Call) -> None:
@@ -252,12 +285,20 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         else:
             log.exception("internal error", method=call.method)
             answer = InternalError()
-        self._end(call, answer.reason_name())
+        self._end(call, answer.reason_name(), status=answer.info().code or code_pb2.INTERNAL)
         await context.abort_with_status(rpc_status.to_status(to_status(answer, request_id=call.request_id)))
 
-    def _end(self, call: _Call, outcome: str) -> None:
-        """Tell the audit log of a mutation or a refusal, and the service's log of every call."""
-        milliseconds = round((time.monotonic() - call.started) * 1000, 2)
+    def _end(self, call: _Call, outcome: str, *, status: int | None = None) -> None:
+        """Tell the audit log of a mutation or a refusal, and the service's log and its telemetry of every call.
+
+        status: the number of its gRPC status, where the outcome is a reason.
+        """
+        seconds = time.monotonic() - call.started
+        milliseconds = round(seconds * 1000, 2)
+        if self._telemetry is not None:
+            self._telemetry.ended(
+                call.method, outcome, status, seconds, call.span, call.trace, unary=call.unary, known=call.known
+            )
         if call.policy.mutation or not call.admitted:
             self._audit.write(
                 caller=call.caller,

@@ -71,3 +71,14 @@ def policies(services: Iterable[str]) -> Mapping[str, MethodPolicy]:
             if policy is not None:
                 table[f"/{service}/{method.name}"] = policy
     return table
+
+
+def streams_of(methods: Iterable[str]) -> frozenset[str]:
+    """Return those of the methods, as "package.Service/Method", that answer by a stream."""
+    pool = descriptor_pool.Default()
+    found = set()
+    for method in methods:
+        service, _, name = method.partition("/")
+        if pool.FindServiceByName(service).methods_by_name[name].server_streaming:
+            found.add(method)
+    return frozenset(found)

@@ -27,6 +27,7 @@ from training_common.rpc.limits import CallerLimits
 from training_common.rpc.policy import policies, role_names
 from training_common.settings import ServiceSettings, SettingsError, require_data_folder
 from training_common.store.database import Database
+from training_common.telemetry.server import ServerTelemetry
 
 HEALTH = "grpc.health.v1.Health"
 log = structlog.get_logger(__name__)
@@ -43,20 +44,21 @@ class Listener:
 
     server: grpc.aio.Server
     audit: AuditLog
-    credentials: grpc.ServerCredentials | None
+    telemetry: ServerTelemetry
+    certificates: ServerCertificates | None
 
     def bind(self, address: str) -> int:
         """Open the address and return its port. Errors: RuntimeError, when it cannot be bound."""
-        if self.credentials is None:
+        if self.certificates is None:
             return self.server.add_insecure_port(address)
-        return self.server.add_secure_port(address, self.credentials)
+        return self.server.add_secure_port(address, self.certificates.credentials())
 
 
 def create_server(settings: ServiceSettings, services: Sequence[str]) -> Listener:
     """Return a server with the contract's interceptor.
 
     Errors: SettingsError for a role that the contract lacks, a name that is no SPIFFE id, certificates that cannot be
-    used, or a data folder that is not there.
+    used, a data folder that is not there, or telemetry without the packages that it needs.
     """
     require_data_folder(settings)
     if settings.workers.devices:
@@ -75,12 +77,15 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> Listene
         audit = AuditLog(settings.data_dir / "audit", settings.audit)
     except OSError as error:
         raise SettingsError(f"data_dir: {settings.data_dir} cannot be used: {error.strerror}") from error
+    table = policies(services)
+    telemetry = ServerTelemetry(settings, table)
     interceptor = ContractInterceptor(
-        policies(services),
+        table,
         callers=Callers(security.roles, local_roles=security.local_roles, tls=security.tls is not None),
         limits=CallerLimits(calls_per_s=limits.caller_calls_per_s, open_calls=limits.caller_open_calls),
         audit=audit,
         max_streams=max_streams(limits.max_concurrent_rpcs),
+        telemetry=telemetry.calls,
     )
     # Of one connection. With TLS a caller may not have as many, but who is above the bound should be told and not wait.
     per_connection = limits.max_concurrent_rpcs
@@ -104,9 +109,7 @@ def create_server(settings: ServiceSettings, services: Sequence[str]) -> Listene
     server = grpc.aio.server(
         interceptors=[interceptor], maximum_concurrent_rpcs=limits.max_concurrent_rpcs, options=options
     )
-    return Listener(
-        server=server, audit=audit, credentials=certificates.credentials() if certificates is not None else None
-    )
+    return Listener(server=server, audit=audit, telemetry=telemetry, certificates=certificates)
 
 
 def _require_roles(key: str, roles: Sequence[str]) -> None:
@@ -162,6 +165,13 @@ class RunningServer:
         self.address = wanted if wanted.startswith("unix:") else f"{wanted.rpartition(':')[0]}:{port}"
         self._health.watch_audit(self._listener.audit)
         await self._health.check()
+        try:
+            await self._listener.telemetry.start(
+                health=self._health, audit=self._listener.audit, certificates=self._listener.certificates
+            )
+        except RuntimeError:
+            await self._let_go()
+            raise
         await self._server.start()
         self._tasks = [asyncio.create_task(self._stand(task)) for task in (self._health.run(), *self._standing)]
         self._tasks.append(asyncio.create_task(self._guard()))
@@ -201,7 +211,18 @@ class RunningServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._let_go()
 
+    @property
+    def admin_address(self) -> str:
+        """Where /metrics and /healthz are, or nothing."""
+        return self._listener.telemetry.address
+
+    @property
+    def telemetry(self) -> ServerTelemetry:
+        """What the server tells of itself."""
+        return self._listener.telemetry
+
     async def _let_go(self) -> None:
+        await self._listener.telemetry.stop()
         for task in self._standing:
             task.close()
         await asyncio.to_thread(self._database.close)
@@ -219,7 +240,8 @@ async def serve_until_signal(running: RunningServer, *, name: str, address_file:
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
     await running.start()
-    log.info("serving", service=name, address=running.address)
+    admin = {"admin": running.admin_address} if running.admin_address else {}
+    log.info("serving", service=name, address=running.address, **admin)
     if address_file is not None:
         await asyncio.to_thread(_announce, address_file, running.address)
     waits = [asyncio.create_task(event.wait()) for event in (stop, running.ended)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import enum
+import functools
 import random
 import threading
 import time
@@ -38,6 +40,8 @@ _IDLE_TRANSACTION_S = 30
 _ENDED_WHILE_IDLE = "25P03"  # PostgreSQL's code of that
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+# Told of each write transaction: how many seconds it took, and whether the store took it.
+OnWrite = Callable[[float, bool], None]
 
 
 class Turn(enum.IntEnum):
@@ -88,6 +92,7 @@ class Database:
         self._reading: dict[str, Any] = {} if self._sqlite else {"isolation_level": "REPEATABLE READ"}
         self._brief = threading.local()
         self._kept_connection: sa.Connection | None = None
+        self.on_write: OnWrite | None = None
         self._alone = {turn: threading.Lock() for turn in Turn}
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="store-write")
@@ -169,8 +174,22 @@ class Database:
 
         Errors: sqlalchemy.exc.OperationalError, when the store is away, or busy for longer than is waited.
         """
-        with contextlib.ExitStack() as stack:
-            yield self._begin_patiently(stack)
+        if self.on_write is None:
+            with contextlib.ExitStack() as stack:
+                yield self._begin_patiently(stack)
+            return
+        started = time.monotonic()
+        try:
+            with contextlib.ExitStack() as stack:
+                yield self._begin_patiently(stack)
+        except sa.exc.OperationalError:
+            self.on_write(time.monotonic() - started, False)
+            raise
+        # What the body raised of its own was rolled back by a store that works.
+        except BaseException:
+            self.on_write(time.monotonic() - started, True)
+            raise
+        self.on_write(time.monotonic() - started, True)
 
     def _begin_patiently(self, stack: contextlib.ExitStack) -> sa.Connection:
         """Open a write transaction on `stack`. Nothing has been written when that fails, so it can be tried again."""
@@ -190,12 +209,12 @@ class Database:
             wait_s = min(2 * wait_s, _WAIT_MAX_S)
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
-        """Read in a thread, so that the event loop goes on."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *args)
+        """Read in a thread, so that the event loop goes on. The caller's context variables hold there."""
+        return await _in_context(self._readers, work, *args)
 
     async def run_write(self, work: Callable[..., T], *args: Any) -> T:
-        """Write in a thread, where waiting for the write lock keeps no reader from its work."""
-        return await asyncio.get_running_loop().run_in_executor(self._writers, work, *args)
+        """Write in a thread, where waiting for the write lock keeps no reader from its work. As `run` otherwise."""
+        return await _in_context(self._writers, work, *args)
 
     async def check(self) -> None:
         """Do `ping` in a thread that nothing else uses."""
@@ -264,6 +283,12 @@ class Database:
             threads.shutdown(wait=True)
         self._let_go_of_kept()
         self.engine.dispose()
+
+
+async def _in_context(threads: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
+    """Run in a thread what logs, and may call others, as a part of the caller's request."""
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(threads, functools.partial(context.run, work, *args))
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

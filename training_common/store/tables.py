@@ -94,6 +94,8 @@ jobs = Table(
     Column("failure_message", Text, nullable=False, default=""),
     Column("artifact", String(128), nullable=False, default=""),
     Column("facts", JSON, nullable=False, default=dict, comment="what a service adds, e.g. the foundation's digest"),
+    # Where in a trace it was submitted, as W3C writes it; empty: in none. Its attempts go on from there.
+    Column("traceparent", String(55), nullable=False, default="", server_default=""),
     Index("ix_jobs_configuration_id", "configuration", "id"),
     # What retention has left: the oldest event, and when the job's folder was removed.
     Column("first_sequence", BigInteger, nullable=False, default=1, server_default="1"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import grpc
 import grpc.aio
 
+from cognateforge.client import tracing
 from cognateforge.client.breaker import Admission, CallBreaker
 from cognateforge.client.deadline import call_timeout_s
 from cognateforge.exceptions import from_rpc_error
@@ -39,6 +40,41 @@ class CallGuard:
         return call_timeout_s(asked_s, None if stream else self.timeout_s)
 
 
+class _Under:
+    """A call that is under way: the breaker's admission and, where the program traces its calls, the call's span."""
+
+    def __init__(self, guard: CallGuard, method: str) -> None:
+        self._admission: Admission = guard.breaker.admit()
+        self._span = tracing.begin(method)
+
+    def headers(self) -> tuple[tracing.Header, ...]:
+        """Return the metadata of its trace."""
+        return () if self._span is None else self._span.headers()
+
+    def answered(self) -> None:
+        """The service has answered; a stream may go on."""
+        self._admission.answered()
+
+    def ended(self) -> None:
+        """The call has ended well."""
+        self._admission.answered()
+        self._end(grpc.StatusCode.OK)
+
+    def failed(self, error: grpc.RpcError) -> None:
+        """The call has ended with a status."""
+        self._admission.failed(error)
+        self._end(error.code())
+
+    def abandoned(self) -> None:
+        """This side has let go of the call."""
+        self._admission.abandoned()
+        self._end(grpc.StatusCode.CANCELLED)
+
+    def _end(self, status: grpc.StatusCode) -> None:
+        if self._span is not None:
+            self._span.end(status)
+
+
 @dataclass(frozen=True)
 class _Details(grpc.ClientCallDetails):
     method: str
@@ -61,18 +97,18 @@ class SyncGuard(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercep
         client_call_details: grpc.ClientCallDetails,
         request: Req,
     ) -> _CallFuture[Res]:
-        details = self._outgoing(client_call_details, stream=False)
-        admission = self._guard.breaker.admit()
+        under = _Under(self._guard, client_call_details.method)
         try:
+            details = self._outgoing(client_call_details, under, stream=False)
             outcome = continuation(details, request)
             error = outcome.exception()
         except BaseException:  # KeyboardInterrupt, for one
-            admission.abandoned()
+            under.abandoned()
             raise
         if isinstance(error, grpc.RpcError):
-            admission.failed(error)
+            under.failed(error)
             raise from_rpc_error(error) from error
-        admission.answered() if error is None else admission.abandoned()
+        under.ended() if error is None else under.abandoned()
         return outcome
 
     def intercept_unary_stream(
@@ -81,17 +117,19 @@ class SyncGuard(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercep
         client_call_details: grpc.ClientCallDetails,
         request: Req,
     ) -> _CallIterator[Res]:
-        details = self._outgoing(client_call_details, stream=True)
-        admission = self._guard.breaker.admit()
+        under = _Under(self._guard, client_call_details.method)
         try:
+            details = self._outgoing(client_call_details, under, stream=True)
             call = continuation(details, request)
         except BaseException:
-            admission.abandoned()
+            under.abandoned()
             raise
-        return cast("_CallIterator[Res]", _GuardedStream(call, admission))
+        return cast("_CallIterator[Res]", _GuardedStream(call, under))
 
-    def _outgoing(self, details: grpc.ClientCallDetails, *, stream: bool) -> grpc.ClientCallDetails:
+    def _outgoing(self, details: grpc.ClientCallDetails, under: _Under, *, stream: bool) -> grpc.ClientCallDetails:
         metadata = tuple(details.metadata or ())
+        if all(key != tracing.TRACEPARENT for key, _ in metadata):
+            metadata = (*metadata, *under.headers())
         if all(key != REQUEST_ID_KEY for key, _ in metadata):
             metadata = (*metadata, (REQUEST_ID_KEY, str(uuid.uuid4())))
         return _Details(
@@ -107,30 +145,30 @@ class SyncGuard(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercep
 class _GuardedStream(Iterator[Res]):
     """A stream whose first frame settles the breaker, and whose failure is a ForgeError."""
 
-    def __init__(self, call: _CallIterator[Res], admission: Admission) -> None:
+    def __init__(self, call: _CallIterator[Res], under: _Under) -> None:
         self._call = call
-        self._admission = admission
+        self._under = under
         self._cancelled = False
 
     def __next__(self) -> Res:
         try:
             frame = next(self._call)
         except grpc.RpcError as error:
-            self._admission.abandoned() if self._cancelled else self._admission.failed(error)
+            self._under.abandoned() if self._cancelled else self._under.failed(error)
             raise from_rpc_error(error) from error
         except StopIteration:
-            self._admission.answered()
+            self._under.ended()
             raise
         except BaseException:
             self.cancel()
             raise
-        self._admission.answered()
+        self._under.answered()
         return frame
 
     def cancel(self) -> bool:
         """End the stream from this side."""
         self._cancelled = True
-        self._admission.abandoned()
+        self._under.abandoned()
         return self._call.cancel()
 
     def __getattr__(self, name: str) -> Any:
@@ -140,8 +178,13 @@ class _GuardedStream(Iterator[Res]):
         self.cancel()
 
 
-def _outgoing_aio(guard: CallGuard, details: grpc.aio.ClientCallDetails, *, stream: bool) -> grpc.aio.ClientCallDetails:
+def _outgoing_aio(
+    guard: CallGuard, details: grpc.aio.ClientCallDetails, under: _Under, *, stream: bool
+) -> grpc.aio.ClientCallDetails:
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
+    if metadata.get(tracing.TRACEPARENT) is None:
+        for key, value in under.headers():
+            metadata.add(key, value)
     if metadata.get(REQUEST_ID_KEY) is None:
         metadata.add(REQUEST_ID_KEY, str(uuid.uuid4()))
     return grpc.aio.ClientCallDetails(
@@ -165,18 +208,18 @@ class AioUnaryGuard(grpc.aio.UnaryUnaryClientInterceptor):
         client_call_details: grpc.aio.ClientCallDetails,
         request: Req,
     ) -> grpc.aio.UnaryUnaryCall[Req, Res]:
-        details = _outgoing_aio(self._guard, client_call_details, stream=False)
-        admission = self._guard.breaker.admit()
+        under = _Under(self._guard, _name(client_call_details.method))
         try:
+            details = _outgoing_aio(self._guard, client_call_details, under, stream=False)
             call = await continuation(details, request)
             await call
         except grpc.RpcError as error:
-            admission.failed(error)
+            under.failed(error)
             raise from_rpc_error(error) from error
         except BaseException:
-            admission.abandoned()
+            under.abandoned()
             raise
-        admission.answered()
+        under.ended()
         return call
 
 
@@ -192,28 +235,32 @@ class AioStreamGuard(grpc.aio.UnaryStreamClientInterceptor):
         client_call_details: grpc.aio.ClientCallDetails,
         request: Req,
     ) -> AsyncIterator[Res]:
-        details = _outgoing_aio(self._guard, client_call_details, stream=True)
-        admission = self._guard.breaker.admit()
+        under = _Under(self._guard, _name(client_call_details.method))
         try:
+            details = _outgoing_aio(self._guard, client_call_details, under, stream=True)
             call = await continuation(details, request)
         except BaseException:
-            admission.abandoned()
+            under.abandoned()
             raise
         # However the call ends, unread or cancelled, the breaker hears of it. After a settlement this does nothing.
-        call.add_done_callback(lambda _: admission.abandoned() if call.cancelled() else None)
-        return _drain(call, admission)
+        call.add_done_callback(lambda _: under.abandoned() if call.cancelled() else None)
+        return _drain(call, under)
 
 
-async def _drain(call: grpc.aio.UnaryStreamCall[Req, Res], admission: Admission) -> AsyncIterator[Res]:
+def _name(method: str | bytes) -> str:
+    return method.decode() if isinstance(method, bytes) else method
+
+
+async def _drain(call: grpc.aio.UnaryStreamCall[Req, Res], under: _Under) -> AsyncIterator[Res]:
     try:
         async for frame in call:
-            admission.answered()
+            under.answered()
             yield frame
     except grpc.RpcError as error:
-        admission.failed(error)
+        under.failed(error)
         raise from_rpc_error(error) from error
     except (asyncio.CancelledError, GeneratorExit):
-        admission.abandoned()
+        under.abandoned()
         call.cancel()
         raise
-    admission.answered()
+    under.ended()
