@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -49,14 +49,16 @@ def follow(
     *,
     progress: bool | None,
     verdict: Callable[[str], str],
+    metrics: Sequence[str] = (),
 ) -> Exit:
     """Print events and progress until the job's end, then its result. Ctrl-C leaves the job alone.
 
+    metrics: names of metrics that are shown beside the usual ones.
     verdict: what is to be told to people about the published artifact of that name.
     """
     artifact = job.artifact
     try:
-        with _display(session, job, progress) as show:
+        with _display(session, job, progress, metrics) as show:
             for frame in frames:
                 if session.as_json:
                     session.emit(frame)
@@ -140,12 +142,14 @@ def _ended(session: Session, name: str, end: job_pb2.End, artifact: str) -> Exit
     return Exit.OK if end.state == job_pb2.JOB_STATE_SUCCEEDED else Exit.JOB_FAILED
 
 
-def _display(session: Session, job: Job, progress: bool | None) -> AbstractContextManager[OnFrame]:
+def _display(
+    session: Session, job: Job, progress: bool | None, metrics: Sequence[str]
+) -> AbstractContextManager[OnFrame]:
     if progress or (progress is None and sys.stderr.isatty()):
-        return _bar(job)
+        return _screen(job, metrics)
     if progress is False or session.as_json:
         return _nothing()
-    return _lines()
+    return _lines(metrics)
 
 
 @contextmanager
@@ -154,74 +158,69 @@ def _nothing() -> Iterator[OnFrame]:
 
 
 @contextmanager
-def _lines() -> Iterator[OnFrame]:
+def _lines(metrics: Sequence[str]) -> Iterator[OnFrame]:
+    wanted = {**SHOWN, **{name: name for name in metrics if name not in SHOWN.values()}}
     last = float("-inf")
 
     def show(frame: WatchFrame) -> None:
         nonlocal last
         event = frame.event
         if event.HasField("progress"):
-            if not _due(event.progress, last):
+            if not _due(event.progress, last, wanted):
                 return
             last = time.monotonic()
-            values = " ".join(f"{key} {value}" for key, value in shown(event.progress).items())
-            say(f"step {event.progress.step}/{event.progress.total_steps} {values}")
+            values = " ".join(f"{key} {value}" for key, value in shown(event.progress, wanted).items())
+            say(f"step {event.progress.step}/{event.progress.total_steps} {values}{_time_left(event.progress)}")
         elif text := told(frame):
             say(text)
 
     yield show
 
 
-def _due(progress: job_pb2.Progress, last: float) -> bool:
+def _due(progress: job_pb2.Progress, last: float, wanted: Mapping[str, str]) -> bool:
     """Whether progress is worth a line of a log: validation always, a step now and then and at the end."""
     names = {metric.name for metric in progress.metrics}
-    if names.isdisjoint(SHOWN.values()):
+    if names.isdisjoint(wanted.values()):
         return False
     final = progress.step == progress.total_steps
     return VALIDATION_LOSS in names or final or time.monotonic() - last >= LINE_EVERY_S
 
 
 @contextmanager
-def _bar(job: Job) -> Iterator[OnFrame]:
+def _screen(job: Job, metrics: Sequence[str]) -> Iterator[OnFrame]:
+    """Draw a board below the events, which stay in the terminal's history."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.live import Live
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        word = enum_word(job_pb2.JobState.DESCRIPTOR, job.state)
-        task = bar.add_task(word, total=job.total_steps or None, completed=job.step, values="")
+    from cognateforge.cli.board import Board
+
+    board = Board(job, metrics)
+    with Live(board, console=Console(stderr=True), refresh_per_second=4, redirect_stdout=False) as live:
 
         def show(frame: WatchFrame) -> None:
-            event = frame.event
-            if event.HasField("progress"):
-                values = " ".join(f"{key} {value}" for key, value in shown(event.progress).items())
-                bar.update(task, completed=event.progress.step, total=event.progress.total_steps, values=values)
-            elif event.HasField("state_change"):
-                bar.update(task, description=enum_word(job_pb2.JobState.DESCRIPTOR, event.state_change.to))
-            elif text := told(frame):
-                bar.console.print(printable(text), markup=False, highlight=False)
+            if frame.HasField("event"):
+                board.take(frame.event)
+            if text := told(frame):
+                live.console.print(printable(text), markup=False, highlight=False)
 
         yield show
+    for name in metrics:
+        if board.curves[name].last is None:
+            say(f"no {name} was reported: forge metrics {job.name} lists what was")
 
 
-def shown(progress: job_pb2.Progress) -> dict[str, str]:
-    """Return the metrics that a line has room for."""
+def _time_left(progress: job_pb2.Progress) -> str:
+    from cognateforge.cli.board import SECONDS_LEFT
+    from cognateforge.cli.curve import span
+
+    left = next((metric.value for metric in progress.metrics if metric.name == SECONDS_LEFT), 0.0)
+    return f", {span(left)} left" if left > 0 else ""
+
+
+def shown(progress: job_pb2.Progress, wanted: Mapping[str, str] = SHOWN) -> dict[str, str]:
+    """Return the metrics that a line has room for, by their labels. wanted: names of metrics by label."""
     values = {metric.name: metric.value for metric in progress.metrics if metric.HasField("value")}
-    return {label: f"{values[name]:.4g}" for label, name in SHOWN.items() if name in values}
+    return {label: f"{values[name]:.4g}" for label, name in wanted.items() if name in values}
 
 
 def told(frame: WatchFrame) -> str:

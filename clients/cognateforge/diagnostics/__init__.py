@@ -1,0 +1,1 @@
+"""What `forge doctor` looks at, and what `forge debug-bundle` gathers."""
