@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 from pathlib import Path
 
 import structlog
 
-from agent_server import metrics, migrations
+from agent_server import metrics, migrations, telemetry
 from agent_server.agents import AgentHolds, adopt_agents, find_agent
 from agent_server.architectures.factory import AgentArchitectureFactory
 from agent_server.borrowing import Borrower
@@ -30,6 +31,7 @@ from training_common.artifacts.open import open_registry, require_store
 from training_common.artifacts.scrub import Scrubber
 from training_common.artifacts.signing import require_signing_key
 from training_common.engines.build import build_engine, worker_settings_file
+from training_common.exporters import require_exporters
 from training_common.folder_lock import FolderLock
 from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
@@ -45,6 +47,8 @@ from training_common.rpc.logs import log_watcher
 from training_common.rpc.server import RunningServer, create_server
 from training_common.rpc.storage import StorageServicer
 from training_common.store.database import Database
+from training_common.telemetry.job_state import JobReadings
+from training_common.telemetry.service_state import of_artifacts, of_scheduler
 
 log = structlog.get_logger(__name__)
 
@@ -58,6 +62,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
     require_model_folder(settings.models)
     require_signing_key(settings)
+    require_exporters(settings)
     require_public_keys(settings.cognate)
     require_store(settings)
     listener = create_server(settings, SERVICES)
@@ -137,10 +142,28 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         ),
         server,
     )
-    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry), server)
+    sent = listener.telemetry.sender("cognateforge.agent.v1.AgentService/FetchAgent")
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(registry, sent=sent), server)
     storage_pb2_grpc.add_StorageServiceServicer_to_server(StorageServicer(keeper, collector, scrubber), server)
     borrower = Borrower(store, scheduler, link, slots=settings.workers.slots, settings=settings.borrow)
     borrowing = [borrower.run] if settings.borrow.cores else []
+    listener.telemetry.watch(
+        database,
+        live=[
+            functools.partial(of_scheduler, scheduler),
+            functools.partial(of_artifacts, scrubber),
+            functools.partial(telemetry.of_link, link),
+        ],
+        stored=[
+            JobReadings(
+                store,
+                lambda: scheduler.standing,
+                bounds=resources,
+                training_jobs=settings.telemetry.training_jobs,
+            ).read
+        ],
+        recoveries=telemetry.RECOVERIES,
+    )
     return RunningServer(
         listener,
         settings=settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -130,6 +130,7 @@ class EnvironmentSettings(Section):
 class AgentSettings(ServiceSettings):
     """What the agent service is told."""
 
+    SERVICE: ClassVar[str] = "agent"
     address: str = "127.0.0.1:7102"
     data_dir: Path = Path("var/agent")
     cognate: CognateEndpoint = CognateEndpoint()

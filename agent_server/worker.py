@@ -259,4 +259,4 @@ def _asking(
 
 
 if __name__ == "__main__":
-    run(load_settings, work, assist)
+    run(load_settings, work, assist, plan_type=pb.TrainingPlan)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 from pathlib import Path
 
-from cognate_server import metrics, migrations
+from cognate_server import metrics, migrations, telemetry
 from cognate_server.dependents import ModelHolds
 from cognate_server.forecast import Forecast
 from cognate_server.leases import LeaseStore, end_leases
@@ -30,6 +31,7 @@ from training_common.artifacts.scrub import Scrubber
 from training_common.artifacts.search import adopt
 from training_common.artifacts.signing import require_signing_key
 from training_common.engines.build import build_engine, worker_settings_file
+from training_common.exporters import require_exporters
 from training_common.folder_lock import FolderLock
 from training_common.jobs.folders import jobs_dir
 from training_common.jobs.hub import ChangeHub
@@ -45,6 +47,8 @@ from training_common.rpc.logs import log_watcher
 from training_common.rpc.server import RunningServer, create_server
 from training_common.rpc.storage import StorageServicer
 from training_common.store.database import Database
+from training_common.telemetry.job_state import JobReadings
+from training_common.telemetry.service_state import of_artifacts, of_scheduler
 
 TRAINING = ("cognateforge.cognate.v1.CognatePretrainingService",)
 EXCHANGE = ("cognateforge.exchange.v1.ModelService", "cognateforge.exchange.v1.ResourceService")
@@ -55,6 +59,7 @@ SERVICES = (*TRAINING, *EXCHANGE, *STORAGE)
 def build(settings: CognateSettings, settings_file: Path | None) -> RunningServer:
     """Wire the service. The database is brought to its newest revision first. Errors: SettingsError."""
     require_signing_key(settings)
+    require_exporters(settings)
     require_store(settings)
     listener = create_server(settings, SERVICES)
     server = listener.server
@@ -123,13 +128,32 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         ),
         server,
     )
-    model_pb2_grpc.add_ModelServiceServicer_to_server(
-        ModelServicer(registry, outbox, heartbeat_s=settings.heartbeat_frame_s), server
+    models = ModelServicer(
+        registry,
+        outbox,
+        heartbeat_s=settings.heartbeat_frame_s,
+        sent=listener.telemetry.sender("cognateforge.exchange.v1.ModelService/FetchModel"),
     )
+    model_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
     resource_pb2_grpc.add_ResourceServiceServicer_to_server(
         ResourceServicer(resources, changed_leases, heartbeat_s=settings.heartbeat_frame_s), server
     )
     storage_pb2_grpc.add_StorageServiceServicer_to_server(StorageServicer(keeper, collector, scrubber), server)
+    listener.telemetry.watch(
+        database,
+        live=[functools.partial(of_scheduler, scheduler), functools.partial(of_artifacts, scrubber)],
+        stored=[
+            JobReadings(
+                store,
+                lambda: scheduler.standing,
+                bounds=calendar,
+                training_jobs=settings.telemetry.training_jobs,
+            ).read,
+            telemetry.LeaseReadings(leases).read,
+            telemetry.outbox(models.slowest_watcher),
+        ],
+        recoveries=telemetry.RECOVERIES,
+    )
     return RunningServer(
         listener,
         settings=settings,

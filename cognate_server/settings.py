@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -68,6 +68,7 @@ class OutboxSettings(Section):
 class CognateSettings(ServiceSettings):
     """What the Cognate service is told. GrokFast is not among it: its values are constants of the code."""
 
+    SERVICE: ClassVar[str] = "cognate"
     address: str = "127.0.0.1:7101"
     data_dir: Path = Path("var/cognate")
     pretraining: PretrainingSettings = PretrainingSettings()

@@ -234,4 +234,4 @@ def _results(data: DataManifest, result: PretrainResult, reasoning: Sequence[Rea
 
 
 if __name__ == "__main__":
-    run(load_settings, work, assist)
+    run(load_settings, work, assist, plan_type=pb.PretrainingPlan)

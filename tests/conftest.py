@@ -31,7 +31,7 @@ def _place(item: pytest.Item) -> int:
     if item.get_closest_marker("slow") is None:
         return 0
     part = item.path.relative_to(Path(__file__).parent).parts[0]
-    return {"e2e": 1, "jobs": 2}.get(part, 3)
+    return {"e2e": 1, "dashboard": 1, "telemetry": 1, "jobs": 2}.get(part, 3)
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,26 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("cognate_server.server", {"torch", "datasets", "pyarrow", "transformers", "agent_server"}),
-        ("agent_server.server", {"torch", "datasets", "pyarrow", "transformers", "peft", "cognate_server"}),
-        ("cognateforge.cli", {"torch", "sqlalchemy", "datasets", "training_common"}),
-        ("cognateforge.client", {"torch", "sqlalchemy", "datasets", "training_common"}),
+        ("cognate_server.server", {"torch", "datasets", "pyarrow", "transformers", "tensorboard", "agent_server"}),
+        (
+            "agent_server.server",
+            {"torch", "datasets", "pyarrow", "transformers", "peft", "tensorboard", "cognate_server"},
+        ),
+        (
+            "cognateforge.cli",
+            {
+                "torch",
+                "sqlalchemy",
+                "datasets",
+                "tensorboard",
+                "training_common",
+                "cognateforge.alerts",
+                "smtplib",
+                "opentelemetry",
+            },
+        ),
+        ("cognateforge.alerts", {"torch", "sqlalchemy", "datasets", "training_common", "pydantic"}),
+        ("cognateforge.client", {"torch", "sqlalchemy", "datasets", "tensorboard", "training_common", "opentelemetry"}),
     ],
 )
 def test_a_process_loads_only_its_floor(module: str, absent: set[str]) -> None:

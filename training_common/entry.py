@@ -38,6 +38,7 @@ def main(
     async def serve() -> None:
         settings = load_settings(settings_file)
         running = build(settings, settings_file)
+        running.telemetry.trace_process()
         await serve_until_signal(running, name=name, address_file=options.address_file)
 
     try:

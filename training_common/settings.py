@@ -14,7 +14,7 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,7 +25,7 @@ _DEVICE = re.compile(r"\d{1,3}|(GPU|MIG)-[A-Za-z0-9-]{1,80}")
 MOST_SHARES = 64
 _PORT = re.compile(r"(?:^[^:]+|\]):\d+$")
 # Keys that hold lists: comma-separated in the environment.
-_LISTS = ("roles", "tags", "callers", "devices", "public_key_files")
+_LISTS = ("roles", "tags", "callers", "devices", "public_key_files", "names")
 S = TypeVar("S", bound="ServiceSettings")
 
 
@@ -302,6 +302,31 @@ class RetentionSettings(Section):
     sweep_interval_s: float = Field(default=600.0, gt=0, le=86_400, description="seconds between two sweeps")
 
 
+class ExporterSettings(Section):
+    """Where workers pass their metrics on to, beside the service's own history."""
+
+    names: tuple[str, ...] = Field(
+        default=(), description="exporters: tensorboard, and what installed packages bring by entry point"
+    )
+    queue_length: int = Field(
+        default=1000, ge=1, le=1_000_000, description="reports that wait for a slow exporter; later ones are lost to it"
+    )
+    tensorboard_folder: Path | None = Field(
+        default=None, description="folder for a folder of each job; none: tensorboard in the job's own folder"
+    )
+    options: dict[str, dict[str, str]] = Field(
+        default={}, repr=False, description="settings of exporters by packages, by the exporter's name"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("names: an exporter is named twice: name each once")
+        if unnamed := sorted(set(self.options) - set(self.names)):
+            raise ValueError(f"options: {', '.join(unnamed)}: not among names: add it there, or leave its options out")
+        return self
+
+
 class ArtifactSettings(Section):
     """Where published artifacts are kept, for how long, and how they are looked after. 0 days keeps them for good."""
 
@@ -370,8 +395,61 @@ class ConsulSettings(Section):
     )
 
 
+class TelemetrySettings(Section):
+    """What a service tells monitoring systems of itself. By default nothing."""
+
+    address: str = Field(
+        default="", description="host:port or unix:PATH of the HTTP listener of /metrics and /healthz; empty: none"
+    )
+    training_jobs: int = Field(
+        default=50, ge=0, le=1000, description="newest running jobs that have series of their own; 0: none has"
+    )
+    otlp_endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://[^/@\s]+/?)?$",
+        description="OTLP collector over gRPC, http://HOST:PORT or https://; empty: no traces and metrics are sent",
+    )
+    otlp_interval_s: float = Field(default=15.0, ge=1, le=3600, description="seconds between two exports of metrics")
+    # A span that is kept and sent costs about a tenth of a short call, one that is not a fiftieth.
+    trace_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of calls traced where the caller has not decided; starts of jobs always are",
+    )
+    allow_plaintext: bool = Field(
+        default=False, description="whether both may leave this machine unencrypted: the listener, and http:// to OTLP"
+    )
+
+    @model_validator(mode="after")
+    def _address_is_one(self) -> Self:
+        if self.address and not self.address.startswith("unix:") and not _PORT.search(self.address):
+            raise ValueError(f"address {self.address!r} is no address: write host:port, [ipv6]:port or unix:PATH")
+        return self
+
+    @model_validator(mode="after")
+    def _plaintext_stays_local(self) -> Self:
+        if self.allow_plaintext:
+            return self
+        if self.address and not is_local_address(self.address):
+            raise ValueError(
+                f"address {self.address!r} is not loopback, and the listener speaks plain HTTP: use 127.0.0.1, [::1], "
+                "localhost or unix:PATH, or set allow_plaintext where only the monitoring system reaches it"
+            )
+        host = self.otlp_endpoint.removeprefix("http://").rstrip("/")
+        if self.otlp_endpoint.startswith("http://") and not is_local_address(host if ":" in host else f"{host}:0"):
+            raise ValueError(
+                f"otlp_endpoint {self.otlp_endpoint!r} is not on this machine, and http:// is plaintext: use https://, "
+                "or set allow_plaintext"
+            )
+        return self
+
+
 class ServiceSettings(Section):
     """What both services are told."""
+
+    # Its name where both are told of.
+    SERVICE: ClassVar[str] = "service"
 
     address: str = Field(description="host:port or unix:PATH to listen on; port 0 takes a free one")
     data_dir: Path = Field(description="folder of this server alone: audit log, lock")
@@ -391,7 +469,9 @@ class ServiceSettings(Section):
     price: PriceSettings = PriceSettings()
     logs: LogSettings = LogSettings()
     retention: RetentionSettings = RetentionSettings()
+    exporters: ExporterSettings = ExporterSettings()
     artifacts: ArtifactSettings = ArtifactSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @model_validator(mode="after")
     def _plaintext_stays_local(self) -> Self:

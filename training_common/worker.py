@@ -26,12 +26,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import sqlalchemy as sa
 import structlog
 
+from cognateforge.cli.plain import to_plain
 from cognateforge.exceptions import ForgeError, IllegalTransitionError
+from cognateforge.masking import Redactor
 from training_common import faults, logs
 from training_common.artifacts.places import StoreAwayError
 from training_common.artifacts.signing import SigningKeyError, signer_of
@@ -52,16 +54,20 @@ from training_common.checkpoints import FULL_BYTES, CheckpointFolder
 from training_common.devices import take_devices
 from training_common.digests import files_under
 from training_common.engines.processes import EX_TEMPFAIL, end_with_parent, exit_at_once, own_handle, parent_handle
+from training_common.exporters import NO_EXPORTS, Exports, RunInfo
 from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir, verification_log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
 from training_common.jobs.verifications import VerificationStore
-from training_common.masking import secrets_of
+from training_common.masking import secrets_of, secrets_of_environment
 from training_common.retention import Retention
 from training_common.settings import ServiceSettings
 from training_common.store.database import Database
+from training_common.telemetry.attempt_trace import AttemptTrace, tracing
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from training_common.team import Team
 
 log = structlog.get_logger(__name__)
@@ -82,8 +88,19 @@ S = TypeVar("S", bound=ServiceSettings)
 class WorkerAttempt(Attempt):
     """The `Attempt` of a trainer, over the store."""
 
-    def __init__(self, store: AttemptStore, *, workdir: Path, saves_in_background: bool = False) -> None:
+    # Who hears of progress and events beside the store. A replay tells nobody.
+    exports: Exports = NO_EXPORTS
+
+    def __init__(
+        self,
+        store: AttemptStore,
+        *,
+        workdir: Path,
+        saves_in_background: bool = False,
+        trace: AttemptTrace | None = None,
+    ) -> None:
         self.store = store
+        self._trace = trace or AttemptTrace()
         self._workdir = workdir
         self._stop: StopKind | None = None
         workdir.mkdir(parents=True, exist_ok=True)
@@ -102,10 +119,13 @@ class WorkerAttempt(Attempt):
         self._writer.check()
         payload: dict[str, Json] = {"step": step, "total_steps": total_steps, "metrics": _finite(metrics)}
         self.store.progress(step=step, payload=payload)
+        self.exports.log(step, _finite(metrics))
 
     def event(self, kind: str, payload: Mapping[str, Json]) -> None:
         facts = {key: str(value)[:500] for key, value in payload.items() if key != "message"}
-        self.store.append("note", note_of(kind, str(payload.get("message", "")), facts))
+        message = str(payload.get("message", ""))
+        self.store.append("note", note_of(kind, message, facts))
+        self.exports.event(kind, message, facts)
 
     def trained(self) -> None:
         self.settle()
@@ -170,12 +190,16 @@ class WorkerAttempt(Attempt):
         self._writer.close()
 
     def latest_checkpoint(self) -> CheckpointRef | None:
-        return self._checkpoints.latest()
+        latest = self._checkpoints.latest()
+        # A trainer asks once, to go on from there.
+        self.exports.begin(0 if latest is None else latest.step)
+        return latest
 
     def move(self, to: JobState, *, message: str = "") -> None:
         """Move the job on. Errors: AttemptStopped, when its owner wished for a stop meanwhile; FencedOutError."""
         with self.moving():
             self.store.move(to, message=message)
+        self._trace.begin_phase(to)
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
@@ -252,9 +276,11 @@ def main(
     load_settings: Callable[[Path | None], S],
     work: Work[S],
     assist: Assist[S] | None = None,
+    plan_type: type[Message] | None = None,
 ) -> int:
     """Run one attempt. `work` prepares, trains, validates and publishes; it ends with the job SUCCEEDED.
 
+    plan_type: what a job's plan is, for exporters that show it.
     assist: takes part in the training of `work` in every process but the first.
     """
     parser = argparse.ArgumentParser(description="Runs one attempt at one job. Started by the server.")
@@ -284,27 +310,15 @@ def main(
             _verify(options.verify, options.attempt, options.handle or own_handle(), settings, database, work)
             return 0
         store = JobStore(database).attempt(options.job, options.attempt, options.token)
-        folder = job_dir(settings, options.job)
-        if is_launched and os.environ["RANK"] != "0":
+        rank = os.environ["RANK"] if is_launched else "0"
+        with tracing(settings) as trace, trace.of(store, rank=rank):
+            if rank == "0":
+                # The launcher lives as long as all of its processes do.
+                store.register(options.handle or (parent_handle() if is_launched else own_handle()))
+                return _lead(store, settings, database, work, trace, plan_type)
             if assist is None:
                 raise ValueError("this worker trains in one process only")
-            _assist(store, settings, folder, assist)
-            return 0
-        # The launcher lives as long as all of its processes do.
-        store.register(options.handle or (parent_handle() if is_launched else own_handle()))
-        in_background = settings.workers.checkpoints == "async"
-        log_path = jobs_dir(settings) / log_name(options.job, options.attempt)
-        with kept_bounded(log_path, settings.logs):
-            attempt = _open(store, folder, in_background=in_background)
-            if attempt is None:
-                # Others of the team would wait for this process: its end by a fault ends them too.
-                return EX_TEMPFAIL if is_launched else 0
-            with attempt.beating(settings.workers.heartbeat_interval_s), _ending(store, leads=True):
-                team = _join(settings) if is_launched else None
-                context = WorkerContext(
-                    settings=settings, database=database, attempt=attempt, job_dir=folder, team=team
-                )
-                _run(context, work)
+            _assist(store, settings, assist, trace)
     except FencedOutError as error:
         log.warning("fenced out", detail=str(error))
     except sa.exc.OperationalError as error:
@@ -316,16 +330,86 @@ def main(
     return 0
 
 
-def _open(store: AttemptStore, folder: Path, *, in_background: bool) -> WorkerAttempt | None:
+def _lead(
+    store: AttemptStore,
+    settings: S,
+    database: Database,
+    work: Work[S],
+    trace: AttemptTrace,
+    plan_type: type[Message] | None,
+) -> int:
+    """Work on an attempt in its first process, and return the exit status."""
+    name, is_launched = store.job.name, _is_launched()
+    folder = job_dir(settings, name)
+    with kept_bounded(jobs_dir(settings) / log_name(name, store.attempt.number), settings.logs):
+        attempt = _open(store, folder, in_background=settings.workers.checkpoints == "async", trace=trace)
+        if attempt is None:
+            # Others of the team would wait for this process: its end by a fault ends them too.
+            return EX_TEMPFAIL if is_launched else 0
+        with (
+            attempt.beating(settings.workers.heartbeat_interval_s),
+            _exporting(attempt, settings, plan_type),
+            _ending(store, trace, leads=True),
+        ):
+            team = _join(settings) if is_launched else None
+            context = WorkerContext(settings=settings, database=database, attempt=attempt, job_dir=folder, team=team)
+            _run(context, work)
+    return 0
+
+
+def _open(store: AttemptStore, folder: Path, *, in_background: bool, trace: AttemptTrace) -> WorkerAttempt | None:
     """Return the attempt with its folder, or None: then its job waits until the folder can be written."""
     try:
-        return WorkerAttempt(store, workdir=folder, saves_in_background=in_background)
+        return WorkerAttempt(store, workdir=folder, saves_in_background=in_background, trace=trace)
     except OSError as error:
         if not faults.of_storage(error):
             raise
         log.warning("attempt waits", what=_STORAGE, detail=error.strerror)
         store.wait(AttemptWaits(_STORAGE, message=f"{error.strerror}: the job's folder cannot be written"))
         return None
+
+
+@contextlib.contextmanager
+def _exporting(attempt: WorkerAttempt, settings: ServiceSettings, plan_type: type[Message] | None) -> Iterator[None]:
+    """Let exporters hear of the attempt, and of how the job fares when it is over."""
+    names = settings.exporters.names
+    if not names:
+        yield
+        return
+    store = attempt.store
+    redactor = Redactor([*secrets_of(settings), *secrets_of_environment()])
+
+    def run(from_step: int) -> RunInfo:
+        return RunInfo(
+            job=store.job.name,
+            attempt=store.attempt.number,
+            total_steps=store.job.total_steps,
+            from_step=from_step,
+            folder=attempt.workdir,
+            plan=redactor.plain(_plan_of(store.job.plan, plan_type)),
+        )
+
+    def tell(exporter: str, problem: str) -> None:
+        message = redactor.text(f"exporter {exporter}: {problem}")
+        store.note_at_work("exporter_failed", message, {"exporter": exporter[:500]})
+
+    attempt.exports = Exports(names, settings.exporters, run=run, tell=tell)
+    try:
+        yield
+    finally:
+        attempt.exports.finish(_state_of(store))
+
+
+def _plan_of(plan: bytes, plan_type: type[Message] | None) -> dict[str, Any]:
+    return {} if plan_type is None else to_plain(plan_type.FromString(plan))
+
+
+def _state_of(store: AttemptStore) -> str:
+    """Return the job's state as the store has it now; "UNKNOWN" while it cannot be asked."""
+    try:
+        return str(JobStore(store.database).get(store.job.name).state.value)
+    except sa.exc.SQLAlchemyError:
+        return "UNKNOWN"
 
 
 def _join(settings: ServiceSettings) -> Team:
@@ -335,9 +419,10 @@ def _join(settings: ServiceSettings) -> Team:
     return Team.join(timeout_s=settings.workers.exchange_timeout_s)
 
 
-def _assist(store: AttemptStore, settings: S, folder: Path, assist: Assist[S]) -> None:
+def _assist(store: AttemptStore, settings: S, assist: Assist[S], trace: AttemptTrace) -> None:
     """Take part in an attempt's training. What the others would miss ends the attempt, and an error fails the job."""
-    with _ending(store, leads=False):
+    folder = job_dir(settings, store.job.name)
+    with _ending(store, trace, leads=False):
         try:
             take_devices(settings.workers, job=store.job.name)
         except AttemptWaits as wait:
@@ -376,8 +461,9 @@ def _run(context: WorkerContext[S], work: Work[S]) -> None:
 
 
 @contextlib.contextmanager
-def _ending(store: AttemptStore, *, leads: bool) -> Iterator[None]:
+def _ending(store: AttemptStore, trace: AttemptTrace | None = None, *, leads: bool) -> Iterator[None]:
     """Turn errors into the job's failure, or into the attempt's end where the job has no part in them."""
+    trace = trace or AttemptTrace()
     try:
         yield
     except FencedOutError:
@@ -385,10 +471,12 @@ def _ending(store: AttemptStore, *, leads: bool) -> Iterator[None]:
     except Exception as error:
         fault = _platform_fault(error)
         if isinstance(error, ForgeError) and not fault:
+            trace.failed(error.reason_name())
             log.error("job failed", reason=error.reason_name(), detail=error.message)
             _fail(store, error.reason_name(), error.message, leads=leads)
             return
         if fault:
+            trace.failed("PLATFORM")
             # The process ends, and the scheduler gives the job another worker.
             log.exception("attempt ended by the platform")
             # Of a process that is gone the engine tells.
@@ -396,6 +484,7 @@ def _ending(store: AttemptStore, *, leads: bool) -> Iterator[None]:
                 with contextlib.suppress(sa.exc.OperationalError):
                     store.append("note", note_of("platform", f"{fault}; another attempt will go on", {}))
             raise SystemExit(EX_TEMPFAIL) from error
+        trace.failed("INTERNAL")
         # The detail stays in the worker's log: error text of libraries may hold paths and data.
         log.exception("job failed by an unexpected error")
         _fail(store, "INTERNAL", _place_of(error), leads=leads)
@@ -526,10 +615,15 @@ def _fail(store: AttemptStore, reason: str, message: str, *, leads: bool) -> Non
         store.move(JobState.FAILED, message=message, fencing_token=store.attempt.fencing_token + 1, **failure)
 
 
-def run(load_settings: Callable[[Path | None], S], work: Work[S], assist: Assist[S] | None = None) -> None:
+def run(
+    load_settings: Callable[[Path | None], S],
+    work: Work[S],
+    assist: Assist[S] | None = None,
+    plan_type: type[Message] | None = None,
+) -> None:
     """Run `main` on the process's arguments and exit."""
     try:
-        status = main(sys.argv[1:], load_settings=load_settings, work=work, assist=assist)
+        status = main(sys.argv[1:], load_settings=load_settings, work=work, assist=assist, plan_type=plan_type)
     except SystemExit as end:
         if end.code != EX_TEMPFAIL:
             raise

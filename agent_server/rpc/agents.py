@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,8 +33,10 @@ from training_common.store.database import Turn
 class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     """Agents over gRPC."""
 
-    def __init__(self, registry: ArtifactRegistry) -> None:
+    def __init__(self, registry: ArtifactRegistry, *, sent: Callable[[int], None] = lambda _size_bytes: None) -> None:
+        """sent: told of the bytes of agents that were sent."""
         self._registry = registry
+        self._sent = sent
 
     async def _find(self, name: str) -> ArtifactRow:
         return await self._registry.database.run_brief(find_agent, self._registry, name)
@@ -64,7 +66,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         [agent] = await self._messages([row])
         header = pb.FetchAgentHeader(agent=agent, manifest=row.manifest, signature=row.signature or b"")
         yield pb.FetchAgentResponse(header=header)
-        frames = fetch.frames(self._registry.blobs, row, request.offset_bytes, pb.FetchAgentResponse)
+        frames = fetch.frames(self._registry.blobs, row, request.offset_bytes, pb.FetchAgentResponse, self._sent)
         async for frame in fetch.guarded(self._registry, row, frames, find_agent):
             yield frame
 

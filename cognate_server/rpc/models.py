@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -34,11 +34,26 @@ _SNAPSHOT_PAGE = 50
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Foundation models over gRPC: read, and told what is made of them."""
 
-    def __init__(self, registry: ArtifactRegistry, hub: ChangeHub, *, heartbeat_s: float) -> None:
+    def __init__(
+        self,
+        registry: ArtifactRegistry,
+        hub: ChangeHub,
+        *,
+        heartbeat_s: float,
+        sent: Callable[[int], None] = lambda _size_bytes: None,
+    ) -> None:
+        """sent: told of the bytes of models that were sent."""
         self._registry = registry
+        self._sent = sent
+        # What each watcher has been sent, up to this sequence.
+        self._watchers: dict[object, int] = {}
         self._hub = hub
         self._heartbeat_s = heartbeat_s
         self._events: SharedReads[list[pb.WatchModelsResponse]] = SharedReads(registry.database)
+
+    def slowest_watcher(self) -> int | None:
+        """Return the sequence up to which every watcher of this server has been sent all; None without watchers."""
+        return min(self._watchers.values(), default=None)
 
     async def _find(self, name: str) -> ArtifactRow:
         return await self._registry.database.run_brief(find_model, self._registry, name)
@@ -63,7 +78,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         [model] = await self._messages([row])
         header = pb.FetchHeader(model=model, manifest=row.manifest, signature=row.signature or b"")
         yield pb.FetchModelResponse(header=header)
-        frames = fetch.frames(self._registry.blobs, row, request.offset_bytes, pb.FetchModelResponse)
+        frames = fetch.frames(self._registry.blobs, row, request.offset_bytes, pb.FetchModelResponse, self._sent)
         async for frame in fetch.guarded(self._registry, row, frames, find_model):
             yield frame
 
@@ -127,10 +142,20 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                 f"after_sequence {request.after_sequence} is beyond the last event {newest}",
                 metadata={"last_sequence": str(newest)},
             )
-        sequence, seen = request.after_sequence, 0
+        watcher = object()
+        self._watchers[watcher] = request.after_sequence
+        try:
+            async for frame in self._watch(watcher, request.after_sequence):
+                yield frame
+        finally:
+            del self._watchers[watcher]
+
+    async def _watch(self, watcher: object, sequence: int) -> AsyncIterator[pb.WatchModelsResponse]:
+        run, seen = self._registry.database.run, 0
         loop = asyncio.get_running_loop()
         quiet_since = loop.time()
         while True:
+            self._watchers[watcher] = sequence
             frames = await self._events.get((sequence, seen), functools.partial(self._frames, sequence))
             if frames and frames[0].event.sequence > sequence + 1:
                 if sequence > 0:
@@ -142,6 +167,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             for frame in frames:
                 sequence = frame.event.sequence
                 yield frame
+                self._watchers[watcher] = sequence
             if frames:
                 quiet_since = loop.time()
                 continue

@@ -43,7 +43,7 @@ MODEL_BODY: Mapping[str, Any] = {
 
 
 def publish_model(
-    folder: Path, *, state: str = "READY", payload: bytes = b"weights" * 1000, **told: Any
+    folder: Path, *, state: str = "READY", payload: bytes = b"weights" * 1000, job: str = "jobs/x", **told: Any
 ) -> ArtifactRow:
     """Publish the next version of cognate-25m. told: what else its manifest tells."""
     database = Database(f"sqlite:///{folder / 'store.db'}")
@@ -53,7 +53,7 @@ def publish_model(
     body = {**MODEL_BODY, **told}
     file = registry.blobs.put(source, "model.safetensors")
     with database.write() as connection:
-        row = registry.publish(connection, family="cognate-25m", state=state, job="jobs/x", files=[file], body=body)
+        row = registry.publish(connection, family="cognate-25m", state=state, job=job, files=[file], body=body)
     database.close()
     return row
 

@@ -152,6 +152,8 @@ class Scrubber:
         # When versions were last read by this process that stay due: damaged ones are not verified.
         self._looked: dict[int, int] = {}
         self.damaged = 0
+        # The longest ago that stored bytes of a version were found whole, or published; None where there is no version.
+        self.oldest_look_us: int | None = None
         self.verified = Verified()
 
     async def run(self) -> None:
@@ -234,10 +236,13 @@ class Scrubber:
         return found
 
     def count_damaged(self) -> None:
-        """Bring `damaged` up to date."""
+        """Bring `damaged` and `oldest_look_us` up to date."""
         query = sa.select(sa.func.count()).select_from(t.artifacts).where(t.artifacts.c.damage != "")
+        a = t.artifacts.c
+        oldest = sa.select(sa.func.min(sa.func.coalesce(a.verify_us, a.create_us))).where(a.collect_us.is_(None))
         with self._registry.database.read() as connection:
             self.damaged = connection.execute(query.filter_by(collect_us=None)).scalar_one()
+            self.oldest_look_us = connection.execute(oldest).scalar()
 
     # --- on request
 

@@ -1,16 +1,24 @@
-"""What a backup has to know of a service. Each service tells it through the entry points `cognateforge.services`."""
+"""What backups and diagnostics have to know of a service.
+
+Each service tells it through the entry points `cognateforge.services`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from cognateforge.exceptions import InvalidRequestError
 from training_common.settings import ServiceSettings
+
+if TYPE_CHECKING:
+    from cognateforge.diagnostics.checks import Check
+    from training_common.diagnosis import Evidence
 
 GROUP = "cognateforge.services"
 
@@ -29,6 +37,18 @@ class StoredService:
     migrations: Path
     tables: frozenset[str]
     after_restore: Callable[[sa.Connection], None] = lambda _connection: None
+
+    def diagnose(self, file: Path | None) -> Iterator[Check]:
+        """Look at what the service's settings name, for `forge doctor`."""
+        from training_common.diagnosis import diagnose
+
+        return diagnose(self, file)
+
+    def evidence(self, file: Path | None, job: str) -> Evidence:
+        """Return what of a job lies on this machine, for `forge debug-bundle`. Errors: ClientSetupError."""
+        from training_common.diagnosis import evidence
+
+        return evidence(self, file, job)
 
 
 def entry_points() -> dict[str, EntryPoint]:

@@ -17,6 +17,7 @@ from training_common.jobs.store import CheckpointRow, EventRow, JobRow
 from training_common.jobs.verifications import Claim
 from training_common.jobs.waits import Wait
 from training_common.store.database import now_us
+from training_common.telemetry.traces import trace_id_of
 
 # The first moment of the year 2100: nobody means a deadline beyond it.
 _LATEST_US = 4_102_444_800_000_000
@@ -77,6 +78,7 @@ def job(row: JobRow) -> job_pb2.Job:
         ),
         first_sequence=row.first_sequence,
         files_removed_time=timestamp(row.files_removed_us),
+        trace_id=trace_id_of(row.traceparent) if row.traceparent else "",
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import grpc
 import sqlalchemy as sa
+import structlog
 from google.protobuf.message import Message
 
 from cognateforge.exceptions import SequenceOutOfRangeError
@@ -33,6 +34,7 @@ from training_common.rpc.estimates import Estimator
 from training_common.rpc.identity import current_caller
 from training_common.rpc.logs import LogWatcher
 from training_common.rpc.series import SeriesBuilder
+from training_common.telemetry import traces
 
 # Frames read from the store at once. A slow reader is waited for, so that is all a watch holds in memory.
 _BATCH = 200
@@ -150,17 +152,20 @@ class JobService(Generic[M]):
                 configuration=new.configuration,
                 demand=new.demand,
                 reservation=new.reservation,
+                traceparent=traceparent,
             )
             new.also(connection, job)
             response.job.CopyFrom(self._messages(connection, [job])[0])
             return cast("A", response)
 
-        caller = current_caller().name
+        caller, traceparent = current_caller().name, str(traces.current() or "")
         if request.validate_only:
             return await self.store.database.run(check)
         stored = await mutations.mutate(self.store.database, method, request, submit)
         self._scheduler.wake()
-        return answer.FromString(stored)
+        response: Any = answer.FromString(stored)
+        structlog.contextvars.bind_contextvars(job=response.job.job.name)
+        return cast("A", response)
 
     async def get(self, name: str) -> M:
         """Return one job's message."""
@@ -289,14 +294,14 @@ class JobService(Generic[M]):
     async def metrics(self, request: Any) -> list[job_pb2.MetricSeries]:
         """Return a job's metrics over its steps."""
         job = await self.store.database.run(self.store.get, request.name)
-        builder = SeriesBuilder(request.metrics)
+        builder = SeriesBuilder(request.metrics, request.max_points)
 
         def read() -> list[job_pb2.MetricSeries]:
             sequence = 0
-            while rows := self.store.events_of_kind(job.id, "progress", sequence, _METRICS_BATCH):
-                for row in rows:
-                    builder.add(row.payload)
-                sequence = rows[-1].sequence
+            while rows := self.store.progress_after(job.id, sequence, _METRICS_BATCH):
+                for _, payload in rows:
+                    builder.add(payload)
+                sequence = rows[-1][0]
             return builder.series(self._units)
 
         return await self.store.database.run(read)

@@ -37,6 +37,7 @@ WORDS: Mapping[str, str] = {
     "^([a-z][a-z0-9_]{0,47})?$": f"empty, or {_WORD}",
     "^(reservations/[0-9a-f-]{36})?$": f"empty, or {_of('reservations')}",
     "^(sha256:[0-9a-f]{64})?$": "empty, or `sha256:` and 64 lower-case hexadecimal digits",
+    "^([0-9a-f]{32})?$": "empty, or a trace of 32 lower-case hexadecimal digits",
     "^[0-9a-f]{40}$": "a commit of 40 lower-case hexadecimal digits: a branch or a tag may be another set tomorrow",
     "^sha256:[0-9a-f]{64}$": "`sha256:` and 64 lower-case hexadecimal digits",
     **{f"^{kind}/[0-9a-f-]{{36}}$": _of(kind) for kind in ("jobs", "leases", "reservations", "verifications")},

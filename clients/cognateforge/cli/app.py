@@ -12,12 +12,18 @@ from cognateforge.cli import (
     artifacts,
     cards,
     certs,
+    dashboard,
+    debug_bundle,
+    doctor,
     export,
+    export_metrics,
     jobs,
+    notify,
     provenance,
     reservations,
     status,
     storage,
+    top,
     train,
 )
 from cognateforge.cli.exits import epilog
@@ -51,5 +57,8 @@ def _root(
     pass
 
 
-for module in (train, jobs, artifacts, agents, cards, export, storage, provenance, reservations, status, certs):
+for module in (
+    *(train, jobs, top, artifacts, agents, cards, export, storage, provenance, reservations),
+    *(status, dashboard, export_metrics, notify, doctor, debug_bundle, certs),
+):
     module.register(app)

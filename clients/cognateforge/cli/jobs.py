@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -17,7 +17,7 @@ from cognateforge.cli.session import Session, command, first_found, new_request_
 
 if TYPE_CHECKING:
     from cognateforge.cli.session import Row
-    from cognateforge.job.v1.job_pb2 import Checkpoint, Job, LogFrame, MetricSeries, Verification, WatchFrame
+    from cognateforge.job.v1.job_pb2 import Checkpoint, Job, JobEvent, LogFrame, MetricSeries, Verification, WatchFrame
 
 JobName = Annotated[str, typer.Argument(help="Job: jobs/UUID, or the UUID alone.", metavar="NAME")]
 RequestId = Annotated[str | None, typer.Option(help="UUID of this wish: the same one again changes nothing twice.")]
@@ -65,7 +65,7 @@ class JobService:
         """Return the service's own job message: `job`, `plan` and more."""
         return self._stub.GetJob(self._request("GetJobRequest", name=name)).job
 
-    def newest(self, states: list[int], limit: int) -> Iterator[Any]:
+    def newest(self, states: Sequence[int], limit: int) -> Iterator[Any]:
         """Yield jobs, newest first."""
         token = ""
         while limit > 0:
@@ -101,9 +101,45 @@ class JobService:
         """Return a job's verifications, newest first."""
         return list(self._stub.ListVerifications(self._request("ListVerificationsRequest", name=name)).verifications)
 
-    def metrics(self, name: str, metrics: list[str]) -> list[MetricSeries]:
-        """Return a job's metrics over its steps."""
-        return list(self._stub.GetMetrics(self._request("GetMetricsRequest", name=name, metrics=metrics)).series)
+    def metrics(self, name: str, metrics: list[str], *, max_points: int = 0) -> list[MetricSeries]:
+        """Return a job's metrics over its steps. max_points: of each, 0 for as many as the contract allows."""
+        request = self._request("GetMetricsRequest", name=name, metrics=metrics, max_points=max_points)
+        return list(self._stub.GetMetrics(request).series)
+
+    def events_until(self, name: str, after_sequence: int, last_sequence: int) -> list[JobEvent]:
+        """Return a job's events up to one that is there already, without waiting for what comes later."""
+        events: list[JobEvent] = []
+        if after_sequence >= last_sequence:
+            return events
+        request = self._request("WatchJobRequest", name=name, after_sequence=after_sequence)
+        stream = self._stub.WatchJob(request, timeout=self.session.timeout_s)
+        try:
+            for response in stream:
+                kind = response.frame.WhichOneof("frame")
+                if kind == "event":
+                    events.append(response.frame.event)
+                if kind == "end" or (events and events[-1].sequence >= last_sequence):
+                    break
+        finally:
+            stream.cancel()
+        return events
+
+    def info(self) -> Any:
+        """Return what the server says of itself."""
+        return self._stub.GetServerInfo(self._request("GetServerInfoRequest")).info
+
+    def health(self) -> str:
+        """Return the service's own word."""
+        return str(self._client.health())
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where its calls go. Errors: ClientSetupError, UnavailableError."""
+        return tuple(self._client.addresses)
+
+    def breaker_state(self) -> str:
+        """Return where this client's own circuit stands."""
+        return str(self._client.breaker_state)
 
     def verdict(self, artifact: str) -> str:
         """Return what a published model's checks came to, for people; "" for agents, or when nobody can tell now."""
@@ -267,6 +303,9 @@ def _watching(app: typer.Typer) -> None:
         service: ServiceOption = None,
         after_sequence: Annotated[int, typer.Option(min=0, help="Only events after this one.")] = 0,
         progress: Progress = None,
+        metric: Annotated[
+            list[str] | None, typer.Option(help="Show this metric too, on a terminal as a curve. May be repeated.")
+        ] = None,
     ) -> Exit:
         """Follow a job to its end. The exit code tells how it ended."""
         from cognateforge.cli.follow import follow
@@ -276,7 +315,7 @@ def _watching(app: typer.Typer) -> None:
             after_sequence = item.job.first_sequence - 1
             say(f"the events before {item.job.first_sequence} are no longer kept")
         frames = found.watch(item.job.name, after_sequence)
-        return follow(session, frames, item.job, progress=progress, verdict=found.verdict)
+        return follow(session, frames, item.job, progress=progress, verdict=found.verdict, metrics=metric or [])
 
     @command(app)
     def logs(

@@ -21,7 +21,14 @@ from cognateforge.cli.terminal import printable
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from cognateforge.client import AgentClient, AsyncCognateClient, CognateClient, TlsFiles
+    from cognateforge.client import (
+        AgentClient,
+        AsyncAgentClient,
+        AsyncCognateClient,
+        CallBreaker,
+        CognateClient,
+        TlsFiles,
+    )
     from cognateforge.exceptions import ForgeError
 
     # What a list's row is made of: its message, fields beside it, and the cells for people.
@@ -100,11 +107,17 @@ class Session:
 
         return self._open.enter_context(CognateClient(self.cognate, tls=self._tls, timeout_s=self.timeout_s))
 
-    def async_cognate_client(self) -> AsyncCognateClient:
+    def async_cognate_client(self, breaker: CallBreaker | None = None) -> AsyncCognateClient:
         """Return a client of the Cognate service for an event loop that the caller runs: open and close it there."""
         from cognateforge.client import AsyncCognateClient
 
-        return AsyncCognateClient(self.cognate, tls=self._tls, timeout_s=self.timeout_s)
+        return AsyncCognateClient(self.cognate, tls=self._tls, timeout_s=self.timeout_s, breaker=breaker)
+
+    def async_agent_client(self, breaker: CallBreaker | None = None) -> AsyncAgentClient:
+        """Return the same of the agent service."""
+        from cognateforge.client import AsyncAgentClient
+
+        return AsyncAgentClient(self.agent_server, tls=self._tls, timeout_s=self.timeout_s, breaker=breaker)
 
     @functools.cached_property
     def agent_client(self) -> AgentClient:
