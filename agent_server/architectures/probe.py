@@ -6,14 +6,10 @@ line of JSON. The answer is checked again here: the plugin's code ran in the pro
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +26,7 @@ from agent_server.architectures.factory import (
 )
 from agent_server.architectures.refusal import guard_process, guarded, refuse_sources, refuse_text, require_separate
 from agent_server.architectures.settings import Setting, SettingValue
+from agent_server.asking import ask
 from cognateforge.exceptions import FieldViolation, IncompatibleError
 
 if TYPE_CHECKING:
@@ -112,31 +109,14 @@ def _reason(error: BaseException) -> str:
 
 def _ask(entry_point: metadata.EntryPoint, patience_s: float) -> dict[str, Any]:
     """Run the process and return its answer. Its output goes nowhere, and its children end with it."""
-    command = [sys.executable, "-P", "-m", __name__, json.dumps([entry_point.name, entry_point.value])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    with tempfile.TemporaryFile() as answer:
-        process = subprocess.Popen(  # noqa: S603 - this program, and an installed plugin's name
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=answer,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(
-                f"it took more than {patience_s:g} s to import; import what is large inside build() and load()"
-            ) from None
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        answer.seek(0)
-        text = answer.read(_MAX_ANSWER_BYTES)
+    question = json.dumps([entry_point.name, entry_point.value])
+    try:
+        text, end = ask(__name__, question, patience_s=patience_s, most_bytes=_MAX_ANSWER_BYTES)
+    except TimeoutError:
+        raise TimeoutError(
+            f"it took more than {patience_s:g} s to import; import what is large inside build() and load()"
+        ) from None
     if not text:
-        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         raise ChildProcessError(f"its import ended the process that tried it, by {end}")
     value = json.loads(text)
     if not isinstance(value, dict):

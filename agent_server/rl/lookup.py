@@ -6,17 +6,14 @@ ends its process must not do that to the server. Names that need no such module 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 
 from agent_server.architectures.refusal import guard_process, require_separate
+from agent_server.asking import ask
 from agent_server.rl.registry import require_environment
 from cognateforge.exceptions import FieldViolation, InvalidFieldError
 
@@ -45,30 +42,13 @@ def look_up(task: str, name: str, *, modules: tuple[str, ...], field: str, patie
 def _known(task: str, name: str, modules: tuple[str, ...], patience_s: float) -> None:
     """Return for an environment that was found; a cache keeps that, and no refusal. Errors: _UnknownError."""
     question = json.dumps([task, name, modules])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    with tempfile.TemporaryFile() as answer:
-        process = subprocess.Popen(  # noqa: S603 - this program
-            [sys.executable, "-P", "-m", __name__, question],
-            stdin=subprocess.DEVNULL,
-            stdout=answer,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            raise _UnknownError(f"{name!r} took more than {patience_s:g} s to look up: its module hangs") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        answer.seek(0)
-        text = answer.read(_MAX_ANSWER_BYTES)
+    try:
+        text, end = ask(__name__, question, patience_s=patience_s, most_bytes=_MAX_ANSWER_BYTES)
+    except TimeoutError:
+        raise _UnknownError(f"{name!r} took more than {patience_s:g} s to look up: its module hangs") from None
     try:
         problem = str(json.loads(text)["problem"])
     except (ValueError, KeyError, TypeError):
-        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         problem = f"{name!r} ended the process that looked it up, by {end}: correct its module"
     if problem:
         raise _UnknownError("".join(c if c.isprintable() else " " for c in problem))

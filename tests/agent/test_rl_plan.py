@@ -202,7 +202,7 @@ def test_a_modules_import_does_nothing_to_the_server(
 def test_a_name_of_a_module_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found names are known from then on; those that were not found are looked up again."""
     look_up("reinforcement", SIGNAL, modules=MODULES, field=PLACE)
-    monkeypatch.setattr("agent_server.rl.lookup.subprocess.Popen", None)
+    monkeypatch.setattr("agent_server.asking.subprocess.Popen", None)
     look_up("reinforcement", SIGNAL, modules=MODULES, field=PLACE)
     with pytest.raises(TypeError):
         look_up("multi_agent", MEETING, modules=MODULES, field=PLACE)

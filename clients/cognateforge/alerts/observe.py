@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from cognateforge.agent.v1 import training_pb2
 from cognateforge.cognate.v1 import pretraining_pb2
@@ -102,19 +102,29 @@ class Source:
     capacities: Callable[[], Awaitable[Iterable[resource_pb2.Capacity]]]
 
 
-def cognate_source(client: AsyncCognateClient) -> Source:
-    """Return the Cognate service."""
-    pb = pretraining_pb2
+class _Jobs:
+    """What both services' stubs have in common. messages: the module of the stub's requests."""
 
-    async def info() -> job_pb2.ServerInfo:
-        return (await client.pretraining.GetServerInfo(pb.GetServerInfoRequest())).info
+    def __init__(self, stub: Any, messages: Any) -> None:
+        self._stub, self._messages = stub, messages
 
-    async def page(states: Iterable[job_pb2.JobState.ValueType], token: str) -> Page:
-        answer = await client.pretraining.ListJobs(pb.ListJobsRequest(page_size=PAGE, page_token=token, states=states))
+    async def info(self) -> job_pb2.ServerInfo:
+        answer: job_pb2.ServerInfo = (await self._stub.GetServerInfo(self._messages.GetServerInfoRequest())).info
+        return answer
+
+    async def page(self, states: Iterable[job_pb2.JobState.ValueType], token: str) -> Page:
+        request = self._messages.ListJobsRequest(page_size=PAGE, page_token=token, states=states)
+        answer = await self._stub.ListJobs(request)
         return [one.job for one in answer.jobs], answer.next_page_token
 
-    async def job(name: str) -> job_pb2.Job:
-        return (await client.pretraining.GetJob(pb.GetJobRequest(name=name))).job.job
+    async def job(self, name: str) -> job_pb2.Job:
+        found: job_pb2.Job = (await self._stub.GetJob(self._messages.GetJobRequest(name=name))).job.job
+        return found
+
+
+def cognate_source(client: AsyncCognateClient) -> Source:
+    """Return the Cognate service."""
+    calls = _Jobs(client.pretraining, pretraining_pb2)
 
     async def capacities() -> Iterable[resource_pb2.Capacity]:
         return (await client.resources.GetAvailability(resource_pb2.GetAvailabilityRequest())).capacities
@@ -122,9 +132,9 @@ def cognate_source(client: AsyncCognateClient) -> Source:
     return Source(
         service="cognate",
         health=client.health,
-        info=info,
-        page=page,
-        job=job,
+        info=calls.info,
+        page=calls.page,
+        job=calls.job,
         watch=lambda name, after: client.watch_job(name, after, give_up_after_s=READ_S),
         capacities=capacities,
     )
@@ -132,17 +142,7 @@ def cognate_source(client: AsyncCognateClient) -> Source:
 
 def agent_source(client: AsyncAgentClient) -> Source:
     """Return the agent service."""
-    pb = training_pb2
-
-    async def info() -> job_pb2.ServerInfo:
-        return (await client.training.GetServerInfo(pb.GetServerInfoRequest())).info
-
-    async def page(states: Iterable[job_pb2.JobState.ValueType], token: str) -> Page:
-        answer = await client.training.ListJobs(pb.ListJobsRequest(page_size=PAGE, page_token=token, states=states))
-        return [one.job for one in answer.jobs], answer.next_page_token
-
-    async def job(name: str) -> job_pb2.Job:
-        return (await client.training.GetJob(pb.GetJobRequest(name=name))).job.job
+    calls = _Jobs(client.training, training_pb2)
 
     async def capacities() -> Iterable[resource_pb2.Capacity]:
         return ()
@@ -150,9 +150,9 @@ def agent_source(client: AsyncAgentClient) -> Source:
     return Source(
         service="agent",
         health=client.health,
-        info=info,
-        page=page,
-        job=job,
+        info=calls.info,
+        page=calls.page,
+        job=calls.job,
         watch=lambda name, after: client.watch_job(name, after, give_up_after_s=READ_S),
         capacities=capacities,
     )
