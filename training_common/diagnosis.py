@@ -185,6 +185,7 @@ def _store(area: Area, service: StoredService, settings: ServiceSettings) -> Ite
     try:
         with _connected(url, path) as connection:
             current, unfinished = revisions.current(connection), revisions.restoring(connection)
+            fits = revisions.fits(connection, service.migrations)
     except (sa.exc.SQLAlchemyError, ImportError) as error:
         told = str(getattr(error, "orig", None) or error).splitlines()[0][:300]
         yield area.fail("database", f"{shown}: {told}", "start the database, and see store_url and its password")
@@ -203,6 +204,8 @@ def _store(area: Area, service: StoredService, settings: ServiceSettings) -> Ite
         yield area.warn(
             "revision", f"{current}; this release has {newest}", "the next start of the service upgrades it"
         )
+    elif fits:
+        yield area.ok("revision", f"{current} of a later release, which this one can work on")
     else:
         yield area.fail(
             "revision", f"{current} is not known to this release", "run the release that wrote it, or newer"

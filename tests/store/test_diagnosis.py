@@ -78,14 +78,24 @@ def test_a_first_start_has_nothing_to_fear(tmp_path: Path) -> None:
     assert [file] == list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("revision", "level"), [("0001", Level.WARN), ("9999", Level.FAIL)], ids=["older", "newer"])
+@pytest.mark.parametrize(("revision", "level"), [("0001", Level.WARN), ("9999", Level.OK)], ids=["older", "newer"])
 def test_a_revision_that_is_not_the_newest(settings_file: Path, revision: str, level: Level) -> None:
-    """An older store is upgraded by the next start; one that this release does not know needs a newer release."""
+    """An older store is upgraded by the next start; a later release told that its own fits this one too."""
     database = Database(SERVICE.load_settings(settings_file).database_url)
     with database.write() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = :to"), {"to": revision})
     database.close()
     assert level is looked_at(settings_file)["store revision"].level
+
+
+def test_a_revision_that_this_release_cannot_work_on(settings_file: Path) -> None:
+    """The store does not name this release's revision among those whose code it fits."""
+    database = Database(SERVICE.load_settings(settings_file).database_url)
+    with database.write() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+        connection.execute(sa.text("DELETE FROM fitting_revisions"))
+    database.close()
+    assert Level.FAIL is looked_at(settings_file)["store revision"].level
 
 
 def test_what_cannot_be_used_is_told_with_its_key(settings_file: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The migrations of both services give exactly the tables that the code uses."""
 
 import contextlib
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -22,12 +23,26 @@ from training_common.jobs.store import JobStore
 from training_common.settings import SettingsError
 from training_common.store import tables as common
 from training_common.store.database import Database
+from training_common.store.revisions import current, head
 
 COMMON = set(common.metadata.tables)
 SERVICES = {
     "cognate": (Path(cognate_server.migrations.__file__).parent, COMMON | set(cognate_tables.metadata.tables)),
     "agent": (Path(agent_server.migrations.__file__).parent, COMMON | set(agent_tables.metadata.tables)),
 }
+OF_THE_SCHEMA = {"alembic_version", "fitting_revisions"}
+LATER = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "9999"
+down_revision = "{head}"
+contracts = {contracts}
+
+
+def upgrade() -> None:
+    {change}
+"""
 
 
 @pytest.fixture(params=SERVICES)
@@ -48,6 +63,15 @@ def config(service: str, connection: sa.Connection) -> Config:
     return config
 
 
+def keep_an_answer(database: Database) -> None:
+    with database.write() as connection:
+        connection.execute(
+            sa.insert(common.requests).values(
+                caller="c", request_id="r", method="m", payload_sha256="p", answer=b"a", create_us=1
+            )
+        )
+
+
 def tables(database: Database) -> set[str]:
     with database.engine.connect() as connection:
         return set(sa.inspect(connection).get_table_names())
@@ -57,7 +81,7 @@ def test_an_empty_database_becomes_the_one_that_the_code_knows(service: str, dat
     """Autogeneration, which compares tables, columns, types, nullability, indexes and keys, finds nothing to do."""
     migrations, expected = SERVICES[service]
     database.upgrade(migrations)
-    assert expected | {"alembic_version"} == tables(database)
+    assert expected | OF_THE_SCHEMA == tables(database)
     with database.engine.connect() as connection:
         command.check(config(service, connection))
 
@@ -85,12 +109,7 @@ def test_an_upgrade_keeps_rows_and_may_be_repeated(service: str, database: Datab
     """Every start of a server upgrades."""
     migrations, _ = SERVICES[service]
     database.upgrade(migrations)
-    with database.write() as connection:
-        connection.execute(
-            sa.insert(common.requests).values(
-                caller="c", request_id="r", method="m", payload_sha256="p", answer=b"a", create_us=1
-            )
-        )
+    keep_an_answer(database)
     database.upgrade(migrations)
     with database.read() as connection:
         assert [("c", b"a")] == [
@@ -124,9 +143,9 @@ def test_a_downgrade_leaves_nothing(service: str, database: Database) -> None:
     with database.engine.connect() as connection:
         command.downgrade(config(service, connection), "base")
         connection.commit()
-    assert {"alembic_version"} == tables(database)
+    assert OF_THE_SCHEMA == tables(database)
     database.upgrade(migrations)
-    assert expected | {"alembic_version"} == tables(database)
+    assert expected | OF_THE_SCHEMA == tables(database)
 
 
 def test_revisions_are_one_line(service: str, database: Database) -> None:
@@ -167,7 +186,7 @@ def test_servers_that_start_at_once_take_turns(service: str, database: Database,
                 first.execute(line)
             first.execute("COMMIT")
             second.result(30)
-    assert SERVICES[service][1] | {"alembic_version"} == tables(database)
+    assert SERVICES[service][1] | OF_THE_SCHEMA == tables(database)
 
 
 def test_a_file_that_is_no_database_is_named(service: str, tmp_path: Path) -> None:
@@ -180,12 +199,47 @@ def test_a_file_that_is_no_database_is_named(service: str, tmp_path: Path) -> No
     assert b"not a database " * 1000 == (tmp_path / "store.db").read_bytes()
 
 
-def test_a_store_of_a_later_release_is_told(service: str, database: Database) -> None:
-    """A schema that has moved on is not touched."""
+def later_release(service: str, folder: Path, change: str, *, contracts: bool) -> Path:
+    """Return the migrations of a release that has one more."""
+    migrations = shutil.copytree(SERVICES[service][0], folder / "migrations")
+    text = LATER.format(head=head(migrations), change=change, contracts=contracts)
+    (migrations / "versions" / "9999_later.py").write_text(text)
+    return migrations
+
+
+def test_a_release_works_on_what_a_later_one_added(service: str, database: Database, tmp_path: Path) -> None:
+    """It starts again beside the new one, during an update and after one was taken back, and changes no schema."""
+    add = 'op.add_column("requests", sa.Column("later", sa.Integer, server_default="7"))'
+    later = later_release(service, tmp_path, add, contracts=False)
+    database.upgrade(SERVICES[service][0])
+    database.upgrade(later)
+    database.upgrade(SERVICES[service][0])
+    keep_an_answer(database)
+    with database.read() as connection:
+        assert "9999" == current(connection)
+        assert [7] == list(connection.execute(sa.text("SELECT later FROM requests")).scalars())
+    database.upgrade(later)
+
+
+def test_a_release_does_not_start_on_what_a_later_one_took_away(
+    service: str, database: Database, tmp_path: Path
+) -> None:
+    """The schema is not touched."""
+    later = later_release(service, tmp_path, 'op.drop_table("artifact_events")', contracts=True)
+    database.upgrade(SERVICES[service][0])
+    database.upgrade(later)
+    with pytest.raises(SettingsError, match="revision 9999, that this release does not know and cannot work on"):
+        database.upgrade(SERVICES[service][0])
+    database.upgrade(later)
+
+
+def test_a_schema_that_tells_nothing_of_itself_is_refused(service: str, database: Database) -> None:
+    """As one that another program has made."""
     database.upgrade(SERVICES[service][0])
     with database.write() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(SettingsError, match="has a schema that this release does not know"):
+        connection.execute(sa.text("DROP TABLE fitting_revisions"))
+    with pytest.raises(SettingsError, match="that this release does not know"):
         database.upgrade(SERVICES[service][0])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from cognateforge.exceptions import ArtifactCorruptError, PreconditionError
+from training_common.store.revisions import FITTING
 
 _KINDS: tuple[tuple[type[Any], str], ...] = (
     (sa.JSON, "json"),
@@ -27,6 +28,8 @@ _KINDS: tuple[tuple[type[Any], str], ...] = (
 )
 # Rows that are fetched at once: one can hold a manifest of a megabyte.
 _FETCHED_ROWS = 200
+# Migrations write them again.
+_OF_THE_SCHEMA = frozenset({"alembic_version", FITTING.name})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +41,10 @@ class Shape:
 
 
 def reflect(connection: sa.Connection) -> list[sa.Table]:
-    """Return the tables that are there, those that others refer to first, without Alembic's own."""
+    """Return the tables that are there, those that others refer to first, without those of the schema itself."""
     metadata = sa.MetaData()
     metadata.reflect(bind=connection)
-    return [table for table in metadata.sorted_tables if table.name != "alembic_version"]
+    return [table for table in metadata.sorted_tables if table.name not in _OF_THE_SCHEMA]
 
 
 def shape_of(table: sa.Table) -> Shape:

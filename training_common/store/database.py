@@ -22,10 +22,9 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 import structlog
-from alembic.util import CommandError
 
 from training_common.settings import SettingsError
-from training_common.store.revisions import require_whole, upgrade_to
+from training_common.store import revisions
 
 # Writers queue on SQLite's one lock: training writes are short, so a minute means that something is stuck.
 _BUSY_TIMEOUT_S = 60
@@ -252,24 +251,32 @@ class Database:
     def upgrade(self, migrations: Path) -> None:
         """Bring the schema to the newest revision of the service's migrations. Servers that start at once take turns.
 
-        Errors: SettingsError, when the store cannot be opened, is no store of this service, or is half restored.
+        A schema that a later release has brought further is left as it is, if this release's code can work on it.
+
+        Errors: SettingsError, when the store cannot be opened, is no store of this service, is half restored, or has a
+        schema on which this release cannot work.
         """
         try:
             # The write lock comes first: who waits for it finds the schema that the one before has made.
             with self.engine.connect().execution_options(forge_write=True) as connection:
                 self.in_turn(connection, Turn.UPGRADE)
-                require_whole(connection)
-                upgrade_to(connection, migrations, "head")
+                revisions.require_whole(connection)
+                found = revisions.current(connection)
+                if found is None or revisions.is_known(migrations, found):
+                    revisions.upgrade_to(connection, migrations, "head")
+                elif revisions.fits(connection, migrations):
+                    log.info("store has the schema of a later release, which fits this one too", revision=found)
+                else:
+                    raise SettingsError(
+                        f"store {self.shown} has schema revision {found}, that this release does not know and cannot "
+                        f"work on (its newest is {revisions.head(migrations)}); start the release that wrote it, or a "
+                        "newer one"
+                    )
                 connection.commit()
         except sa.exc.DBAPIError as error:
             raise SettingsError(
                 f"store {self.shown} cannot be used: {error.orig}; check store_url and data_dir, or restore the file "
                 "from a backup"
-            ) from error
-        except CommandError as error:
-            raise SettingsError(
-                f"store {self.shown} has a schema that this release does not know: {error}; start the release that "
-                "wrote it, or a newer one"
             ) from error
 
     def ping(self) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from alembic import context
 from sqlalchemy import MetaData
 
+from training_common.store.revisions import FITTING
+
 
 def run(metadata: MetaData | Sequence[MetaData]) -> None:
     """Run migrations on the connection that `Database.upgrade` hands over."""
@@ -16,6 +18,8 @@ def run(metadata: MetaData | Sequence[MetaData]) -> None:
         # SQLite cannot alter most things in place: tables are rebuilt there.
         render_as_batch=True,
         compare_type=True,
+        # Of the store itself, not of a service's tables.
+        include_name=lambda name, kind, _parents: kind != "table" or name != FITTING.name,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -1,7 +1,13 @@
-"""Revisions of a service's schema, and the mark of a store that a restore has not finished."""
+"""Revisions of a service's schema, which of them a release can work on, and the mark of an unfinished restore.
+
+A store is upgraded while servers of the release before still use it, and these may have to start again. A migration
+therefore only adds what older code need not know, or says `contracts = True`: code older than it cannot work on the
+schema from then on. The store itself tells which revisions' code it fits: older code cannot know newer migrations.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -16,12 +22,41 @@ from training_common.settings import SettingsError
 # There only while a backup is being restored into the store. Not among the service's tables: it outlives no restore.
 RESTORING = sa.Table("restoring", sa.MetaData(), sa.Column("backup", sa.String(128), nullable=False))
 
+# The newest revisions of the releases whose code can work on the schema as it is.
+FITTING = sa.Table("fitting_revisions", sa.MetaData(), sa.Column("revision", sa.String(32), primary_key=True))
+
 
 def upgrade_to(connection: sa.Connection, migrations: Path, revision: str) -> None:
-    """Bring the schema to a revision, or to "head", in the caller's transaction. Errors: alembic's CommandError."""
+    """Bring the schema to a revision, or to "head", in the caller's transaction, and write down whose code it fits.
+
+    Errors: alembic's CommandError.
+    """
     config = _config(migrations)
     config.attributes["connection"] = connection
     command.upgrade(config, revision)
+    fitting = set(_fitting(migrations, current(connection)))
+    FITTING.create(connection, checkfirst=True)
+    if fitting != set(connection.execute(sa.select(FITTING.c.revision)).scalars()):
+        connection.execute(sa.delete(FITTING))
+        connection.execute(sa.insert(FITTING), [{"revision": one} for one in sorted(fitting)])
+
+
+def fits(connection: sa.Connection, migrations: Path) -> bool:
+    """Whether this release's code can work on a schema of a later release, by what that has written down."""
+    if not sa.inspect(connection).has_table(FITTING.name):
+        return False
+    mine = sa.select(FITTING.c.revision).where(FITTING.c.revision == head(migrations))
+    return connection.execute(mine).first() is not None
+
+
+def _fitting(migrations: Path, revision: str | None) -> Iterator[str]:
+    """Go back from a revision to the last one before which the schema lost something."""
+    if revision is None:
+        return
+    for script in ScriptDirectory.from_config(_config(migrations)).iterate_revisions(revision, "base"):
+        yield script.revision
+        if getattr(script.module, "contracts", False):
+            return
 
 
 def head(migrations: Path) -> str:
