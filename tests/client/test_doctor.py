@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import socket
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
@@ -43,7 +44,7 @@ def test_two_services_that_serve_are_well(fake: Fake) -> None:
     for service in ("cognate service", "agent service"):
         for name in ("discovery", "port", "health", "release"):
             assert "ok" == found[service, name]["level"]
-    assert ("warn", "client 0.1.0, cognate 9.9, agent 9.9") == (
+    assert ("warn", f"client {version('cognateforge')}, cognate 9.9, agent 9.9") == (
         found["releases", "skew"]["level"],
         found["releases", "skew"]["detail"],
     )
