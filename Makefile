@@ -5,24 +5,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The variable reaches the build of the package too, the option would not.
 PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Four distributions out of one checkout: the client library, whose extras name the services, stands before these.
+PARTS := --editable training_common --editable cognate_server --editable agent_server
 CODE := clients training_common cognate_server agent_server tests tools deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-run demo up test unit test-ray fuzz chaos lint format proto proto-breaking docs bench clean
+.PHONY: help install install-run demo up test unit test-ray fuzz chaos rehearsal lint format proto proto-breaking docs bench capacity release clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # Two sets of packages share one environment: what a demonstration needs, and what development needs on top.
-$(VENV)/.run: pyproject.toml constraints.txt
+$(VENV)/.run: $(wildcard pyproject.toml */pyproject.toml) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing the services and the client library (PyTorch is the largest part)"
-	$(PIP) --editable '.[cognate,agent,dashboard]'
+	$(PIP) --editable '.[cognate,agent,dashboard]' $(PARTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
 	@echo "installing the development tools"
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev]' $(PARTS)
 	@touch $@
 
 install-run: $(VENV)/.run
@@ -42,7 +44,7 @@ unit: $(VENV)/.dev ## The tests alone; make unit TESTS=tests/jobs for some of th
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-ray: $(VENV)/.dev ## The tests of the Ray engine, on a cluster of three nodes here. Installs Ray into .venv.
-	$(PIP) --editable '.[dev,ray]'
+	$(PIP) --editable '.[dev,ray]' $(PARTS)
 	$(BIN)/python -m pytest tests/jobs/test_ray.py
 
 fuzz: $(VENV)/.dev ## Press every RPC with 20,000 requests out of its descriptor; make fuzz FUZZ="COUNT SEED".
@@ -50,6 +52,9 @@ fuzz: $(VENV)/.dev ## Press every RPC with 20,000 requests out of its descriptor
 
 chaos: $(VENV)/.dev ## Kill parts of both services at 200 random moments of real jobs; make chaos CHAOS="KILLS SEED".
 	$(BIN)/python -m tests.chaos.run $(CHAOS)
+
+rehearsal: $(VENV)/.dev ## Update both services from the release before, and back, under load; ends in one JSON line.
+	$(BIN)/python -m tests.upgrade.rehearse $(REHEARSAL)
 
 lint: $(VENV)/.dev ## Style, types, floors and the contract's own rules.
 	$(BIN)/ruff check $(CODE)
@@ -70,13 +75,21 @@ proto: $(VENV)/.dev ## Generate the Python side of the contracts; commit what it
 proto-breaking: $(VENV)/.dev ## Compare the contracts with those of the last release.
 	$(BIN)/buf breaking protos --against protos/released.binpb
 
-docs: $(VENV)/.dev ## Write docs/reference.md and docs/metrics.md from contract and code; commit what it writes.
+docs: $(VENV)/.dev ## Write docs/reference.md, docs/metrics.md and parts of docs/capacity.md; commit what it writes.
 	$(BIN)/python tools/contract_doc.py
 	$(BIN)/python tools/metrics_doc.py
+	$(BIN)/python -m tools.capacity_doc
+
+release: $(VENV)/.dev ## What a release of one part consists of, in dist/: make release PART=cognate.
+	@test -n "$(PART)" || { echo "name one: make release PART=client, common, cognate or agent"; exit 2; }
+	$(BIN)/python tools/release.py $(PART)
 
 bench: $(VENV)/.dev ## One benchmark: make bench BENCH=train_step. Its last line is one JSON object.
 	@test -n "$(BENCH)" || { echo "name one: make bench BENCH=name, of:"; ls tests/benchmarks | sed -nE 's/^bench_(.*)\.py$$/  \1/p'; exit 2; }
 	@env $$($(BIN)/python -c 'from training_common.engines.processes import WORKER_ENVIRONMENT as e; print(*map("=".join, e.items()))') $(BIN)/python tests/benchmarks/bench_$(BENCH).py
 
+capacity: $(VENV)/.dev ## What a scale comes to: make capacity ARGS="cluster --set nodes=200"; docs/capacity.md explains.
+	@$(BIN)/python -m tools.capacity $(ARGS)
+
 clean: ## Remove what was installed and built; var/ with its models stays.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

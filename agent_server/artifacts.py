@@ -56,6 +56,7 @@ class AgentArtifactManager:
             family=plan.agent,
             state=STATE,
             body=body,
+            service="agent",
             code=("agent_server", "training_common"),
             plan=plan,
             made_of=ancestors(plan, base),

@@ -91,4 +91,4 @@ def configuration(plan: pb.TrainingPlan, settings: AgentSettings) -> str:
         acting_task(speed).policy_optimization.ClearField("environment_steps")
     workers = settings.workers
     facts = {"threads": workers.threads, "slots": workers.slots, "checkpoints": workers.checkpoints}
-    return configuration_of(speed, facts)
+    return configuration_of(speed, facts, service=settings.SERVICE)

@@ -65,6 +65,7 @@ class CognateArtifactManager:
                 "grokfast": dict(model.grokfast),
                 "recovery": model.recovery,
             },
+            service="cognate",
             code=("cognate_server", "training_common"),
             plan=pb.PretrainingPlan.FromString(attempt.store.job.plan),
         )

@@ -75,4 +75,4 @@ def configuration(plan: pb.PretrainingPlan, settings: CognateSettings) -> str:
         "checkpoints": workers.checkpoints,
         "precision": settings.pretraining.precision,
     }
-    return configuration_of(speed, facts)
+    return configuration_of(speed, facts, service=settings.SERVICE)

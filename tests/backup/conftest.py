@@ -1,4 +1,4 @@
-"""Entry points as pyproject.toml has them: those of an installation may be older than this checkout."""
+"""Entry points as each part's pyproject.toml has them: those of an installation may be older than this checkout."""
 
 import tomllib
 from importlib.metadata import EntryPoint
@@ -10,13 +10,16 @@ import pytest
 from cognateforge.cli import plugins
 from training_common.backup import service
 
-PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def entry_points(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of a group, by their names."""
-    table = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["entry-points"][group]
-    return {name: EntryPoint(name, value, group) for name, value in table.items()}
+    found: dict[str, EntryPoint] = {}
+    for file in sorted(ROOT.glob("*/pyproject.toml")):
+        table = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["entry-points"].get(group, {})
+        found |= {name: EntryPoint(name, value, group) for name, value in table.items()}
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -91,6 +91,7 @@ def publish(registry: ArtifactRegistry, attempt: WorkerAttempt, folder: Path) ->
         family="cognate-25m",
         state="READY",
         body=BODY,
+        service="cognate",
         code=("training_common",),
         plan=PLAN,
         made_of=made_of,

@@ -120,6 +120,7 @@ class Service:
             family=FAMILY,
             state="READY",
             body={"kind": "foundation", "data": [], "recovery": []},
+            service="cognate",
             code=("training_common",),
             plan=PretrainingPlan(),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from training_common.attempt import AttemptStopped
 from training_common.digests import code_digest, files_under
 from training_common.jobs.states import JobState
 from training_common.jobs.store import append_event
+from training_common.release import release_of
 from training_common.store.database import now_us
 from training_common.worker import WorkerAttempt
 
@@ -40,6 +40,7 @@ def publish_and_succeed(
     family: str,
     state: str,
     body: Mapping[str, Any],
+    service: str,
     code: tuple[str, ...],
     plan: Message,
     made_of: Sequence[Ancestor] = (),
@@ -48,8 +49,8 @@ def publish_and_succeed(
     """Publish a folder's files as the family's next version and end the job as SUCCEEDED: both, or neither.
 
     A statement of how they were made is written beside them and is one of the version's files.
-    body: the manifest's own part. code: packages whose digest goes into it. plan: the job's. made_of: what it was made
-    of. also: what else belongs to the transaction.
+    body: the manifest's own part. service: whose release goes into it. code: packages whose digest does too. plan: the
+    job's. made_of: what it was made of. also: what else belongs to the transaction.
     Errors: FencedOutError, AttemptStopped, when the job was taken away or cancelled meanwhile; OSError;
     SigningKeyError; IntegrityCheckFailedError; StoreAwayError, when the store has not come back for an hour.
     """
@@ -64,7 +65,7 @@ def publish_and_succeed(
     whole = {
         **body,
         "create_us": now_us(),
-        "code": {"version": version("cognateforge"), "digest": code_digest(*code)},
+        "code": {"version": release_of(service), "digest": code_digest(*code)},
     }
     store = attempt.store
     making = Making(

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -32,6 +31,7 @@ from training_common.backup.segments import Listing, Segment, SegmentWriter, sta
 from training_common.backup.service import StoredService
 from training_common.backup.snapshot import OpenCheckpoint, Snapshot, take_snapshot
 from training_common.jobs.folders import jobs_dir
+from training_common.release import release_of
 from training_common.settings import ServiceSettings
 from training_common.store import tables as t
 from training_common.store.database import Database, now_us
@@ -85,7 +85,7 @@ def back_up(
         files, size_bytes = _copy_checkpoints(copier, wanted, jobs_dir(settings), scratch)
         manifest = BackupManifest(
             service=service.name,
-            release=version("cognateforge"),
+            release=release_of(service.name),
             revision=snapshot.revision,
             server=settings.server_name,
             snapshot_us=snapshot.time_us,

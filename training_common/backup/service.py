@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, distribution
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from cognateforge import parts
 from cognateforge.exceptions import InvalidRequestError
 from training_common.settings import ServiceSettings
 
@@ -53,7 +54,7 @@ class StoredService:
 
 def entry_points() -> dict[str, EntryPoint]:
     """Return where services are found, by their names."""
-    return {entry.name: entry for entry in distribution("cognateforge").entry_points.select(group=GROUP)}
+    return parts.entry_points(GROUP)
 
 
 def find_service(name: str) -> StoredService:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 
 import sqlalchemy as sa
 from google.protobuf.message import Message
 
 from training_common.attempt import Json
+from training_common.release import release_of
 from training_common.store import tables as t
 
 # Attempts that a median is taken of, and the jobs among which they are looked for.
@@ -18,9 +18,9 @@ NEWEST = 20
 _NEWEST_JOBS = 200
 
 
-def configuration_of(plan: Message, settings: Mapping[str, Json]) -> str:
-    """Return a digest of what decides how long a step takes: a plan without what does not, settings, this release."""
-    facts = json.dumps({**settings, "version": version("cognateforge")}, sort_keys=True).encode()
+def configuration_of(plan: Message, settings: Mapping[str, Json], *, service: str) -> str:
+    """Return a digest of what decides how long a step takes: a plan without what does not, settings, the release."""
+    facts = json.dumps({**settings, "version": release_of(service)}, sort_keys=True).encode()
     return hashlib.sha256(plan.SerializeToString(deterministic=True) + facts).hexdigest()
 
 

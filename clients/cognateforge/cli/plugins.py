@@ -1,24 +1,26 @@
-"""Commands that other parts of this distribution bring, found by its entry points `cognateforge.commands`.
+"""Commands that other parts of this project bring, found by their entry points `cognateforge.commands`.
 
 The client library knows none of them, and imports one when its command is run or its help is shown. Only entry points
-of our own distribution count: to look through all that is installed would take longer than most commands.
+of our own distributions count: to look through all that is installed would take longer than most commands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, distribution
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from cognateforge import parts
 
 GROUP = "cognateforge.commands"
 
 
 def entry_points() -> dict[str, EntryPoint]:
     """Return the entry points by the names of their commands."""
-    return {entry.name: entry for entry in distribution("cognateforge").entry_points.select(group=GROUP)}
+    return parts.entry_points(GROUP)
 
 
 class ExtensibleGroup(TyperGroup):

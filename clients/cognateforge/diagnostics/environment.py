@@ -6,19 +6,20 @@ import ctypes
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from cognateforge.diagnostics.checks import Area, Check
+from cognateforge.parts import CLIENT, PARTS
 
 _REQUIREMENT = re.compile(
-    r"(?P<name>[A-Za-z0-9._-]+)\s*(\[(?P<of>[\w,\s-]+)\])?\s*(?P<floor>(>=|==)\s*[\w.]+)?"
+    r"(?P<name>[A-Za-z0-9._-]+)\s*(\[(?P<of>[\w,\s-]+)\])?\s*(?P<floor>(>=|==|~=)\s*[\w.]+)?"
     r"\s*(;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
 )
-# Parts of other extras, and what only development needs.
-_NOT_TOLD = frozenset({"server", "torch", "dev", "bench", "plots"})
+# What only development needs.
+_NOT_TOLD = frozenset({"dev", "bench", "plots"})
 _AREA = Area("environment")
 # adjtimex(2): what it returns where the clock is not kept in time, and room for its structure.
 _TIME_ERROR, _TIMEX_BYTES = 5, 512
@@ -26,7 +27,7 @@ _TIME_ERROR, _TIMEX_BYTES = 5, 512
 
 @dataclass(frozen=True, kw_only=True)
 class Requirement:
-    """A package that the distribution asks for. floor: with its sign, as ">=1.4"; of: extras of that package."""
+    """A package that a distribution asks for. floor: with its sign, as ">=1.4"; of: extras of that package."""
 
     name: str
     floor: str
@@ -36,17 +37,17 @@ class Requirement:
 def check_environment() -> Iterator[Check]:
     """Look at Python, the packages of this release and its extras, and the clock."""
     yield _python()
-    needed = requirements()
-    yield _packages(needed.get("", ()))
-    yield _extras(needed)
+    here = [part for part in PARTS if _installed(part)]
+    yield _packages(here)
+    yield _extras(requirements(CLIENT))
     yield _tested()
     yield check_clock()
 
 
-def requirements() -> Mapping[str, tuple[Requirement, ...]]:
-    """Return what the distribution asks for, by extra; "" for what it always needs."""
+def requirements(part: str) -> Mapping[str, tuple[Requirement, ...]]:
+    """Return what one of our distributions asks for, by extra; "" for what it always needs."""
     found: dict[str, list[Requirement]] = {"": []}
-    for text in requires("cognateforge") or []:
+    for text in requires(part) or []:
         match = _REQUIREMENT.fullmatch(text.strip())
         if match is None:
             continue
@@ -58,23 +59,27 @@ def requirements() -> Mapping[str, tuple[Requirement, ...]]:
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of all packages that this release may use and that are here, by name."""
-    names = {one.name for listed in requirements().values() for one in listed} | {"cognateforge"}
+    parts = [part for part in PARTS if _installed(part)]
+    names = {one.name for part in parts for listed in requirements(part).values() for one in listed} | {*parts}
     return {name: found for name in sorted(names) if (found := _installed(name))}
 
 
 def _python() -> Check:
-    floor = metadata("cognateforge")["Requires-Python"] or ""
+    floor = metadata(CLIENT)["Requires-Python"] or ""
     here = ".".join(map(str, sys.version_info[:3]))
     if floor and not _at_least(here, floor):
         return _AREA.fail("python", f"{here} is below {floor}", f"run with a Python {floor}")
     return _AREA.ok("python", f"{here} at {sys.executable}")
 
 
-def _packages(needed: tuple[Requirement, ...]) -> Check:
-    troubles = [trouble for one in needed if (trouble := _trouble(one))]
+def _packages(parts: Sequence[str]) -> Check:
+    """Look at what the installed parts of this project always need: each other, too, of one minor release."""
+    needed = {one for part in parts for one in requirements(part)[""]}
+    troubles = sorted({trouble for one in needed if (trouble := _trouble(one))})
     if troubles:
-        return _AREA.fail("packages", "; ".join(troubles), "pip install --upgrade cognateforge")
-    return _AREA.ok("packages", f"cognateforge {version('cognateforge')} and the {len(needed)} packages that it needs")
+        return _AREA.fail("packages", "; ".join(troubles), f"pip install --upgrade {' '.join(parts)}")
+    told = ", ".join(f"{part} {_installed(part)}" for part in parts)
+    return _AREA.ok("packages", f"{told}, and the {len({one.name for one in needed} - {*PARTS})} packages needed")
 
 
 def _extras(needed: Mapping[str, tuple[Requirement, ...]]) -> Check:
@@ -94,13 +99,14 @@ def _extras(needed: Mapping[str, tuple[Requirement, ...]]) -> Check:
 
 
 def _all_of(extra: str, needed: Mapping[str, tuple[Requirement, ...]], *, deep: int = 8) -> list[Requirement]:
-    """Return what an extra needs, the extras that it names included."""
+    """Return what an extra needs, with what the extras and parts of this project need that it names."""
     found: list[Requirement] = []
     for one in needed.get(extra, ()):
-        if one.name != "cognateforge":
+        if one.name != CLIENT:
             found.append(one)
-        elif deep:
-            found += [part for other in one.of for part in _all_of(other, needed, deep=deep - 1)]
+        if one.name in PARTS and deep and _installed(one.name):
+            below = requirements(one.name)
+            found += [other for name in one.of for other in _all_of(name, below, deep=deep - 1)]
     return found
 
 
@@ -137,7 +143,7 @@ def tested_versions() -> dict[str, str]:
             text = place.read_text(encoding="utf-8")
         except OSError:
             continue
-        return dict(re.findall(r"^([A-Za-z0-9._-]+)==([\w.+]+)", text, re.MULTILINE))
+        return dict(re.findall(r"^([A-Za-z0-9._-]+)==([\w.+!]+)", text, re.MULTILINE))
     return {}
 
 
@@ -171,14 +177,23 @@ def _installed(name: str) -> str | None:
 
 
 def _at_least(here: str, floor: str) -> bool:
-    """Whether a version is what ">=1.4" or "==1.4" asks for. Only the numbers of a release count."""
+    """Whether a version is what ">=1.4", "==1.4" or "~=1.4" asks for. Only the numbers of a release count."""
     sign, wanted = floor[:2], _numbers(floor[2:])
     found = _numbers(here)
     width = max(len(found), len(wanted))
     padded = [(*numbers, *([0] * (width - len(numbers)))) for numbers in (found, wanted)]
+    if sign == "~=" and found[: len(wanted) - 1] != wanted[:-1]:
+        return False
     return padded[0] == padded[1] if sign == "==" else padded[0] >= padded[1]
 
 
+def release_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers that a version begins with, behind an epoch; none of a text that is no version."""
+    match = re.match(r"(?:\d+!)?(\d+(?:\.\d+)*)", text)
+    return tuple(map(int, match[1].split("."))) if match else ()
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", text)
-    return tuple(map(int, match[0].split("."))) if match else ()
+    # An epoch, as in "1!2.0", goes before every other number.
+    epoch = re.match(r"(\d+)!", text)
+    return (int(epoch[1]) if epoch else 0, *release_numbers(text))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Protocol
 
+from cognateforge import parts
 from cognateforge.diagnostics.checks import Check
 from cognateforge.exceptions import ClientSetupError
 
@@ -44,7 +44,7 @@ class Evidence(Protocol):
 
 def server_side(service: str) -> ServerSide:
     """Return a service's own part. Errors: ClientSetupError, where its code is not installed."""
-    entries = {entry.name: entry for entry in distribution("cognateforge").entry_points.select(group=GROUP)}
+    entries = parts.entry_points(GROUP)
     remedy = f"its code is not installed here: pip install 'cognateforge[{service}]', or leave its settings out"
     if service not in entries:
         raise ClientSetupError(f"{service}: {remedy}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cognateforge.client.channel import split_address
 from cognateforge.client.discovery import discovery_for
 from cognateforge.diagnostics.checks import Area, Check
+from cognateforge.diagnostics.environment import release_numbers
 from cognateforge.exceptions import ForbiddenError, ForgeError
 from cognateforge.job.v1 import job_pb2
 
@@ -101,13 +102,19 @@ class Wire:
             )
 
     def skew(self) -> Check:
-        """Compare the releases of the services and of this client."""
+        """Compare the contracts of the services and of this client.
+
+        A version's first two numbers are those of the contract that its distribution was made with. Neighbouring
+        contracts understand each other, and what comes after the two numbers is each distribution's own.
+        """
         area = Area("releases")
         here = version("cognateforge")
         told = ", ".join([f"client {here}", *(f"{name} {found}" for name, found in self.versions.items())])
         if not self.versions:
             return area.skip("skew", f"{told}; no service answered")
-        if {here, *self.versions.values()} != {here}:
+        contracts = {release_numbers(one)[:2] for one in (here, *self.versions.values())}
+        majors, minors = {numbers[:1] for numbers in contracts}, [numbers[1:] for numbers in contracts]
+        if len(majors) > 1 or not all(minors) or max(minors)[0] - min(minors)[0] > 1:
             return area.warn(
                 "skew", told, "upgrade the older ones: neighbouring releases understand each other, others need not"
             )
