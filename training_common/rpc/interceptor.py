@@ -411,7 +411,7 @@ def _check_rules(request: Message) -> None:
     violations = [
         FieldViolation(
             field=_path(item.proto),
-            description=_described(item)[:_DESCRIPTION_CHARS],
+            description=_described(item, request)[:_DESCRIPTION_CHARS],
         )
         for item in found
     ]
@@ -419,11 +419,26 @@ def _check_rules(request: Message) -> None:
     raise InvalidFieldError(text, violations=violations)
 
 
-def _described(item: Any) -> str:
+def _described(item: Any, request: Message) -> str:
     """Return what is asked for in words."""
     if item.proto.rule_id == "string.pattern":
         return in_words(str(item.rule_value))
+    if item.proto.rule_id == "required" and (choices := _choices(item.proto.field, request.DESCRIPTOR)):
+        return f"must be given: one of {', '.join(choices)}"
     return str(item.proto.message or item.proto.rule_id)
+
+
+def _choices(path: Any, message: Any) -> list[str]:
+    """Return what can stand where nothing does: the members of the oneof at a path, or of the message there."""
+    for element in path.elements:
+        if element.field_name in message.oneofs_by_name:
+            return [field.name for field in message.oneofs_by_name[element.field_name].fields]
+        field = message.fields_by_name.get(element.field_name)
+        if field is None or field.message_type is None or field.message_type.GetOptions().map_entry:
+            return []
+        message = field.message_type
+    # An optional field is a oneof of its own, under a name with an underscore.
+    return [field.name for oneof in message.oneofs[:1] if not oneof.name.startswith("_") for field in oneof.fields]
 
 
 def _path(violation: Any) -> str:

@@ -45,6 +45,8 @@ _VERIFICATIONS = 100
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
 A = TypeVar("A", bound=Message)
+# A job, the sequence of its oldest event that is kept, and what follows of its events.
+_Read = tuple[JobRow, int, list[job_pb2.WatchFrame]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class JobService(Generic[M]):
         self._estimator = estimator
         self._units = units
         self._heartbeat_s = heartbeat_s
-        self._frames: SharedReads[tuple[JobRow, list[job_pb2.WatchFrame]]] = SharedReads(store.database)
+        self._frames: SharedReads[_Read] = SharedReads(store.database)
 
     async def mutate(
         self, method: str, request: Any, work: Callable[[sa.Connection], JobRow], answer: Callable[[M], Message]
@@ -204,8 +206,12 @@ class JobService(Generic[M]):
 
         return await self.store.database.run(read)
 
-    async def watch(self, name: str, after_sequence: int) -> AsyncIterator[job_pb2.WatchFrame]:
-        """Yield every event after `after_sequence` once and in order, heartbeats, and the end frame."""
+    async def watch(self, name: str, after_sequence: int, progress_every: int = 1) -> AsyncIterator[job_pb2.WatchFrame]:
+        """Yield every event after `after_sequence` once and in order, heartbeats, and the end frame.
+
+        progress_every: above 1, of progress those events alone whose sequence is a multiple of it.
+        """
+        every = max(1, progress_every)
         job = await self.store.database.run(self.store.get, name)
         if after_sequence > job.last_sequence:
             raise SequenceOutOfRangeError(
@@ -215,14 +221,18 @@ class JobService(Generic[M]):
         loop = asyncio.get_running_loop()
         quiet_since = loop.time()
         while True:
-            job, frames = await self._frames.get((name, sequence, seen), functools.partial(self._read, name, sequence))
-            _require_kept(job, sequence, frames)
+            job, oldest, frames = await self._frames.get(
+                (name, sequence, every, seen), functools.partial(self._read, name, sequence, every)
+            )
+            _require_kept(job, sequence, oldest)
             for frame in frames:
                 sequence = frame.event.sequence
                 yield frame
                 quiet_since = loop.time()
             if len(frames) == _BATCH:
                 continue
+            if every > 1:
+                sequence = max(sequence, job.last_sequence)  # what is left out was passed over
             end = convert.end_frame(job)
             if end is not None and sequence >= job.last_sequence:
                 yield end
@@ -234,11 +244,14 @@ class JobService(Generic[M]):
                     yield job_pb2.WatchFrame(heartbeat=job_pb2.Heartbeat(last_sequence=sequence))
                     quiet_since = loop.time()
 
-    def _read(self, name: str, after_sequence: int) -> tuple[JobRow, list[job_pb2.WatchFrame]]:
+    def _read(self, name: str, after_sequence: int, every: int) -> _Read:
         # The job is read before its events: what its end frame counts is then among the events that follow.
         job = self.store.get(name)
-        rows = self.store.events_after(job.id, after_sequence, _BATCH)
-        return job, [job_pb2.WatchFrame(event=convert.event(row, self._units)) for row in rows]
+        rows = self.store.events_after(job.id, after_sequence, _BATCH, progress_every=every)
+        frames = [job_pb2.WatchFrame(event=convert.event(row, self._units)) for row in rows]
+        if every > 1:  # the first that is sent need not be the first that is kept
+            return job, self.store.get(name).first_sequence, frames
+        return job, rows[0].sequence if rows else job.first_sequence, frames
 
     async def checkpoints(self, name: str) -> list[job_pb2.Checkpoint]:
         """Return a job's checkpoints, newest first."""
@@ -248,7 +261,10 @@ class JobService(Generic[M]):
 
     def server_info(self, info: job_pb2.ServerInfo, peers: Sequence[job_pb2.Peer] = ()) -> job_pb2.ServerInfo:
         """Return what a server is, with what it counts."""
+        standing = self._scheduler.standing
         return job_pb2.ServerInfo(
+            slots=standing.slots,
+            slots_taken=standing.taken,
             version=info.version,
             capabilities=info.capabilities,
             peers=peers,
@@ -307,9 +323,8 @@ class JobService(Generic[M]):
         return await self.store.database.run(read)
 
 
-def _require_kept(job: JobRow, sequence: int, frames: Sequence[job_pb2.WatchFrame]) -> None:
+def _require_kept(job: JobRow, sequence: int, oldest: int) -> None:
     """Refuse to pass over events that retention has removed."""
-    oldest = frames[0].event.sequence if frames else job.first_sequence
     if oldest > sequence + 1:
         raise SequenceOutOfRangeError(
             f"retention has removed the events of {job.name} before {oldest}: watch after_sequence {oldest - 1} for "
@@ -336,7 +351,7 @@ class JobRpcs(Generic[M]):
         return self._contract.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def WatchJob(self, request: Any, context: Context) -> AsyncIterator[Any]:
-        async for frame in self._jobs.watch(request.name, request.after_sequence):
+        async for frame in self._jobs.watch(request.name, request.after_sequence, request.progress_every):
             yield self._contract.WatchJobResponse(frame=frame)
 
     async def WatchLogs(self, request: Any, context: Context) -> AsyncIterator[Any]:

@@ -58,7 +58,7 @@ class AgentForgeTrainingServiceStub:
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_training_pb2.WatchJobRequest, _training_pb2.WatchJobResponse]
     """Streams a job's events from after_sequence on, every one once and in order, then an end frame. A stream that
-    closes without it has not ended the job: watch again from the last sequence.
+    closes without it has not ended the job: watch again from the last sequence. progress_every thins progress alone.
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
@@ -174,7 +174,7 @@ class AgentForgeTrainingServiceAsyncStub(AgentForgeTrainingServiceStub):
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_training_pb2.WatchJobRequest, _training_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Streams a job's events from after_sequence on, every one once and in order, then an end frame. A stream that
-    closes without it has not ended the job: watch again from the last sequence.
+    closes without it has not ended the job: watch again from the last sequence. progress_every thins progress alone.
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
@@ -311,7 +311,7 @@ class AgentForgeTrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_pb2.WatchJobResponse], _abc.AsyncIterator[_training_pb2.WatchJobResponse]]:
         """Streams a job's events from after_sequence on, every one once and in order, then an end frame. A stream that
-        closes without it has not ended the job: watch again from the last sequence.
+        closes without it has not ended the job: watch again from the last sequence. progress_every thins progress alone.
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.

@@ -169,7 +169,7 @@ class CognatePretrainingServiceServicer:
 
     def WatchJob(self, request, context):
         """Streams a job's events from after_sequence on, every one once and in order, then an end frame. A stream that
-        closes without it has not ended the job: watch again from the last sequence.
+        closes without it has not ended the job: watch again from the last sequence. progress_every thins progress alone.
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.

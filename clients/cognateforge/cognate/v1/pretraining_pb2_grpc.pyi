@@ -54,7 +54,7 @@ class CognatePretrainingServiceStub:
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_pretraining_pb2.WatchJobRequest, _pretraining_pb2.WatchJobResponse]
     """Streams a job's events from after_sequence on, every one once and in order, then an end frame. A stream that
-    closes without it has not ended the job: watch again from the last sequence.
+    closes without it has not ended the job: watch again from the last sequence. progress_every thins progress alone.
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
@@ -182,7 +182,7 @@ class CognatePretrainingServiceAsyncStub(CognatePretrainingServiceStub):
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_pretraining_pb2.WatchJobRequest, _pretraining_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Streams a job's events from after_sequence on, every one once and in order, then an end frame. A stream that
-    closes without it has not ended the job: watch again from the last sequence.
+    closes without it has not ended the job: watch again from the last sequence. progress_every thins progress alone.
 
     Callers: viewer, operator. Repeat: safe.
     Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.
@@ -331,7 +331,7 @@ class CognatePretrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_pretraining_pb2.WatchJobResponse], _abc.AsyncIterator[_pretraining_pb2.WatchJobResponse]]:
         """Streams a job's events from after_sequence on, every one once and in order, then an end frame. A stream that
-        closes without it has not ended the job: watch again from the last sequence.
+        closes without it has not ended the job: watch again from the last sequence. progress_every thins progress alone.
 
         Callers: viewer, operator. Repeat: safe.
         Reasons: JOB_NOT_FOUND, SEQUENCE_OUT_OF_RANGE.

@@ -1552,12 +1552,18 @@ class ServerInfo(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     DAMAGED_ARTIFACTS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    SLOTS_TAKEN_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the distribution."""
     damaged_artifacts: _builtins.int
     """Published versions whose stored bytes are known to be damaged, as of a minute ago at most. Anything above 0 is an
     alarm: VerifyArtifacts of cognateforge.artifact.v1.StorageService names the files.
     """
+    slots: _builtins.int
+    """Places for workers that this server has. Servers that share a store have their own each."""
+    slots_taken: _builtins.int
+    """Of them, those that are taken, as of the scheduler's last look."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of what this server serves beyond the plain contract, sorted. At most 64."""
@@ -1578,10 +1584,12 @@ class ServerInfo(_message.Message):
         peers: _abc.Iterable[Global___Peer] | None = ...,
         removed: Global___Removed | None = ...,
         damaged_artifacts: _builtins.int = ...,
+        slots: _builtins.int = ...,
+        slots_taken: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "damaged_artifacts", b"damaged_artifacts", "peers", b"peers", "removed", b"removed", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "damaged_artifacts", b"damaged_artifacts", "peers", b"peers", "removed", b"removed", "slots", b"slots", "slots_taken", b"slots_taken", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
