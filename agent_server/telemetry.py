@@ -6,11 +6,16 @@ from collections.abc import Iterator
 
 from agent_server.foundation import CognateLink
 from agent_server.recovery import LADDER
+from agent_server.rl.recovery import RESYNCHRONIZE, Detector
 from training_common.recovery import RETURN
 from training_common.telemetry.readings import Reading
 
 # What the recovery manager may do about what.
-RECOVERIES = (*((str(d), str(a)) for d, actions in LADDER.items() for a in dict.fromkeys(actions)), ("", RETURN))
+RECOVERIES = (
+    *((str(d), str(a)) for d, actions in LADDER.items() for a in dict.fromkeys(actions)),
+    *((str(detector), RESYNCHRONIZE) for detector in Detector),
+    ("", RETURN),
+)
 
 
 def of_link(link: CognateLink) -> Iterator[Reading]:

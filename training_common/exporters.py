@@ -249,7 +249,7 @@ class _Line:
                 getattr(exporter, call)(*values)
                 if self._dropped and not self._said:
                     self._say("it is too slow, and its queue (exporters.queue_length) is full: some points are lost")
-        except Exception as error:  # whatever a third party raises is its own matter
+        except BaseException as error:  # whatever a third party raises is its own matter, also where it is an exit
             self._broken = True
             log.warning("exporter failed", exporter=self.name, exc_info=True)
             self._say(f"{type(error).__name__}: {error}; nothing more of this attempt is exported by it")

@@ -16,7 +16,10 @@ import yaml  # type: ignore[import-untyped]
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from agent_server import telemetry as agent_telemetry
+from cognate_server import telemetry as cognate_telemetry
 from cognateforge.alerts import KINDS
+from cognateforge.alerts.model import DETECTORS
 from cognateforge.cli.app import app
 from cognateforge.client import services
 from deploy.monitoring import dashboards
@@ -82,12 +85,30 @@ def test_every_alert_has_a_page_and_every_page_an_alert() -> None:
     for page in RUNBOOKS.glob("*.md"):
         headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
         assert [page.stem, "Meaning", "Impact", "How to look", "How to mend"] == headings
+        # Commands that were run together into a paragraph cannot be copied, and no test reads them.
+        assert re.search(r"^## How to look\n\n(    \S.*\n)+", page.read_text(), re.MULTILINE), page.stem
 
 
 def test_the_built_in_alerts_are_among_the_rules() -> None:
     """Under the same names, each with a severity of the rule's: a runbook serves both."""
     severities = {(rule["alert"], rule["labels"]["severity"]) for rule in ALERTS}
     assert {(kind.name, kind.severity.value) for kind in KINDS.values()} <= severities
+
+
+def test_every_way_in_which_training_goes_wrong_has_a_rule_and_a_built_in_alert() -> None:
+    """Each detector of either recovery manager, a run that is given up, and a worker that is lost."""
+    expressions = [rule["expr"] for rule in ALERTS]
+    told = {
+        detector
+        for expression in expressions
+        for alternatives in re.findall(r'detector=~?"([^"]*)"', expression)
+        for detector in alternatives.split("|")
+    }
+    managers = {detector for detector, _ in (*cognate_telemetry.RECOVERIES, *agent_telemetry.RECOVERIES) if detector}
+    assert len(managers) > 8
+    assert managers == told == set(DETECTORS)
+    for failure in ('reason="TRAINING_DIVERGED"', 'reason="RETRY_BUDGET_SPENT"', "forge_attempts_lost_total"):
+        assert any(failure in expression for expression in expressions), failure
 
 
 def commands(page: str) -> Iterator[list[str]]:

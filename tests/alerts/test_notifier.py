@@ -281,6 +281,40 @@ async def test_a_redirect_is_a_failure(world: World, hook: WebhookServer) -> Non
     assert "HTTP status 302" == sent.error
 
 
+async def test_an_answer_that_breaks_off_behind_its_status_was_an_answer(world: World, hook: WebhookServer) -> None:
+    """What was taken is not told again, however the rest of the answer fares."""
+    hook.breaks_off = True
+    assert ["", ""] == [sent.error for sent in await world.turns(2)] + [""]
+    await world.turns(2, each_s=600)
+    assert [FIRING] == hook.told()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_a_clock_that_was_ahead_holds_nothing_back(world: World, hook: WebhookServer, restart: bool) -> None:
+    """A year, until it was set: conditions hold, repeats come, and receivers are tried as if it had not been."""
+    world.wrong = [alert("ForgeServiceDown", job="")]  # which has to hold for a minute
+    right = world.time
+    world.time = right + timedelta(days=365)
+    hook.answer = 503
+    await world.turns(2)
+    world.time = right
+    hook.answer = 200
+    await world.turns(4, each_s=400, restart=restart)
+    assert 1 == len(hook.bodies)
+    assert world.asked_since is not None
+    assert world.asked_since < right + timedelta(days=1)
+    world.wrong = []
+    await world.turns(3, restart=restart)
+    assert "resolved" == hook.bodies[-1]["status"]
+    world.time += timedelta(days=400)
+    world.wrong = [alert()]
+    await world.turns(2)
+    told = len(hook.bodies)
+    world.time -= timedelta(days=300)
+    await world.turns(2, each_s=5 * 3600, restart=restart)
+    assert told + 1 <= len(hook.bodies), "repeated after its interval, though it was told in what is the future now"
+
+
 async def test_two_notifiers_do_not_share_a_state(world: World) -> None:
     """Both would tell everything."""
     with world.notifier._file.held(), pytest.raises(ClientSetupError, match="another notifier uses"):
@@ -334,6 +368,15 @@ class TestMail:
         assert "[FIRING:1] ForgeJobFailed (cognate)" == mail["Subject"]
         assert mail["Bcc"] is None
         assert "https://docs.test/docs/runbooks/ForgeJobFailed.md" in mail.get_content()
+
+    async def test_a_mail_that_was_taken_goes_out_once_whatever_the_goodbye(self, folder: Path, tmp_path: Path) -> None:
+        """A server that answers QUIT with an error, or closes, has taken it all the same."""
+        (folder / "password").write_text("s3cret")
+        with mail_server(folder) as server:
+            server.goodbye = "421 too busy to part"
+            world = World(tmp_path, Mail(self.settings(folder, server.port)))
+            assert [""] == [sent.error for sent in await world.turns(3, each_s=600)]
+        assert 1 == len(server.mails)
 
     async def test_a_server_without_tls_gets_neither_mail_nor_password(self, folder: Path, tmp_path: Path) -> None:
         """And the error holds no secret."""

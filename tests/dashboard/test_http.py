@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from cognateforge.cli.app import app
+from cognateforge.dashboard import app as dashboard
 from cognateforge.dashboard.app import PAGES, POINTS, STATIC
 from cognateforge.dashboard.guard import HostGuard, is_loopback
+from cognateforge.dashboard.history import Past
 from tests.support.published import publish_model
 from tests.support.stage import RECOVERY, Stage, begin, pretraining, seeded_series, stage, submit, tell
 from training_common.jobs.states import JobState
+from training_common.store import tables as t
 
 UUID = "3f0e6d1c-1111-4222-8333-444455556666"
 
@@ -185,6 +190,51 @@ def test_jobs_are_listed_by_state_and_page(reading: Stage) -> None:
     store.database.close()
 
 
+def test_streams_are_bounded_and_freed(reading: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound one is refused, with why; each that ends makes room."""
+    monkeypatch.setattr(dashboard, "STREAMS", 3)
+    held = [urllib.request.urlopen(f"{reading.url}/api/board", timeout=20) for _ in range(3)]  # noqa: S310
+    status, body, _ = ask(f"{reading.url}/api/board")
+    assert (503, "3 streams are open: close pages of this dashboard") == (status, body["error"]["message"])
+    held[0].close()
+    until_s = time.monotonic() + 20
+    while time.monotonic() < until_s:
+        try:
+            held[0] = urllib.request.urlopen(f"{reading.url}/api/board", timeout=20)  # noqa: S310
+            break
+        except urllib.error.HTTPError:
+            time.sleep(0.05)  # the server sees the end a moment later
+    assert 200 == held[0].status
+    for one in held:
+        one.close()
+
+
+@pytest.mark.parametrize(("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200)])
+def test_pages_of_another_site_ask_nothing(shared: Stage, site: str, status: int) -> None:
+    """They could not read the answer, and could hold streams open."""
+    assert status == ask(f"{shared.url}/api/session", headers={"sec-fetch-site": site})[0]
+    assert 200 == ask(f"{shared.url}/", headers={"sec-fetch-site": site})[0], "a link to a page is followed"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        (f"/api/jobs/cognate/{UUID}/logs?attempt=3000000000", 400),
+        (f"/api/jobs/cognate/{UUID}/logs?position=9999999999999999999", 400),
+        (f"/api/jobs/cognate/{UUID}/events?after=%D9%A3", 400),
+        ("/api/jobs/cognate/%00", 400),
+        ("/static/%00", 404),
+        ("/static/..%2fapp.py", 404),
+        ("/static/../../app.py", 404),
+        ("/static//etc/passwd", 404),
+        ("/api/models/%FF%00", 400),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_breaks_nothing(shared: Stage, path: str, status: int) -> None:
+    """No number of the contract's, no name, no file: an error of the caller, not of the dashboard."""
+    assert status == ask(shared.url + path)[0]
+
+
 def test_a_long_jobs_curves_come_thinned_by_the_service(reading: Stage) -> None:
     """No more points than a plot can show, with the one that stands out."""
     store = reading.store()
@@ -198,6 +248,40 @@ def test_a_long_jobs_curves_come_thinned_by_the_service(reading: Stage) -> None:
     past = read(reading, f"/api/jobs/cognate/{job[5:]}/history")
     assert ["state_change"] == [event["kind"] for event in past["events"]]
     assert 256 <= len(past["moments"]) <= 512
+    store.database.close()
+
+
+def test_a_long_jobs_past_is_read_without_most_of_its_progress(reading: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that happened is marked within a pixel of its step; of 20,000 progress events an eighth or so is sent."""
+    store = reading.store()
+    job = submit(store, pretraining(20_000))
+    attempt = begin(store)
+    seeded_series(store, job, 10_000)
+    attempt.append("note", {"kind": "data_ready", "message": "rows", "facts": {}})
+    seeded_series(store, job, 10_000)
+    tell(attempt, 19_990, 20_000, {"halting_histogram": [0.25, 0.75]})
+    attempt.append("note", RECOVERY)
+    taken: list[int] = []
+    take = Past.take
+
+    def counted(past: Past, event: Any) -> None:
+        taken.append(event.sequence)
+        take(past, event)
+
+    monkeypatch.setattr(Past, "take", counted)
+    past = read(reading, f"/api/jobs/cognate/{job[5:]}/history")
+    notes = [event for event in past["events"] if event["kind"] == "note"]
+    assert ["data_ready", "recovery"] == [note["note"] for note in notes]
+    assert 9_990 <= notes[0]["step"] <= 10_000
+    assert {"step": 19_990, "bins": {"halting_histogram": [0.25, 0.75]}} == past["newest_bins"]
+    assert past["sequence"] == store.get(job).last_sequence == taken[-1]
+    assert len(taken) < 4_000
+    with store.database.write() as connection:
+        connection.execute(sa.delete(t.events).where(t.events.c.sequence < 20_300))
+        connection.execute(sa.update(t.jobs).values(first_sequence=20_300, last_sequence=20_310))
+        row = {"job_id": 1, "time_us": 1, "attempt": 1, "kind": "note", "payload": RECOVERY}
+        connection.execute(sa.insert(t.events), [{**row, "sequence": one} for one in range(20_300, 20_311)])
+    assert 20_310 == read(reading, f"/api/jobs/cognate/{job[5:]}/history")["sequence"], "it goes on behind the hole"
     store.database.close()
 
 

@@ -21,6 +21,7 @@ from tests.support.stage import (
     submit,
     tell,
 )
+from training_common.jobs.folders import log_name
 from training_common.jobs.states import JobState
 
 CARD = b"# Card\n\nA **model** of `tests`.\n\n| metric | value |\n| --- | --- |\n| loss | 3.1 |\n\n- one\n- two\n"
@@ -259,12 +260,22 @@ def test_a_page_that_only_reads_offers_nothing(shown: tuple[Stage, str, str], br
 
 
 def test_text_of_a_service_is_never_markup(here: Stage, browser: Browser) -> None:
-    """What a worker or a card says is shown as it is."""
+    """What a caller, a note or a worker's log says is shown as it is, and an endless line as far as it is of use."""
     store = here.store()
-    submit(store, pretraining(100), caller="<img src=x onerror=window.hit=1>")
+    job = submit(store, pretraining(100), caller="<img src=x onerror=window.hit=1>")
+    attempt = begin(store)
+    attempt.append("note", {"kind": "<b>", "message": "<svg onload=window.hit=2>", "facts": {"step": "<i>"}})
+    log = here.folder / "cognate" / "jobs" / log_name(job, 1)
+    log.parent.mkdir(parents=True)
+    log.write_text("<script>window.hit=3</script>\n\x1b[31mred\x1b[0m\n" + "=" * 100_000 + "\nnext line\n")
     browser.open(f"{here.url}/jobs")
     browser.until_text("cognate-25m")
     browser.js("document.querySelector('main table a').click()")
     browser.until_text("<img src=x onerror=window.hit=1>")
+    browser.until_text("<svg onload=window.hit=2>")
+    browser.find("details summary h2").click()
+    browser.until_text("next line", ".log")
+    assert "<script>window.hit=3</script>\n" in browser.text(".log")
+    assert 20_000 <= len(browser.text(".log")) <= 20_200
     assert browser.js("return window.hit") is None
     store.database.close()

@@ -1,9 +1,11 @@
-"""The admin listener: two pages, plain HTTP, this machine only, and nothing that a stranger could hold up."""
+"""The admin listener: a few pages, plain HTTP, this machine only, and nothing that a stranger could hold up."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -58,6 +60,43 @@ async def test_what_is_no_request_for_a_page_is_refused(cognate: RunningServer, 
     assert (await say(cognate, sent)).startswith(b"HTTP/1.1 " + status)
 
 
+async def test_probes_ask_for_different_things(cognate: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that do not start keep no call away; only a process that goes on by itself no more is not alive."""
+
+    async def statuses() -> list[int]:
+        await cognate._health.check()
+        return [(await get(cognate, path)).status for path in ("/healthz", "/readyz", "/livez")]
+
+    assert await statuses() == [200, 200, 200]
+    monkeypatch.setattr(cognate._health, "_scheduler", SimpleNamespace(last_launch_failed=True))
+    assert await statuses() == [503, 200, 200]
+    await cognate._health.give_up()
+    assert await statuses() == [503, 503, 503]
+    # One that drains was told to.
+    await cognate._health.drain()
+    assert await statuses() == [503, 503, 200]
+
+
+async def test_a_look_that_a_drain_overtakes_calls_nobody(
+    cognate: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store answers after the drain has begun: the server is not ready all the same."""
+    asked, answers = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> None:
+        asked.set()
+        await answers.wait()
+
+    health = cognate._health
+    monkeypatch.setattr(health._database, "check", slow)
+    look = asyncio.create_task(health.check())
+    await asked.wait()
+    await health.drain()
+    answers.set()
+    await look
+    assert (False, False, True) == (health.ready, health.serving, health.alive)
+
+
 async def test_head_has_the_headers_alone(cognate: RunningServer) -> None:
     """As probes ask."""
     page = await get(cognate, "/metrics", method="HEAD")
@@ -77,6 +116,57 @@ async def test_connections_that_ask_nothing_are_bounded(
     for _, writer in silent:
         writer.close()
     assert (await get(cognate, "/healthz")).status == 200
+
+
+async def test_who_holds_connections_open_keeps_nobody_from_health(
+    cognate: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by asking nothing nor by reading nothing: the oldest gives way, and what it did not read is let go."""
+    host, _, port = cognate.admin_address.rpartition(":")
+    silent = [await asyncio.open_connection(host, int(port)) for _ in range(60)]
+    assert (await get(cognate, "/healthz")).status == 200
+    deaf = []
+    for _ in range(60):
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1)
+        writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+        deaf.append((reader, writer))
+    assert (await get(cognate, "/healthz")).status == 200
+    for _, writer in [*silent, *deaf]:
+        writer.close()
+
+
+async def test_an_answer_that_nobody_reads_is_let_go(cognate: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes and its connection are kept for a while and no longer."""
+    monkeypatch.setattr(admin, "_ANSWER_S", 0.3)
+
+    async def much(accept: str) -> tuple[bytes, str]:
+        return b"#" * (16 << 20), "text/plain"
+
+    listener = cognate.telemetry._admin
+    assert listener is not None
+    monkeypatch.setattr(listener, "_metrics", much)
+    host, _, port = cognate.admin_address.rpartition(":")
+    with socket.create_connection((host, int(port))) as deaf:
+        deaf.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        async with asyncio.timeout(20):
+            while not listener._open:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+            while listener._open:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        deaf.settimeout(20)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while piece := deaf.recv(1 << 20):
+                received += len(piece)
+        assert received < 16 << 20, "what had been sent by then is all"
+
+
+async def test_an_accept_header_that_makes_no_sense_gets_the_plain_form(cognate: RunningServer) -> None:
+    """A version that is no number is no reason to answer nothing."""
+    for accept in ("application/openmetrics-text; version=abc", "text/plain;version=1.x;escaping", ";;=,"):
+        answer = await say(cognate, f"GET /metrics HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode())
+        assert b"200 OK" in answer.split(b"\r\n")[0]
+        assert b"text/plain; version=0.0.4" in answer
 
 
 async def test_a_socket_file_serves_too(tmp_path: Path) -> None:

@@ -218,6 +218,10 @@ async def test_a_store_that_fails_takes_its_families_with_it(cognate: RunningSer
     assert {"forge_worker_slots", "forge_disk_free_bytes", "forge_rpc_calls_total"} <= {sample.name for sample in found}
     page = await get(cognate, "/healthz")
     assert (page.status, page.text) == (503, "NOT_SERVING\n")
+    assert (await get(cognate, "/readyz")).status == 503
+    # To start the process anew would not bring its store back.
+    page = await get(cognate, "/livez")
+    assert (page.status, page.text) == (200, "ALIVE\n")
     store.unlink(missing_ok=True)
     store.with_suffix(".away").rename(store)
     found = await until(cognate, lambda found: value_of(found, "forge_store_up") == 1)

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,12 @@ from cognateforge.agent.v1 import training_pb2 as agent_v1
 from cognateforge.client import AgentClient
 from cognateforge.job.v1 import job_pb2
 from deploy.services import Services
-from tests.agent._support import write_foundation
 from tests.support.otlp_sink import OtlpSink, SeenSpan, otlp_sink
-from tests.support.published import MODEL_BODY, open_registry
+from tests.support.published import open_registry
+from tests.support.tiny_cognate import publish_tiny_cognate
 from training_common.jobs.folders import log_name
-from training_common.models.fingerprints import COGNATE_V1_25M
 from training_common.settings import TelemetrySettings
-from training_common.telemetry.spans import Tracer
+from training_common.telemetry.spans import Tracer, resource
 
 FETCH = "cognateforge.exchange.v1.ModelService/FetchModel"
 START = "cognateforge.agent.v1.AgentForgeTrainingService/StartTraining"
@@ -51,7 +51,9 @@ def test_one_trace_spans_client_services_and_worker(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(trace, "_TRACER_PROVIDER", tracer.provider)
         try:
             _, second = services.start_both(cognate="127.0.0.1:0", agent="127.0.0.1:0")
-            model = publish(tmp_path / "cognate", tmp_path / "model")
+            registry = open_registry(tmp_path / "cognate")
+            model = publish_tiny_cognate(registry, tmp_path / "model").name
+            registry.database.close()
             with AgentClient(second.address) as agents:
                 with tracer.span("make an agent") as root:
                     job = train(agents, model)
@@ -86,19 +88,18 @@ def test_one_trace_spans_client_services_and_worker(tmp_path: Path, monkeypatch:
     assert (job, 1, trace_id, attempt.span_id) == tuple(ended[key] for key in ("job", "attempt", "trace_id", "span_id"))
 
 
-def publish(cognate_folder: Path, scratch: Path) -> str:
-    """Publish a small Cognate of random weights, under the fingerprint that agents ask for."""
-    folder = write_foundation(scratch, ["route this please", "hello there"])
-    registry = open_registry(cognate_folder)
-    files = [registry.blobs.put(file, file.name) for file in sorted(folder.iterdir())]
-    architecture = {**MODEL_BODY["architecture"], "fingerprint": COGNATE_V1_25M}
-    body = {**MODEL_BODY, "architecture": architecture}
-    with registry.database.write() as connection:
-        row = registry.publish(
-            connection, family="cognate-25m", state="EXPERIMENTAL", job="jobs/x", files=files, body=body
-        )
-    registry.database.close()
-    return row.name
+def test_a_workers_spans_are_of_its_services_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each service has a version of its own."""
+    versions = {"cognateforge-cognate": "0.2.7", "cognateforge-common": "0.2.1"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr("training_common.release.version", version)
+    told = [resource(name, "here").attributes["service.version"] for name in ("cognate", "cognate-worker")]
+    assert ["0.2.7", "0.2.7"] == told
 
 
 def train(agents: AgentClient, model: str) -> str:

@@ -38,14 +38,29 @@ class HealthMonitor:
         self._training = training
         self._other = other
         self._given_up = False
-        self._serving = False
+        self._draining = False
+        self._ready = self._serving = False
         self._checked = 0.0
         self._audit: AuditLog | None = None
 
     @property
     def serving(self) -> bool:
         """Whether the last check found everything well, and was lately. May be read from any thread."""
-        return self._serving and time.monotonic() - self._checked < _STALE_AFTER_S
+        return self._serving and not self._stale
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls can be served, though workers may not start. May be read from any thread."""
+        return self._ready and not self._stale
+
+    @property
+    def alive(self) -> bool:
+        """Whether this process goes on by itself. A store that is away is no reason to start it anew."""
+        return self._draining or not self._given_up
+
+    @property
+    def _stale(self) -> bool:
+        return time.monotonic() - self._checked >= _STALE_AFTER_S
 
     @property
     def word(self) -> str:
@@ -65,14 +80,15 @@ class HealthMonitor:
     async def check(self) -> None:
         """Look once and set every service's status."""
         audited = self._audit is None or self._audit.check()
-        store = audited and not self._given_up and await self._store_answers()
+        answers = audited and not self._given_up and await self._store_answers()
+        store = answers and not self._given_up  # a drain may have begun while the store was asked
         training = store and not self._scheduler.last_launch_failed
         for service in self._training:
             await self._set(service, training)
         for service in self._other:
             await self._set(service, store)
         await self._set("", store and training)
-        self._serving, self._checked = store and training, time.monotonic()
+        self._ready, self._serving, self._checked = store, store and training, time.monotonic()
 
     async def give_up(self) -> None:
         """Report NOT_SERVING from now on: a part of this process has ended that only a restart brings back."""
@@ -81,7 +97,8 @@ class HealthMonitor:
 
     async def drain(self) -> None:
         """Tell clients to go elsewhere, for good."""
-        self._given_up, self._serving = True, False
+        self._given_up = self._draining = True
+        self._ready = self._serving = False
         await self.servicer.enter_graceful_shutdown()
 
     async def _store_answers(self) -> bool:

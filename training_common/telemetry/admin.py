@@ -1,4 +1,4 @@
-"""The admin listener: /metrics for Prometheus and /healthz for whoever asks, over plain HTTP, and nothing else.
+"""The admin listener: /metrics for Prometheus and the pages of probes, over plain HTTP, and nothing else.
 
 It speaks just enough HTTP for a scraper, a probe and curl: one request a connection, without a body.
 """
@@ -21,7 +21,8 @@ log = structlog.get_logger(__name__)
 _REQUEST_BYTES = 16 << 10
 _REQUEST_S = 5.0
 _ANSWER_S = 30.0
-# Scrapers and probes are a handful. Who is above it is turned away.
+# Scrapers and probes are a handful. Above it the oldest of those that ask nothing gives way, or else the oldest of all:
+# whoever holds connections open keeps nobody from the service's health.
 _MOST_CONNECTIONS = 32
 _TEXT = "text/plain; charset=utf-8"
 
@@ -30,14 +31,15 @@ Metrics = Callable[[str], Awaitable[tuple[bytes, str]]]
 
 
 class AdminListener:
-    """Serves the two pages. health: returns the service's own word, as gRPC's health says it."""
+    """Serves the pages. probes: by path, returns whether what it asks for is so, and the word for it."""
 
-    def __init__(self, address: str, *, metrics: Metrics, health: Callable[[], str]) -> None:
+    def __init__(self, address: str, *, metrics: Metrics, probes: Mapping[str, Callable[[], tuple[bool, str]]]) -> None:
         self._wanted = address
         self._metrics = metrics
-        self._health = health
+        self._probes = probes
         self._server: asyncio.Server | None = None
-        self._open = 0
+        # In the order in which they came; whether each has asked.
+        self._open: dict[asyncio.StreamWriter, bool] = {}
         self.address = ""
 
     async def start(self) -> None:
@@ -70,17 +72,24 @@ class AdminListener:
             _remove(self.address)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
+        if len(self._open) >= _MOST_CONNECTIONS:
+            gives_way = next((one for one, asked in self._open.items() if not asked), next(iter(self._open)))
+            del self._open[gives_way]
+            gives_way.transport.abort()
+        self._open[writer] = False
         try:
-            if self._open <= _MOST_CONNECTIONS:
-                await self._answer_one(reader, writer)
+            await self._answer_one(reader, writer)
+            # What was written is still on its way: a reader that does not read it would be kept for ever.
+            writer.close()
+            async with asyncio.timeout(_ANSWER_S):
+                await writer.wait_closed()
         except (OSError, asyncio.IncompleteReadError, TimeoutError):
-            pass  # whoever asked has gone, or never asked
+            pass  # whoever asked has gone, or never asked, or does not read
         except Exception:
             log.exception("admin page failed")
         finally:
-            self._open -= 1
-            writer.close()
+            self._open.pop(writer, None)
+            writer.transport.abort()
 
     async def _answer_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(_REQUEST_S):
@@ -89,6 +98,8 @@ class AdminListener:
             except asyncio.LimitOverrunError:
                 await _send(writer, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, b"the request is too long\n")
                 return
+        if writer in self._open:
+            self._open[writer] = True
         async with asyncio.timeout(_ANSWER_S):
             await self._answer(head, writer)
 
@@ -106,12 +117,13 @@ class AdminListener:
         if path == "/metrics":
             body, kind = await self._metrics(_accepted(fields))
             await _send(writer, HTTPStatus.OK, body, {"Content-Type": kind}, bodiless=bodiless)
-        elif path == "/healthz":
-            word = self._health()
-            status = HTTPStatus.OK if word == "SERVING" else HTTPStatus.SERVICE_UNAVAILABLE
+        elif path in self._probes:
+            well, word = self._probes[path]()
+            status = HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE
             await _send(writer, status, f"{word}\n".encode(), bodiless=bodiless)
         else:
-            await _send(writer, HTTPStatus.NOT_FOUND, b"there are /metrics and /healthz\n", bodiless=bodiless)
+            there = f"there are /metrics, {', '.join(self._probes)}\n"
+            await _send(writer, HTTPStatus.NOT_FOUND, there.encode(), bodiless=bodiless)
 
 
 def _remove(address: str) -> None:

@@ -43,7 +43,7 @@ def metrics_data(families: Iterable[Family], *, about: Any, start_ns: int, now_n
     """Return families as what OTLP sends. about: the resource. start_ns: since when counters count."""
     metrics = [metric for family in families if (metric := _metric(family, start_ns, now_ns)) is not None]
     scope = ScopeMetrics(
-        scope=InstrumentationScope("cognateforge", version("cognateforge")), metrics=metrics, schema_url=""
+        scope=InstrumentationScope("cognateforge", version("cognateforge-common")), metrics=metrics, schema_url=""
     )
     return MetricsData(resource_metrics=[ResourceMetrics(resource=about, scope_metrics=[scope], schema_url="")])
 

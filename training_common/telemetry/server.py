@@ -6,13 +6,13 @@ import asyncio
 import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import structlog
 from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 
+from training_common.release import release_of
 from training_common.rpc.audit import AuditLog
 from training_common.rpc.certificates import ServerCertificates
 from training_common.rpc.health import HealthMonitor
@@ -102,7 +102,7 @@ class ServerTelemetry:
         self._live.append(lambda: _own(health, audit, certificates))
         told = self._settings.telemetry
         if told.address:
-            self._admin = AdminListener(told.address, metrics=self.page, health=lambda: health.word)
+            self._admin = AdminListener(told.address, metrics=self.page, probes=_probes(health))
             await self._admin.start()
         self._tasks.append(asyncio.create_task(self._count()))
         if told.otlp_endpoint:
@@ -132,7 +132,10 @@ class ServerTelemetry:
     async def page(self, accept: str) -> tuple[bytes, str]:
         """Return the exposition in the best form that is accepted, and its content type."""
         found = await self.collect()
-        encode, kind = choose_encoder(accept)
+        try:
+            encode, kind = choose_encoder(accept)
+        except Exception:  # a version that is no number, of which the library makes whatever error
+            encode, kind = choose_encoder("")
 
         class Found:
             def collect(self) -> Sequence[Metric]:
@@ -143,7 +146,7 @@ class ServerTelemetry:
 
     async def collect(self) -> list[Metric]:
         """Return every family as it stands. What cannot be looked at is absent."""
-        readings = [Reading("forge_build_info", 1, (version("cognateforge"),))]
+        readings = [Reading("forge_build_info", 1, (release_of(self._service),))]
         for live in self._live:
             readings += live()
         stored, *others = await asyncio.gather(*(probe.readings() for probe in (self._required_store, *self._probes)))
@@ -168,6 +171,15 @@ class ServerTelemetry:
         while True:
             await self._required_store.readings()
             await asyncio.sleep(_COUNT_EVERY_S)
+
+
+def _probes(health: HealthMonitor) -> dict[str, Callable[[], tuple[bool, str]]]:
+    """What probes of a server can ask for: all that it does, whether calls reach it, whether a restart would help."""
+    return {
+        "/healthz": lambda: (health.serving, health.word),
+        "/readyz": lambda: (health.ready, "READY" if health.ready else "NOT_READY"),
+        "/livez": lambda: (health.alive, "ALIVE" if health.alive else "GIVEN_UP"),
+    }
 
 
 def _own(health: HealthMonitor, audit: AuditLog, certificates: ServerCertificates | None) -> Iterable[Reading]:

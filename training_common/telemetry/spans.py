@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from training_common.release import release_of
 from training_common.settings import SettingsError, TelemetrySettings
 from training_common.telemetry.traces import TraceContext
 
@@ -133,8 +134,6 @@ def place_of(span: Span) -> TraceContext | None:
 
 def resource(service: str, instance: str) -> Any:
     """Return who it is that tells, in OpenTelemetry's words."""
-    from importlib.metadata import version
-
     from opentelemetry.sdk.resources import Resource
 
     return Resource.create(
@@ -142,7 +141,7 @@ def resource(service: str, instance: str) -> Any:
             "service.name": service,
             "service.namespace": "cognateforge",
             "service.instance.id": instance,
-            "service.version": version("cognateforge"),
+            "service.version": release_of(service.removesuffix("-worker")),
         }
     )
 

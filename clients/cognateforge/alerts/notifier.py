@@ -99,12 +99,25 @@ class Notifier:
         LocalStorageError, when the state cannot be written, because then nothing could be told only once.
         """
         now = self._now()
+        self._set_back(now)
         look = await self._looks.look(failed_since=self._state.looked)
         self._take(look, now)
         if not look.unknown:
             self._state.looked = now
         self._file.save(self._state)
         return [sent for some in await asyncio.gather(*map(self._tell, self._receivers)) for sent in some]
+
+    def _set_back(self, now: datetime) -> None:
+        """Hold nothing for later than now: where a clock that ran ahead was set, it would wait for long."""
+        state = self._state
+        if state.looked is not None:
+            state.looked = min(state.looked, now)
+        for record in state.records.values():
+            record.seen = min(record.seen, now)
+            for told in record.told.values():
+                told.time = min(told.time, now)
+        for pause in self._pauses.values():
+            pause.until = min(pause.until, now + timedelta(seconds=LONGEST_PAUSE_S))
 
     def _take(self, look: Look, now: datetime) -> None:
         found = {alert.key: alert for alert in look.alerts}

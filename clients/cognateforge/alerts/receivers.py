@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import smtplib
@@ -60,8 +61,8 @@ class Webhook:
             body = json.dumps(message.payload()).encode()
             request = urllib.request.Request(settings.address(), data=body, headers=headers)  # noqa: S310 - checked
             https = urllib.request.HTTPSHandler(context=_context(settings.ca_file))
-            with urllib.request.build_opener(_NoRedirect, https).open(request, timeout=settings.timeout_s) as answer:
-                answer.read(1)
+            # The status is the answer: what comes behind it is not waited for, nor can it break what was taken.
+            urllib.request.build_opener(_NoRedirect, https).open(request, timeout=settings.timeout_s).close()
         except urllib.error.HTTPError as error:
             raise SendError(f"HTTP status {error.code}") from None
         except ForgeError as error:
@@ -82,10 +83,16 @@ class Mail:
         settings = self._settings
         try:
             password = settings.password.read()
-            with self._connected() as server:
+            server = self._connected()
+            try:
                 if settings.username:
                     server.login(settings.username, password)
                 server.send_message(_mail(message, settings))
+                # Taken by now: how the goodbye goes makes no second mail.
+                with contextlib.suppress(smtplib.SMTPException, OSError):
+                    server.quit()
+            finally:
+                server.close()
         except ForgeError as error:
             raise SendError(error.message) from None
         except (smtplib.SMTPException, OSError, ValueError) as error:

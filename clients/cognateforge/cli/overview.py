@@ -100,6 +100,8 @@ class ServiceLine:
     health: str = ""
     version: str = ""
     damaged_artifacts: int = 0
+    slots: int = 0
+    slots_taken: int = 0
     circuits: dict[str, str] = field(default_factory=dict)
     capacities: tuple[Capacity, ...] = ()
     running: int = 0
@@ -189,6 +191,8 @@ class Lookout:
             health=health,
             version=info.version,
             damaged_artifacts=info.damaged_artifacts,
+            slots=info.slots,
+            slots_taken=info.slots_taken,
             circuits={
                 "of this client": jobs.breaker_state(),
                 **{f"to {peer.name}": enum_word(job_pb2.Circuit.DESCRIPTOR, peer.circuit) for peer in info.peers},

@@ -131,6 +131,8 @@ def _head(line: ServiceLine, now: float) -> list[str]:
     if line.seen is None:
         return [f"{line.service.value}: not looked at yet"]
     parts = [f"{line.service.value}: {line.health}", ", ".join(line.addresses), line.version]
+    if line.slots:  # a service of before 0.2 does not tell
+        parts.append(f"{line.slots_taken} of {line.slots} slots")
     parts.append(f"{line.running} at work, {line.waiting} waiting")
     parts += [f"circuit {name} {state}" for name, state in line.circuits.items() if state.lower() != "closed"]
     if line.damaged_artifacts:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from contextlib import aclosing, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from cognateforge.cli.plain import to_plain
 from cognateforge.cognate.v1 import pretraining_pb2
@@ -59,6 +60,11 @@ PAGES = (
 JOBS_PAGE = 50
 # A job's first points, twice as many as a wide plot has pixels: a line's low and high of each.
 POINTS = 1_600
+
+# Streams at once, of all pages: each has one to a service behind it, of which that one bounds the number too.
+STREAMS = 256
+# The contract's numbers of attempts.
+_MOST_ATTEMPTS = 2**31 - 1
 
 _STATUS: tuple[tuple[type[ForgeError], int], ...] = (
     (InvalidRequestError, 400),
@@ -103,6 +109,23 @@ class _Pages:
         self._upstreams, self._guard = upstreams, guard
         self._artifacts, self._history = Artifacts(upstreams), History()
         self._board: Board | None = None
+        self._streams = 0
+
+    def _streamed(self, frames: AsyncGenerator[Any, None]) -> Response:
+        """Return what follows a stream. Errors: HTTPException, where there are as many as there may be."""
+        if self._streams >= STREAMS:
+            raise HTTPException(503, f"{STREAMS} streams are open: close pages of this dashboard")
+        self._streams += 1
+
+        async def counted() -> AsyncIterator[Any]:
+            async with aclosing(frames) as source:
+                async for frame in source:
+                    yield frame
+
+        def ended() -> None:
+            self._streams -= 1
+
+        return _Streamed(counted(), ended)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -163,11 +186,11 @@ class _Pages:
         return _json({"version": version("cognateforge"), "actions": self._guard.allowed, "token": token})
 
     async def _board_stream(self, request: Request) -> Response:
-        async def follow() -> AsyncIterator[Any]:
+        async def follow() -> AsyncGenerator[Any, None]:
             async for seen in self.board.follow():
                 yield streams.told("board", seen)
 
-        return EventSourceResponse(follow())
+        return self._streamed(follow())
 
     # --- jobs
 
@@ -212,7 +235,7 @@ class _Pages:
         upstream, name = self._job_of(request)
         place = request.headers.get("last-event-id", "")
         after = int(place) if re.fullmatch(r"\d{1,18}", place) else _number(request, "after", 0)
-        return EventSourceResponse(streams.job_events(upstream, name, after))
+        return self._streamed(streams.job_events(upstream, name, after))
 
     async def _logs(self, request: Request) -> Response:
         upstream, name = self._job_of(request)
@@ -220,9 +243,9 @@ class _Pages:
         begin = (
             (int(place[1]), int(place[2]))
             if place
-            else (_number(request, "attempt", 0), _number(request, "position", 0))
+            else (_number(request, "attempt", 0, _MOST_ATTEMPTS), _number(request, "position", 0))
         )
-        return EventSourceResponse(streams.job_logs(upstream, name, begin))
+        return self._streamed(streams.job_logs(upstream, name, begin))
 
     async def _steer(self, request: Request) -> Response:
         if refusal := self._guard.refusal(request):
@@ -269,9 +292,23 @@ class _Pages:
         return _json(await self._artifacts.compare(kind, query.get("a", ""), query.get("b", "")))
 
 
-def _number(request: Request, name: str, default: int) -> int:
+class _Streamed(EventSourceResponse):
+    """A stream that tells when it is over, however it ends, also before it has begun."""
+
+    def __init__(self, frames: AsyncIterator[Any], ended: Callable[[], None]) -> None:
+        super().__init__(frames)
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
+
+
+def _number(request: Request, name: str, default: int, most: int = 10**18) -> int:
     text = request.query_params.get(name, str(default))
-    if not re.fullmatch(r"\d{1,18}", text):
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) > most:
         raise HTTPException(400, f"{name}: {text[:40]!r} is no number from 0")
     return int(text)
 

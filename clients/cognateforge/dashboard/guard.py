@@ -51,7 +51,8 @@ class HostGuard:
     """Refuses a Host that another site can make point here, and sets the headers that every answer has.
 
     A page of another site whose name suddenly resolves to this machine sends that name (DNS rebinding). An IP address
-    cannot be made to point elsewhere, so each one is taken; names must be known.
+    cannot be made to point elsewhere, so each one is taken; names must be known. What a page of another site asks of
+    the API is refused, as browsers tell it.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
@@ -66,6 +67,12 @@ class HostGuard:
         if host not in self._names and not _is_address(host):
             text = f"unknown host {host[:200]!r}: open the page by its address, or start it with --allow-host\n"
             await PlainTextResponse(text, status_code=421)(scope, receive, send)
+            return
+
+        site = Headers(scope=scope).get("sec-fetch-site", "none")
+        if scope["path"].startswith("/api/") and site not in ("same-origin", "none"):
+            # It could not read the answer, but keep streams open here, each with one to a service behind it.
+            await PlainTextResponse("another site sent this request\n", status_code=403)(scope, receive, send)
             return
 
         async def send_with_headers(message: Message) -> None:

@@ -17,6 +17,11 @@ _JOBS = 64
 _EVENTS = 2_000
 # Moments that are kept of a job, evenly over its progress: as many as turn steps into times on a plot.
 _MOMENTS = 512
+# Progress that is read of what is far back, four times as much: an event that tells no step of its own is then drawn
+# less than a pixel from where it belongs.
+_PROGRESS = 4 * _MOMENTS
+# Events at the end that are read one by one: the newest histograms are among them.
+_TAIL = 500
 
 
 @dataclass
@@ -71,12 +76,19 @@ class History:
         if len(self._pasts) > _JOBS:
             self._pasts.popitem(last=False)
         async with past.reading:
-            if past.sequence < until:
-                await self._read(past, upstream, name, until)
+            # Retention may have removed what was not read yet.
+            past.sequence = max(past.sequence, first - 1)
+            every = max(1, (until - past.sequence) // _PROGRESS)
+            if every > 1:
+                await self._read(past, upstream, name, until - max(_TAIL, every), every)
+            await self._read(past, upstream, name, until, 1)
         return {"events": past.events, "moments": past.moments, "newest_bins": past.bins, "sequence": past.sequence}
 
-    async def _read(self, past: Past, upstream: Upstream, name: str, until: int) -> None:
-        async with aclosing(cast("Any", upstream.watch(name, past.sequence))) as frames:
+    async def _read(self, past: Past, upstream: Upstream, name: str, until: int, every: int) -> None:
+        """Read to a sequence at least, which the job has. every: of progress one event of so many."""
+        if past.sequence >= until:
+            return
+        async with aclosing(cast("Any", upstream.watch(name, past.sequence, every))) as frames:
             async for frame in frames:
                 if frame.HasField("event"):
                     past.take(frame.event)

@@ -65,9 +65,12 @@ class Upstream:
         request = self._request(f"{verb}Job", name=name, request_id=request_id)
         return (await getattr(self.stub, f"{verb}Job")(request)).job
 
-    def watch(self, name: str, after_sequence: int) -> AsyncIterator[job_pb2.WatchFrame]:
-        """Yield a job's events and its end; a broken stream is the caller's to take up again."""
-        return self.client.watch_job(name, after_sequence, give_up_after_s=0)
+    def watch(self, name: str, after_sequence: int, progress_every: int = 1) -> AsyncIterator[job_pb2.WatchFrame]:
+        """Yield a job's events and its end; a broken stream is the caller's to take up again.
+
+        progress_every: above 1, of progress one event of so many.
+        """
+        return self.client.watch_job(name, after_sequence, progress_every=progress_every, give_up_after_s=0)
 
     def logs(self, name: str, attempt: int, position: int) -> AsyncIterator[job_pb2.LogFrame]:
         """Yield what a job's workers write, to the job's end; a broken stream is the caller's to take up again."""

@@ -19,6 +19,8 @@ export async function get(path, signal) {
   return answer(await fetch(path, { signal, headers: { accept: "application/json" } }));
 }
 
+const RETRY_MS = 3_000;
+
 let session = null;
 
 /** What this dashboard may do: { version, actions, token }. */
@@ -52,8 +54,10 @@ export function wish(path) {
  */
 export function follow(url, handlers, { signal, onState = () => {} }) {
   let source = null;
+  let again = null;
   let over = false;
   const stop = () => {
+    clearTimeout(again);
     source?.close();
     source = null;
   };
@@ -61,7 +65,13 @@ export function follow(url, handlers, { signal, onState = () => {} }) {
     if (over || source || document.hidden) return;
     source = new EventSource(url());
     source.onopen = () => onState("live");
-    source.onerror = () => onState("lost");
+    source.onerror = () => {
+      onState("lost");
+      // A browser goes on by itself after a break, and not after a refusal, for instance where too many streams are open.
+      if (source?.readyState !== EventSource.CLOSED) return;
+      stop();
+      again = setTimeout(start, RETRY_MS);
+    };
     for (const [kind, handler] of Object.entries(handlers)) {
       source.addEventListener(kind, (event) => handler(JSON.parse(event.data), end));
     }

@@ -49,7 +49,7 @@ async function show(focus) {
   }
   const setTitle = (text) => (document.title = `${text} · forge`);
   const parameters = Object.fromEntries(
-    Object.entries(route?.match.groups ?? {}).map(([name, value]) => [name, decodeURIComponent(value)]),
+    Object.entries(route?.match.groups ?? {}).map(([name, value]) => [name, decoded(value)]),
   );
   const context = { main, signal: page.signal, onBoard, setTitle, parameters, query: new URLSearchParams(search), go };
   window.scrollTo(0, 0);
@@ -61,6 +61,15 @@ async function show(focus) {
     if (!page.signal.aborted) tell(error, context);
   }
   if (focus && !page.signal.aborted) main.focus({ preventScroll: true });
+}
+
+/** A part of a path as it was meant; one that is no encoding of anything stands for itself. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 function tell(error, context) {
@@ -102,12 +111,12 @@ const THEMES = ["system", "light", "dark"];
 const button = document.getElementById("theme");
 
 function theme() {
-  return document.documentElement.dataset.theme ?? "system";
+  return document.documentElement.dataset.choice ?? "system";
 }
 
 function setTheme(chosen) {
-  if (chosen === "system") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = chosen;
+  if (chosen === "system") delete document.documentElement.dataset.choice;
+  else document.documentElement.dataset.choice = chosen;
   try {
     localStorage.setItem("forge-theme", chosen);
   } catch {
@@ -119,7 +128,6 @@ function setTheme(chosen) {
 
 button.textContent = `Theme: ${theme()}`;
 button.addEventListener("click", () => setTheme(THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => window.dispatchEvent(new Event("forge-theme")));
 
 // --- the board
 

@@ -26,6 +26,9 @@ const HIDDEN = new Set(["seconds_left"]);
 const MOST_POINTS = 4_000;
 const DRAW_EVERY_MS = 250;
 const LOG_LINES = 2_000;
+// Of a line without an end, as a progress bar writes, so much is shown.
+const LINE_LENGTH = 20_000;
+const RETRY_MS = 3_000;
 const EVENTS_SHOWN = 300;
 const ENDED = ["SUCCEEDED", "FAILED", "CANCELLED"];
 const VERBS = { pause: "Pause", resume: "Resume", cancel: "Cancel" };
@@ -297,7 +300,9 @@ class JobPage {
     this.thinning = true;
     try {
       const until = this.sequence;
-      const { series } = await get(`${this.path}/metrics`, this.signal);
+      const found = await this.again(() => get(`${this.path}/metrics`, this.signal));
+      if (!found) return;
+      const { series } = found;
       const newer = this.series;
       this.series = new Map(series.map((one) => [one.name, new Series(one)]));
       // What came while the server was thinning is newer than its answer, or in it already.
@@ -323,14 +328,33 @@ class JobPage {
       this.offer();
       if (job.artifact && !this.traced) void this.readLineage(job.artifact);
     } catch (error) {
-      if (!this.signal.aborted && error.status !== 503) throw error;
+      // What it cannot tell now it tells with the next event; that the service is away is told by the board.
+      if (!this.signal.aborted && !(error.status >= 500 || error instanceof TypeError)) throw error;
     }
+  }
+
+  /** Ask until there is an answer, for a service may be away for a while. Null where the page was left meanwhile. */
+  async again(ask) {
+    while (!this.signal.aborted) {
+      try {
+        return await ask();
+      } catch (error) {
+        if (this.signal.aborted) break;
+        if (error.status < 500) {
+          this.head.append(h("p", { class: "notice bad" }, error.reason ? `${error.reason}: ` : "", error.message));
+          break;
+        }
+        await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+      }
+    }
+    return null;
   }
 
   async readHistory() {
     const until = this.job.last_sequence;
     fill(this.timeline, h("p", { class: "loading" }, "Reading what happened"));
-    const past = await get(`${this.path}/history?until=${until}`, this.signal);
+    const past = await this.again(() => get(`${this.path}/history?until=${until}`, this.signal));
+    if (!past) return;
     const seen = this.events; // came by the stream meanwhile
     this.events = [];
     for (const event of past.events) if (event.sequence <= until) this.addEvent(event);
@@ -345,7 +369,9 @@ class JobPage {
   }
 
   async readCheckpoints() {
-    const { items } = await get(`${this.path}/checkpoints`, this.signal);
+    const found = await this.again(() => get(`${this.path}/checkpoints`, this.signal));
+    if (!found) return;
+    const { items } = found;
     fill(
       this.checkpoints,
       table(
@@ -379,8 +405,10 @@ class JobPage {
     let place = "";
     let open = null; // a line that is not yet whole
     const add = (text, continued) => {
-      open ??= box.appendChild(h("div", {}));
-      open.append(text);
+      open ??= { line: box.appendChild(h("div", {})), length: 0 };
+      const room = LINE_LENGTH - open.length;
+      if (room > 0) open.line.append(text.length > room ? `${text.slice(0, room)} …` : text);
+      open.length += text.length;
       if (!continued) open = null;
       while (box.childElementCount > LOG_LINES) box.firstChild.remove();
     };
