@@ -19,7 +19,7 @@ from training_common.settings import KubernetesSettings
 for library in ("kubernetes", "kubeflow_trainer_api"):
     pytest.importorskip(library, reason="the extra [kubernetes] is not installed")
 
-from tests.support.kubernetes_double import KubernetesDouble  # noqa: E402 - only where the extra is
+from tests.support.kubernetes_double import ACCOUNT, KubernetesDouble  # noqa: E402 - only where the extra is
 from training_common.engines.kubernetes import KubernetesEngine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ async def test_a_worker_is_a_train_job(service: ClusterService, cluster: Kuberne
     assert name == f"forge-{job.name.removeprefix('jobs/')}-1"
     manifest = cluster.jobs[name]
     assert manifest["metadata"]["namespace"] == "team"
-    assert manifest["spec"]["runtimeRef"] == {"name": "torch-cpu"}
+    assert manifest["spec"]["runtimeRef"]["name"] == "torch-cpu"
     trainer = manifest["spec"]["trainer"]
     assert trainer["command"] == ["python", "-m"]
     assert trainer["args"][0] == "tests.support.toy_worker"
@@ -155,6 +155,51 @@ async def test_a_worker_in_the_queue_is_waited_for(tmp_path: Path, cluster: Kube
     service.database.close()
 
 
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])
+async def test_a_preempted_worker_costs_nothing(seen: bool, tmp_path: Path, cluster: KubernetesDouble) -> None:
+    """Kueue takes its room for another. The job waits in the queue again, in a new attempt, and no budget is touched.
+
+    unseen: Kueue has room again before anybody looked, and starts the same worker anew. It does not go on, since the
+    first one may be at work yet and could not be told from it.
+    """
+    service = ClusterService(tmp_path, cluster, queue="training", heartbeat_interval_s=0.05)
+    job = service.submit(steps=30, step_s=0.02, checkpoint_every=5)
+    await service.until(job, lambda row: row.attempt == 1)
+    first = next(iter(cluster.jobs))
+    cluster.admit(first)
+    await service.until(job, lambda row: row.step >= 6)
+    cluster.preempt(first)
+    if not seen:
+        cluster.admit(first)
+    await service.until(job, lambda row: row.attempt == 2)
+    words = "was suspended while it ran" if seen else "was ended and started anew"
+    assert [words in message for message in service.cuts(job)] == [True]
+    second = f"{first.removesuffix('1')}2"
+    assert (cluster.jobs.keys() == {second}) is seen
+    cluster.admit(second)
+    job = await service.until(job, ended)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+    assert (job.retries_without_progress, job.kills_without_progress) == (0, 0)
+    assert [expected_result(30)] == service.result(job)
+    service.database.close()
+
+
+async def test_a_worker_in_the_queue_holds_up_no_hand_over(tmp_path: Path, cluster: KubernetesDouble) -> None:
+    """It cannot be asked before it has capacity, and there is nothing to save."""
+    service = ClusterService(tmp_path, cluster, queue="training", hand_over_grace_s=3600)
+    job = service.submit(steps=3)
+    await service.until(job, lambda row: row.attempt == 1)
+    looking = asyncio.create_task(service.scheduler.run())
+    async with asyncio.timeout(30):
+        await service.scheduler.hand_over()
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    assert {} == cluster.jobs
+    job = service.store.get(job.name)
+    assert (JobState.RECOVERING, 0, 0) == (job.state, job.retries_without_progress, job.kills_without_progress)
+    service.database.close()
+
+
 async def test_an_api_that_is_away_ends_no_worker(service: ClusterService, cluster: KubernetesDouble) -> None:
     """Nor does a server that starts meanwhile: what nobody can see is not lost. New workers wait."""
     job = service.submit(steps=60, step_s=0.02)
@@ -185,6 +230,23 @@ async def test_a_refused_train_job_says_why(tmp_path: Path, cluster: KubernetesD
     job = await service.until(service.submit(steps=3), lambda row: row.state is JobState.RECOVERING)
     assert "401 Unauthorized" in service.cuts(job)[0]
     service.database.close()
+
+
+async def test_a_right_that_the_account_lacks_is_told(service: ClusterService, cluster: KubernetesDouble) -> None:
+    """The job waits until it is granted, and its events name the account and the right."""
+    cluster.forbidden = {"create"}
+    job = await service.until(service.submit(steps=3), lambda row: row.state is JobState.RECOVERING)
+    assert f'User "{ACCOUNT}" cannot create resource "trainjobs"' in service.cuts(job)[0]
+    cluster.forbidden = set()
+    job = await service.until(job, ended)
+    assert (job.state, job.retries_without_progress) == (JobState.SUCCEEDED, 0)
+
+
+async def test_a_lost_answer_costs_no_attempt(service: ClusterService, cluster: KubernetesDouble) -> None:
+    """The TrainJob was created, and its worker is the first attempt's."""
+    cluster.loses_answer = True
+    job = await service.until(service.submit(steps=3), ended)
+    assert (job.state, job.attempt, len(cluster.jobs)) == (JobState.SUCCEEDED, 1, 1)
 
 
 async def test_a_cancelled_worker_leaves_and_a_killed_one_is_deleted(

@@ -1,9 +1,14 @@
 """A double of the part of a Kubernetes API that the engine uses: TrainJobs, their pods, and a queue before them.
 
-As the real one it answers with a `Status` where it refuses (401, 404, 409, 422), gives objects their uid, creation time
-and resource version, and selects by labels. TrainJobs are checked against Kubeflow's own models. One with Kueue's label
-is created suspended, and `admit` lets it begin. Beginning it runs its command here, once, as its node 0: the double is
-the kubelet too. When the process ends, the TrainJob's conditions and its pod's status tell of it as a cluster would.
+As the real one it answers with a `Status` where it refuses (401, 403, 404, 409, 410, 422, 500), gives objects a uid, a
+creation time and a resource version, fills in what the CRD has defaults for, selects by labels and names, and gives
+lists page by page. Every TrainJob that it gets or gives is held to the schema in third_party/schemas, strictly.
+
+Shapes and words are those of kubernetes/kubernetes (apimachinery/pkg/api/errors), of kubeflow/trainer
+(pkg/controller/trainjob_controller.go), of kubernetes-sigs/jobset (pkg/constants) and of kubernetes-sigs/kueue
+(pkg/controller/jobs/trainjob). A TrainJob with Kueue's label is created suspended, `admit` lets it begin, and `preempt`
+suspends it again, which ends its pods. Beginning it runs its command here as its node 0: the double is the kubelet too.
+When the process ends, the TrainJob's conditions and its pod's status tell of it as a cluster would.
 """
 
 from __future__ import annotations
@@ -23,13 +28,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from kubeflow_trainer_api import models
+from tests.support.manifests import problems
 
 TOKEN = "of-the-double"  # noqa: S105 - opens nothing
 _PATH = re.compile(r"^/apis/trainer\.kubeflow\.org/v1alpha1/namespaces/([^/]+)/trainjobs(?:/([^/]+))?$")
 _PODS = re.compile(r"^/api/v1/namespaces/([^/]+)/pods$")
 _NAME = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
+_GROUP = "trainer.kubeflow.org"
+_TOO_OLD = (
+    "The provided continue parameter is too old to display a consistent list result. You can start a new list without "
+    "the continue parameter, or use the continue token in this response to retrieve the remainder of the results."
+)
+_FAILED = "jobset failed due to one or more job failures (first failed job: {name}-node-0)"
+_VERBS = {"POST": "create", "DELETE": "delete", "GET": "list"}
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+ACCOUNT = "system:serviceaccount:team:forge"
 
 
 class KubernetesDouble:
@@ -40,7 +53,17 @@ class KubernetesDouble:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.pods: dict[str, dict[str, Any]] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        # No connection is answered; calls are answered only once this is set; the server itself fails; the answer to
+        # the next create is lost; verbs that the account lacks; most objects in one answer; pages that grew too old.
         self.away = False
+        self.held_up = threading.Event()
+        self.held_up.set()
+        self.broken = False
+        self.loses_answer = False
+        self.forbidden: set[str] = set()
+        self.page = 500
+        self.expires = False
+        self.calls: list[str] = []
         self._environment = environment
         self._version = 0
         self._lock = threading.RLock()
@@ -53,14 +76,18 @@ class KubernetesDouble:
             def _answer(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length) or b"null")
+                double.held_up.wait(10)
                 if double.away:
-                    self.close_connection = True
-                    self.connection.close()
+                    self._hang_up()
                     return
                 if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                     status, answer = _refusal(401, "Unauthorized", "Unauthorized")
                 else:
                     status, answer = double.answer(self.command, self.path, body)
+                if double.loses_answer and self.command == "POST":
+                    double.loses_answer = False
+                    self._hang_up()
+                    return
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -68,10 +95,14 @@ class KubernetesDouble:
                 self.end_headers()
                 self.wfile.write(data)
 
+            def _hang_up(self) -> None:
+                self.close_connection = True
+                self.connection.close()
+
             do_GET = do_POST = do_DELETE = _answer
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def kubeconfig(self) -> Path:
@@ -85,6 +116,7 @@ class KubernetesDouble:
         return file
 
     def stop(self) -> None:
+        self.held_up.set()
         self._server.shutdown()
         self._server.server_close()
         for process in self.processes.values():
@@ -95,51 +127,84 @@ class KubernetesDouble:
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
         parts = urlsplit(path)
-        wanted = dict(
-            pair.split("=") for pair in parse_qs(parts.query).get("labelSelector", [""])[0].split(",") if pair
-        )
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         with self._lock:
             self._look()
-            if pods := _PODS.match(parts.path):
-                return 200, {"kind": "PodList", "apiVersion": "v1", "items": _selected(self.pods, wanted)}
-            found = _PATH.match(parts.path)
-            if not found:
-                return _refusal(404, "NotFound", f"the server could not find {parts.path}")
-            del pods
-            namespace, name = found[1], found[2]
+            self.calls.append(f"{method} {path}")
+            if self.broken:
+                return _refusal(500, "InternalError", "etcdserver: request timed out")
+            pods, found = _PODS.match(parts.path), _PATH.match(parts.path)
+            if not pods and not found:
+                return _refusal(404, "NotFound", "the server could not find the requested resource")
+            kind, namespace, name = ("pods", pods[1], None) if pods else ("trainjobs", found[1], found[2])  # type: ignore[index]
+            if _VERBS[method] in self.forbidden or f"{_VERBS[method]} {kind}" in self.forbidden:
+                group = "" if pods else _GROUP
+                whole = f'{kind}.{group} "{name}"' if name else f"{kind}.{group}".rstrip(".")
+                what = (
+                    f'cannot {_VERBS[method]} resource "{kind}" in API group "{group}" in the namespace "{namespace}"'
+                )
+                return _refusal(403, "Forbidden", f'{whole} is forbidden: User "{ACCOUNT}" {what}')
             if method == "POST":
                 return self._create(namespace, body)
             if name is None:
-                return 200, {"kind": "TrainJobList", "items": _selected(self.jobs, wanted)}
+                return self._listed(kind, query)
             if name not in self.jobs:
-                return _refusal(404, "NotFound", f'trainjobs.trainer.kubeflow.org "{name}" not found')
+                return _refusal(404, "NotFound", f'trainjobs.{_GROUP} "{name}" not found', name=name)
             if method == "DELETE":
+                deleted = {**self.jobs[name]}
+                deleted["metadata"] = {
+                    **deleted["metadata"],
+                    "deletionTimestamp": _now(),
+                    "deletionGracePeriodSeconds": 0,
+                    "finalizers": ["foregroundDeletion"],
+                }
                 self._delete(name)
-                return 200, {"kind": "Status", "apiVersion": "v1", "status": "Success"}
+                return 200, deleted
             return 200, self.jobs[name]
+
+    def _listed(self, kind: str, query: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+        """Return one page of a list. A token for the next one is the place where it begins."""
+        wanted = dict(pair.split("=") for pair in query.get("labelSelector", "").split(",") if pair)
+        named = query.get("fieldSelector", "").removeprefix("metadata.name=")
+        items = _selected(self.pods if kind == "pods" else self.jobs, wanted)
+        items = [item for item in items if named in ("", item["metadata"]["name"])]
+        if query.get("continue") and self.expires:
+            return _refusal(410, "Expired", _TOO_OLD)
+        first = int(query.get("continue") or 0)
+        end = first + min(int(query.get("limit") or len(items) or 1), self.page)
+        metadata: dict[str, Any] = {"resourceVersion": str(self._version)}
+        if end < len(items):
+            metadata |= {"continue": str(end), "remainingItemCount": len(items) - end}
+        page = items[first:end]
+        if kind == "pods":
+            return 200, {"kind": "PodList", "apiVersion": "v1", "metadata": metadata, "items": page}
+        for item in page:
+            assert problems(item) == [], item
+        return 200, {"apiVersion": f"{_GROUP}/v1alpha1", "kind": "TrainJobList", "metadata": metadata, "items": page}
 
     def _create(self, namespace: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         name = body["metadata"]["name"]
         if name in self.jobs:
-            return _refusal(409, "AlreadyExists", f'trainjobs.trainer.kubeflow.org "{name}" already exists')
-        try:
-            models.TrainerV1alpha1TrainJob.from_dict(body)
-        except ValueError as error:
-            return _refusal(422, "Invalid", str(error))
-        if not _NAME.match(name):
-            return _refusal(422, "Invalid", f"metadata.name: {name} is no DNS label")
+            return _refusal(409, "AlreadyExists", f'trainjobs.{_GROUP} "{name}" already exists', name=name)
+        wrong = problems(body) or ([] if _NAME.match(name) else [f"metadata.name: {name} is no DNS label"])
+        if wrong:
+            message = f'TrainJob.{_GROUP} "{name}" is invalid: {"; ".join(wrong)}'
+            return _refusal(422, "Invalid", message, name=name)
         self._version += 1
-        stored = {**body, "status": {"conditions": []}}
+        reference = {"apiGroup": _GROUP, "kind": "ClusterTrainingRuntime", **body["spec"]["runtimeRef"]}
+        defaults = {"managedBy": f"{_GROUP}/trainjob-controller", "suspend": False, "runtimeRef": reference}
+        stored = {**body, "spec": {**body["spec"], **defaults}}
         stored["metadata"] = {
             **body["metadata"],
             "namespace": namespace,
             "uid": str(uuid.uuid4()),
+            "generation": 1,
             "resourceVersion": str(self._version),
             "creationTimestamp": _now(),
         }
         self.jobs[name] = stored
         if QUEUE_LABEL in body["metadata"].get("labels", {}):
-            stored["spec"] = {**body["spec"], "suspend": True}
+            stored["spec"] |= {"suspend": True, "runtimePatches": [{"manager": "kueue.x-k8s.io/manager"}]}
             self._set(name, "Suspended", "Suspended", "TrainJob is suspended")
         else:
             self._begin(name)
@@ -158,9 +223,24 @@ class KubernetesDouble:
     def admit(self, name: str) -> None:
         """Kueue has room for it."""
         with self._lock:
-            self.jobs[name]["spec"]["suspend"] = False
-            self.jobs[name]["status"]["conditions"] = []
+            self._change(name, suspend=False)
+            self._set(name, "Suspended", "Resumed", "TrainJob is resumed", status="False")
             self._begin(name)
+
+    def preempt(self, name: str) -> None:
+        """Kueue takes its room for another: it is suspended, and its pods are ended and deleted."""
+        with self._lock:
+            self._change(name, suspend=True)
+            self.processes[name].terminate()
+            self.processes[name].wait()
+            del self.pods[name]
+            self._set(name, "Suspended", "Suspended", "TrainJob is suspended")
+
+    def _change(self, name: str, **spec: Any) -> None:
+        self._version += 1
+        metadata = self.jobs[name]["metadata"]
+        metadata |= {"generation": metadata["generation"] + 1, "resourceVersion": str(self._version)}
+        self.jobs[name]["spec"] |= spec
 
     def _begin(self, name: str) -> None:
         trainer = self.jobs[name]["spec"]["trainer"]
@@ -190,9 +270,9 @@ class KubernetesDouble:
             pod["status"]["phase"] = "Failed" if exit_code else "Succeeded"
             pod["status"]["containerStatuses"] = [_container({"terminated": {"exitCode": exit_code}})]
             if exit_code:
-                self._set(name, "Failed", "JobsFailed", "jobset failed due to one or more job failures")
+                self._set(name, "Failed", "FailedJobs", _FAILED.format(name=name))
             else:
-                self._set(name, "Complete", "JobsCompleted", "jobset completed successfully")
+                self._set(name, "Complete", "AllJobsCompleted", "jobset completed successfully")
 
     def evict(self, name: str) -> None:
         """A node goes: its pod is evicted."""
@@ -200,11 +280,17 @@ class KubernetesDouble:
             self.processes[name].kill()
             self.processes[name].wait()
             self.pods[name]["status"] = {"phase": "Failed", "reason": "Evicted", "containerStatuses": []}
-            self._set(name, "Failed", "JobsFailed", "jobset failed due to one or more job failures")
+            self._set(name, "Failed", "FailedJobs", _FAILED.format(name=name))
 
-    def _set(self, name: str, kind: str, reason: str, message: str) -> None:
-        condition = {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": _now()}
-        self.jobs[name]["status"]["conditions"].append(condition)
+    def _set(self, name: str, kind: str, reason: str, message: str, *, status: str = "True") -> None:
+        """Set a condition as meta.SetStatusCondition does: there is one of each type."""
+        condition = {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": _now()}
+        held = self.jobs[name].setdefault("status", {}).setdefault("conditions", [])
+        held[:] = [one for one in held if one["type"] != kind] + [condition]
+        active = int(kind == "Suspended" and status == "False")
+        counts = {"active": active, "failed": 0, "ready": active, "succeeded": 0, "suspended": 1 - active}
+        counts |= {"failed": int(kind == "Failed"), "succeeded": int(kind == "Complete")}
+        self.jobs[name]["status"]["jobsStatus"] = [{"name": "node", **counts}]
 
 
 def _torch_policy(trainer: Mapping[str, Any]) -> dict[str, str]:
@@ -227,9 +313,11 @@ def _selected(items: Mapping[str, dict[str, Any]], wanted: Mapping[str, str]) ->
     return [item for item in items.values() if wanted.items() <= item["metadata"].get("labels", {}).items()]
 
 
-def _refusal(code: int, reason: str, message: str) -> tuple[int, dict[str, Any]]:
-    values = {"kind": "Status", "apiVersion": "v1", "status": "Failure"}
-    return code, {**values, "code": code, "reason": reason, "message": message}
+def _refusal(code: int, reason: str, message: str, *, name: str = "") -> tuple[int, dict[str, Any]]:
+    """Return a metav1.Status, as the API server writes it."""
+    values = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"}
+    details = {"details": {"name": name, "group": _GROUP, "kind": "trainjobs"}} if name else {}
+    return code, {**values, "message": message, "reason": reason, **details, "code": code}
 
 
 def _now() -> str:

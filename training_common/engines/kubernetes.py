@@ -8,6 +8,7 @@ the API is away, what was seen last still holds.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,17 @@ log = structlog.get_logger(__name__)
 NAME = "kubernetes"
 _GROUP, _VERSION, _PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 _OWNER_LABEL = "cognateforge.dev/server"
 _OF_JOB_SET = "jobset.sigs.k8s.io/jobset-name"
 _COMPLETE, _FAILED, _SUSPENDED = "Complete", "Failed", "Suspended"
 # Ended ones are kept so long for people who look into them with kubectl.
 _KEPT_S = 3600.0
 _CALL_TIMEOUT_S = 10
+# TrainJobs in one answer: as many as kubectl asks for.
+_PAGE = 500
+# Of what Kubernetes says to a refused call; a webhook may quote a whole object.
+_MOST_CHARS = 500
 # Pods that a machine or the scheduler of the cluster ended, by their status's reason.
 _OUTSIDE_REASONS = frozenset(
     {"Evicted", "Preempted", "Preempting", "NodeLost", "NodeShutdown", "Terminated", "Shutdown"}
@@ -76,6 +82,10 @@ class KubernetesEngine:
         self._seen: dict[str, _Seen] | None = None
         # Launched here, and not seen since.
         self._launched: set[str] = set()
+        # Nobody knows whether these were created, and another attempt goes on in their place.
+        self._doubtful: set[str] = set()
+        # Why the last look failed, so that an outage is one line and not one for every look.
+        self._away = ""
 
     def launch(
         self,
@@ -87,22 +97,30 @@ class KubernetesEngine:
     ) -> str:
         """Create a worker's TrainJob and return its name. Its output is its pods' log. Errors: OSError."""
         name = name_of(log_name, arguments)
+        manifest = self._manifest(name, [*arguments, "--handle", name], processes)
         try:
             self._objects.create_namespaced_custom_object(
-                _GROUP,
-                _VERSION,
-                self._settings.namespace,
-                _PLURAL,
-                self._manifest(name, [*arguments, "--handle", name], processes),
-                _request_timeout=_CALL_TIMEOUT_S,
+                _GROUP, _VERSION, self._settings.namespace, _PLURAL, manifest, _request_timeout=_CALL_TIMEOUT_S
             )
         except ApiException as error:
-            if error.status != 409:
-                raise OSError(0, f"Kubernetes refused the TrainJob: {error.status} {error.reason}") from error
+            # 409: created by a call whose answer was lost. A server that failed may have created it, too.
+            if error.status != 409 and not (_failed(error) and self._is_there(name)):
+                raise OSError(0, f"Kubernetes refused the TrainJob: {_told(error)}") from error
         except HTTPError as error:
-            raise OSError(0, f"Kubernetes cannot be reached: {type(error).__name__}") from error
+            if not self._is_there(name):
+                raise OSError(0, f"Kubernetes cannot be reached: {type(error).__name__}") from error
         self._launched.add(name)
         return name
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a TrainJob was created by a call whose answer was lost. One that turns up later is deleted."""
+        try:
+            found = bool(self._list(field_selector=f"metadata.name={name}"))
+        except (ApiException, HTTPError):
+            found = False
+        if not found:
+            self._doubtful.add(name)
+        return found
 
     def _manifest(self, name: str, arguments: Sequence[str], processes: int) -> dict[str, Any]:
         settings = self._settings
@@ -114,6 +132,8 @@ class KubernetesEngine:
         labels = {_OWNER_LABEL: self._owner, "app.kubernetes.io/managed-by": "cognateforge"}
         if settings.queue:
             labels[_QUEUE_LABEL] = settings.queue
+        if settings.priority_class:
+            labels[_PRIORITY_LABEL] = settings.priority_class
         quantities = {
             kind: models.IoK8sApimachineryPkgApiResourceQuantity(amount) for kind, amount in settings.resources.items()
         }
@@ -141,23 +161,41 @@ class KubernetesEngine:
     def tidy(self) -> None:
         """Look at all TrainJobs of this server at once, and delete those that ended long ago."""
         try:
-            found: Any = self._objects.list_namespaced_custom_object(
+            found = self._list()
+        except (ApiException, HTTPError) as error:
+            # Contact lost is no loss of a worker.
+            if _told(error) != self._away:
+                self._away = _told(error)
+                log.warning("TrainJobs cannot be looked at", error=self._away)
+            return
+        self._away = ""
+        self._seen = {item["metadata"]["name"]: _seen(item) for item in found}
+        self._launched -= self._seen.keys()
+        for name, seen in list(self._seen.items()):
+            if name in self._doubtful or (seen.ended and time.time() - seen.end_s > _KEPT_S):
+                self._doubtful.discard(name)
+                self.kill(name)
+
+    def _list(self, **selected: str) -> list[dict[str, Any]]:
+        """Return this server's TrainJobs, page by page. Errors: ApiException, 410 where the pages grew too old."""
+        items: list[dict[str, Any]] = []
+        page: dict[str, str] = {}
+        while True:
+            answer: Any = self._objects.list_namespaced_custom_object(
                 _GROUP,
                 _VERSION,
                 self._settings.namespace,
                 _PLURAL,
                 label_selector=f"{_OWNER_LABEL}={self._owner}",
+                limit=_PAGE,
                 _request_timeout=_CALL_TIMEOUT_S,
+                **selected,
+                **page,
             )
-        except (ApiException, HTTPError) as error:
-            # Contact lost is no loss of a worker.
-            log.warning("TrainJobs cannot be looked at", error=_told(error))
-            return
-        self._seen = {item["metadata"]["name"]: _seen(item) for item in found["items"]}
-        self._launched -= self._seen.keys()
-        for name, seen in list(self._seen.items()):
-            if seen.ended and time.time() - seen.end_s > _KEPT_S:
-                self.kill(name)
+            items += answer["items"]
+            page = {"_continue": answer["metadata"].get("continue", "")}
+            if not page["_continue"]:
+                return items
 
     def alive(self, handle: str) -> bool:
         """Whether the worker's TrainJob has not ended, as far as was seen."""
@@ -240,5 +278,18 @@ def _seen(item: Mapping[str, Any]) -> _Seen:
     return _Seen(end["type"], end.get("message", ""), suspended, at.timestamp())
 
 
+def _failed(error: ApiException) -> bool:
+    """Whether the server itself failed, so that the call may have been carried out all the same."""
+    return bool(error.status is None or error.status >= 500)
+
+
 def _told(error: Exception) -> str:
-    return f"{error.status} {error.reason}" if isinstance(error, ApiException) else type(error).__name__
+    """Return what Kubernetes says to a refused call, which names the account and the right that it lacks."""
+    if not isinstance(error, ApiException):
+        return type(error).__name__
+    try:
+        message = str(json.loads(error.body)["message"])
+    except (ValueError, TypeError, KeyError):
+        message = ""
+    told = f"{error.status} {error.reason}"
+    return f"{told}: {message}"[:_MOST_CHARS] if message and message != error.reason else told
