@@ -91,7 +91,9 @@ class Borrower:
         taken = sum(job.slots for job, _ in held if not job.lease)
         # The scheduler counts replays as well.
         own_are_full = max(taken, self._scheduler.standing.taken) >= self._slots
-        if own_are_full and len(on_loan) < self._settings.workers and time.monotonic() >= self._ask_at_s:
+        # What no worker can be started on would be given back at once, and asked for again at the next look.
+        wanted = own_are_full and len(on_loan) < self._settings.workers and self._scheduler.starts_workers
+        if wanted and time.monotonic() >= self._ask_at_s:
             self._borrow()
 
     def _keep(self, job: JobRow, attempt: AttemptRow) -> None:

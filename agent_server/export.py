@@ -16,7 +16,6 @@ import argparse
 import errno
 import json
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +40,7 @@ from cognateforge.exceptions import (
     LocalStorageError,
     NotImplementedByServerError,
 )
+from training_common import faults
 
 # What a built-in architecture has no form for, and why. Those of plugins are tried: the logits decide.
 _STEPS = (
@@ -58,8 +58,6 @@ _REFUSED: Mapping[str, Mapping[str, str]] = {
 }
 # Longest text where a model has no bound of its own: tracers want one.
 _UNBOUNDED_TOKENS = 1 << 16
-# Less free space than this after a failed write says why it failed: a writer's last block was larger.
-_FULL_BYTES = 1 << 20
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -119,8 +117,7 @@ def export_agent(folder: Path, out: Path, form: str, *, factory: AgentArchitectu
             except (ForgeError, OSError):
                 raise
             except Exception as error:  # whatever tracers raise
-                # Libraries tell of a full disk in words of their own.
-                if shutil.disk_usage(scratch).free < _FULL_BYTES:
+                if faults.of_full_disk(error, Path(scratch)):
                     raise OSError(errno.ENOSPC, "no space left on device", str(made)) from error
                 text = str(error).partition("\n")[0]
                 raise IncompatibleError(f"{architecture} cannot be exported: {type(error).__name__}: {text}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from importlib.metadata import version
 from pathlib import Path
 
 import structlog
@@ -40,6 +39,7 @@ from training_common.jobs.store import JobStore
 from training_common.jobs.sweeper import Sweeper
 from training_common.jobs.verifications import VerificationStore
 from training_common.jobs.verifier import Verifier
+from training_common.release import release_of
 from training_common.rpc.estimates import Estimator
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
@@ -115,7 +115,8 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
     link = CognateLink(settings.cognate)
     tasks = sorted({task for architecture in factory for task in architecture.tasks})
     info = job_pb2.ServerInfo(
-        version=version("cognateforge"), capabilities=[f"engine.{engine.name}", *(f"task.{task}" for task in tasks)]
+        version=release_of(settings.SERVICE),
+        capabilities=[f"engine.{engine.name}", *(f"task.{task}" for task in tasks)],
     )
     evaluator = Evaluator(
         registry,
@@ -171,6 +172,7 @@ def build(settings: AgentSettings, settings_file: Path | None) -> RunningServer:
         health=health,
         database=database,
         lock=lock,
+        hand_over=scheduler.hand_over,
         tasks=[
             scheduler.run(),
             events.run(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from importlib.metadata import version
 from pathlib import Path
 
 from cognate_server import metrics, migrations, telemetry
@@ -40,6 +39,7 @@ from training_common.jobs.store import JobStore
 from training_common.jobs.sweeper import Sweeper
 from training_common.jobs.verifications import VerificationStore
 from training_common.jobs.verifier import Verifier
+from training_common.release import release_of
 from training_common.rpc.estimates import Estimator
 from training_common.rpc.health import HealthMonitor
 from training_common.rpc.jobs import JobService
@@ -117,7 +117,9 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         bounds=calendar,
         forecast=Forecast(calendar, server=settings.server_name).expected,
     )
-    info = job_pb2.ServerInfo(version=version("cognateforge"), capabilities=[f"engine.{engine.name}", "watch_models"])
+    info = job_pb2.ServerInfo(
+        version=release_of(settings.SERVICE), capabilities=[f"engine.{engine.name}", "watch_models"]
+    )
     pretraining_pb2_grpc.add_CognatePretrainingServiceServicer_to_server(
         PretrainingServicer(
             jobs,
@@ -161,6 +163,7 @@ def build(settings: CognateSettings, settings_file: Path | None) -> RunningServe
         health=health,
         database=database,
         lock=lock,
+        hand_over=scheduler.hand_over,
         tasks=[
             scheduler.run(),
             events.run(),

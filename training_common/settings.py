@@ -1,7 +1,8 @@
 """Settings of a service: a TOML file, then the environment, and an error for every key that neither knows.
 
 Precedence: environment over file over default. A nested key is written with two underscores in the environment:
-`COGNATE_SERVER_WORKERS__SLOTS=2`. Relative paths count from the working directory.
+`COGNATE_SERVER_WORKERS__SLOTS=2`. `COGNATE_SERVER_FILE__STORE_URL=/run/secrets/url` gives a key the content of a file,
+for secrets. Relative paths count from the working directory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _SEPARATOR = "__"
+# Before a key in the environment: the variable names a file that holds the value.
+_FROM_FILE = f"FILE{_SEPARATOR}"
 _WILDCARDS = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - told apart here, never bound
 _DEVICE = re.compile(r"\d{1,3}|(GPU|MIG)-[A-Za-z0-9-]{1,80}")
 # Workers that may share one device.
@@ -49,6 +52,7 @@ class KubernetesSettings(Section):
     )
     image: str = Field(default="", description="image of workers; empty: the runtime's")
     queue: str = Field(default="", description="Kueue's local queue; empty: workers are not queued")
+    priority_class: str = Field(default="", description="Kueue's WorkloadPriorityClass of workers; empty: none")
     resources: dict[str, str] = Field(default={}, description="what each node asks for, such as cpu and memory")
     processes_per_node: int = Field(default=1, ge=1, le=64, description="most processes of a job on one node")
     settings_file: Path | None = Field(
@@ -120,6 +124,20 @@ class WorkerSettings(Section):
     )
     cancel_grace_s: float = Field(
         default=60.0, gt=0, le=3600, description="time to end after a cancel, before the worker is killed"
+    )
+    on_drain: Literal["keep", "hand_over"] = Field(
+        default="keep",
+        description="workers of a server that is stopped: keep lets them go on until it is started again with its "
+        "data_dir; hand_over has them save and end, so that other servers go on at once",
+    )
+    start_delay_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=3600,
+        description="time after its start in which a server starts no worker: a smoke test may still find it unfit",
+    )
+    hand_over_grace_s: float = Field(
+        default=60.0, gt=0, le=3600, description="time to save and let go for hand_over, before the worker is killed"
     )
     exchange_timeout_s: float = Field(
         default=1800.0,
@@ -563,15 +581,32 @@ def load(cls: type[S], *, file: Path | None, environment: Mapping[str, str] | No
             raise SettingsError(f"settings file {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(f"settings file {file}: {error}") from error
-    for variable, text in sorted((os.environ if environment is None else environment).items()):
-        path = variable.removeprefix(prefix).lower().split(_SEPARATOR)
-        if variable.startswith(prefix) and not _place(values, path, text):
+    given = os.environ if environment is None else environment
+    for variable, text in sorted(given.items()):
+        if not variable.startswith(prefix):
+            continue
+        key = variable.removeprefix(prefix)
+        if key.startswith(_FROM_FILE):
+            key = key.removeprefix(_FROM_FILE)
+            if f"{prefix}{key}" in given:
+                raise SettingsError(f"variable {variable}: {prefix}{key} gives the same key: set one of the two")
+            text = _content(variable, Path(text))
+        if not _place(values, key.lower().split(_SEPARATOR), text):
             raise SettingsError(f"variable {variable}: a key above it has a value of its own: set one of the two")
     try:
         return cls.model_validate(values, strict=False)
     except ValidationError as error:
         lines = [_told(item["type"], item["loc"], item["msg"]) for item in error.errors(include_url=False)]
         raise SettingsError(f"settings from {file or 'defaults'} and {prefix}*: " + "; ".join(lines)) from error
+
+
+def _content(variable: str, file: Path) -> str:
+    """Return what a file holds, without the line's end that editors leave. Errors: SettingsError."""
+    try:
+        return file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise SettingsError(f"variable {variable}: file {file} cannot be read: {reason}") from error
 
 
 def _told(kind: str, place: tuple[int | str, ...], message: str) -> str:

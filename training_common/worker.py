@@ -50,14 +50,14 @@ from training_common.attempt import (
 )
 from training_common.attempt_log import kept_bounded
 from training_common.checkpoint_writer import CheckpointWriter
-from training_common.checkpoints import FULL_BYTES, CheckpointFolder
+from training_common.checkpoints import CheckpointFolder
 from training_common.devices import take_devices
 from training_common.digests import files_under
 from training_common.engines.processes import EX_TEMPFAIL, end_with_parent, exit_at_once, own_handle, parent_handle
 from training_common.exporters import NO_EXPORTS, Exports, RunInfo
 from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_dir, verification_log_name
 from training_common.jobs.states import JobState
-from training_common.jobs.store import AttemptStore, JobStore, note_of, past_finish_by
+from training_common.jobs.store import AttemptStore, JobStore, Loss, note_of, past_finish_by
 from training_common.jobs.verifications import VerificationStore
 from training_common.masking import secrets_of, secrets_of_environment
 from training_common.retention import Retention
@@ -314,7 +314,9 @@ def main(
         with tracing(settings) as trace, trace.of(store, rank=rank):
             if rank == "0":
                 # The launcher lives as long as all of its processes do.
-                store.register(options.handle or (parent_handle() if is_launched else own_handle()))
+                handle = options.handle or (parent_handle() if is_launched else own_handle())
+                if not store.register(handle):
+                    return _leave_to_another(store, settings)
                 return _lead(store, settings, database, work, trace, plan_type)
             if assist is None:
                 raise ValueError("this worker trains in one process only")
@@ -328,6 +330,20 @@ def main(
     finally:
         database.close()
     return 0
+
+
+def _leave_to_another(store: AttemptStore, settings: ServiceSettings) -> int:
+    """End an attempt that was begun before, and return the exit status.
+
+    The job goes on in a new one, whose fencing token shuts out whatever is left of this one. No retry is counted. It
+    counts as ended from outside: a job that ends each of its workers would otherwise be started anew for ever.
+    """
+    number = store.attempt.number
+    log.warning("attempt was begun before")
+    message = f"attempt {number}: its worker was ended and started anew"
+    most = settings.workers.kills_without_progress
+    JobStore(store.database).cut(store.job, store.attempt, message=message, loss=Loss.KILLED, most=most, lost=True)
+    return EX_TEMPFAIL if _is_launched() else 0
 
 
 def _lead(
@@ -453,7 +469,7 @@ def _run(context: WorkerContext[S], work: Work[S]) -> None:
             failure = past_finish_by(store.job)
             store.move(JobState.FAILED, message=failure["failure_message"], **failure)
         elif wish == StopKind.YIELD:
-            why = "gave borrowed capacity back" if store.job.lease else "made room for another job"
+            why = "gave borrowed capacity back" if store.job.lease else "let go as it was asked to"
             store.move(JobState.RECOVERING, message=f"{why}; goes on from its checkpoint")
         else:
             store.move(JobState.PAUSED, message="paused")
@@ -563,12 +579,10 @@ def _work_or_wait(context: WorkerContext[S], work: Work[S]) -> None:
     except (ForgeError, FencedOutError, sa.exc.OperationalError):
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # Libraries tell of a full disk in words of their own.
-        if not full and (_misses_another(error) or shutil.disk_usage(context.job_dir).free >= FULL_BYTES):
+        if _misses_another(error) or not faults.of_full_disk(error, context.job_dir):
             raise
         context.attempt.remember_room()
-        if full:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(errno.ENOSPC, "no space left on device", str(context.job_dir)) from error
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from agent_server.architectures.factory import BUILT_IN
 from cognateforge.exceptions import ForgeError, IncompatibleError
 from training_common import faults
 from training_common.attempt import AttemptStopped, AttemptWaits, FencedOutError, PartDone, TeamBrokenError
-from training_common.checkpoints import FULL_BYTES
 
 # Of what a plugin raised, so much is told.
 _TOLD_CHARS = 200
@@ -44,7 +42,7 @@ def plugin_blamed(architecture: str, *, doing: str, folder: Path) -> Iterator[No
     except _PASSED:
         raise
     except (Exception, SystemExit) as error:
-        full = shutil.disk_usage(folder).free < FULL_BYTES
+        full = faults.of_full_disk(error, folder)
         if architecture in BUILT_IN or full or (isinstance(error, OSError) and faults.of_machine(error)):
             raise
         traceback.print_exc()  # into the worker's log

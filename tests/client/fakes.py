@@ -448,7 +448,7 @@ class FakePretraining(pretraining_pb2_grpc.CognatePretrainingServiceServicer):
         return pretraining_pb2.ValidateModelResponse(checks=[check])
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:
-        info = job_pb2.ServerInfo(version="9.9", capabilities=["generated-data"])
+        info = job_pb2.ServerInfo(version="9.9", capabilities=["generated-data"], slots=4, slots_taken=1)
         return pretraining_pb2.GetServerInfoResponse(info=info)
 
 

@@ -39,12 +39,12 @@ async def until_half_open() -> None:
 
 
 async def test_an_open_circuit_sends_nothing(kind: str, fake: Fake) -> None:
-    """CircuitOpenError for unary calls and streams, and the server sees none of them."""
+    """CircuitOpenError for unary calls and streams, which tells why; the server sees none of them."""
     async with driver(kind, fake.address, breaker=CallBreaker("the service", fail_max=3, reset_timeout_s=60)) as client:
         await trip(client, fake)
         seen = len(fake.script.calls)
         for call in (client.get_job, client.stream):
-            with pytest.raises(exceptions.CircuitOpenError, match="try again in 60 s"):
+            with pytest.raises(exceptions.CircuitOpenError, match=r"the last one INTERNAL.*; try again in 60 s"):
                 await call()
         assert seen == len(fake.script.calls)
 
@@ -119,6 +119,20 @@ def test_a_silent_probe_does_not_block_the_next_one() -> None:
     one.admit().answered()
     assert one.state == "closed"
     silent.abandoned()
+
+
+def test_streams_that_break_with_their_connection_count_once() -> None:
+    """A server that leaves ends all of them in one moment. Whether it is away is said by what is opened after that."""
+    one = CallBreaker(fail_max=3)
+    streams = [one.admit() for _ in range(50)]
+    for stream in streams:
+        stream.answered()
+    for stream in streams:
+        stream.failed(failure())
+    assert ("closed", 1) == (one.state, one.snapshot().failures_in_a_row)
+    for expected in ("closed", "open"):
+        one.admit().failed(failure())
+        assert expected == one.state
 
 
 def failure() -> grpc.RpcError:

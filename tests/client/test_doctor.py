@@ -16,7 +16,7 @@ from cognateforge import exceptions
 from cognateforge.certificates import Authority
 from cognateforge.cli.app import app
 from cognateforge.cognate.v1 import pretraining_pb2
-from cognateforge.diagnostics import environment, plugins
+from cognateforge.diagnostics import environment, plugins, services
 from cognateforge.diagnostics.checks import Area, Check, Level
 from cognateforge.diagnostics.identity import check_authority, check_identity
 from cognateforge.diagnostics.services import check_listening
@@ -49,6 +49,26 @@ def test_two_services_that_serve_are_well(fake: Fake) -> None:
         found["releases", "skew"]["detail"],
     )
     assert all(check["remedy"] for check in checks if check["level"] in ("warn", "fail"))
+
+
+@pytest.mark.parametrize(
+    ("here", "cognate", "agent", "level"),
+    [
+        ("0.2.0", "0.2.0", "0.2.7", Level.OK),
+        ("0.3.0.dev0", "0.2.1", "0.3.0", Level.OK),
+        ("0.2.0", "0.1.0", "0.3.0", Level.WARN),
+        ("0.9.0", "0.10.0", "0.10.0", Level.OK),
+        ("1.0.0", "0.9.0", "1.0.0", Level.WARN),
+        ("0.2.0", "unknown", "0.2.0", Level.WARN),
+    ],
+)
+def test_versions_may_differ_as_long_as_contracts_are_neighbours(
+    here: str, cognate: str, agent: str, level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each service is released by itself: what counts is the contract, whose numbers come first in every version."""
+    monkeypatch.setattr(services, "version", lambda _name: here)
+    found = services.Wire({"cognate": cognate, "agent": agent}).skew()
+    assert (level, f"client {here}, cognate {cognate}, agent {agent}") == (found.level, found.detail)
 
 
 def test_a_service_that_is_away_fails_with_a_remedy(fake: Fake) -> None:
@@ -144,16 +164,23 @@ def test_a_certificate_without_a_spiffe_id_is_nobodys(tmp_path: Path) -> None:
 
 def test_what_is_installed_is_held_against_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package fails, an old one of an extra warns, and an extra that is not whole is absent."""
-    versions = {"cognateforge": "0.1.0", "grpcio": "1.90.0", "rich": "1.0", "torch": "2.13.0+cpu", "numpy": "1.9"}
-    asked = [
-        "grpcio>=1.85.1",
-        "typer>=0.29",
-        'torch>=2.13; extra == "torch"',
-        "cognateforge[torch]; extra == 'cognate'",
-        "numpy>=2; extra == 'cognate'",
-        "ray[default,train]>=2.60 ; extra == 'ray'",
-    ]
-    monkeypatch.setattr(environment, "requires", lambda _name: asked)
+    versions = {"grpcio": "1.90.0", "rich": "1.0", "torch": "2.13.0+cpu", "numpy": "1.9"}
+    versions |= {"cognateforge": "0.2.3", "cognateforge-cognate": "0.2.0", "cognateforge-common": "0.2.1"}
+    asked = {
+        "cognateforge": [
+            "grpcio>=1.85.1",
+            "cognateforge-cognate[worker]>=0.2.0; extra == 'cognate'",
+            "cognateforge-agent[worker]>=0.2.0; extra == 'agent'",
+            "ray[default,train]>=2.60 ; extra == 'ray'",
+        ],
+        "cognateforge-common": ["cognateforge~=0.2.0", "typer>=0.29", 'torch>=2.13; extra == "worker"'],
+        "cognateforge-cognate": [
+            "cognateforge-common~=0.2.0.dev0",
+            "cognateforge-common[worker]; extra == 'worker'",
+            "numpy>=2; extra == 'worker'",
+        ],
+    }
+    monkeypatch.setattr(environment, "requires", asked.__getitem__)
     monkeypatch.setattr(environment, "_installed", versions.get)
     monkeypatch.setattr(environment, "tested_versions", lambda: {"torch": "2.13.0", "grpcio": "1.91.0", "rich": "0.9"})
     found = {check.name: check for check in environment.check_environment()}
@@ -164,13 +191,30 @@ def test_what_is_installed_is_held_against_what_is_asked_for(monkeypatch: pytest
     )
     versions["numpy"], versions["typer"], versions["grpcio"] = "2.1", "0.30", "1.91.0"
     found = {check.name: check for check in environment.check_environment()}
-    assert "installed: cognate; not installed: ray" == found["extras"].detail
+    assert "installed: cognate; not installed: agent, ray" == found["extras"].detail
+    assert "cognateforge 0.2.3, cognateforge-common 0.2.1, cognateforge-cognate 0.2.0, and the 2 packages needed" == (
+        found["packages"].detail
+    )
     assert {Level.OK} == {found[name].level for name in ("packages", "extras", "tested versions")}
+    versions["cognateforge"] = "0.3.0"
+    found = {check.name: check for check in environment.check_environment()}
+    assert (Level.FAIL, "cognateforge 0.3.0 is not ~=0.2.0") == (found["packages"].level, found["packages"].detail)
+    versions["torch"] = "2.1"
+    assert "cognate: torch 2.1 is not >=2.13" == {c.name: c for c in environment.check_environment()}["extras"].detail
 
 
 @pytest.mark.parametrize(
     ("here", "floor", "fits"),
-    [("1.10", ">=1.9", True), ("1.9", ">=1.10", False), ("2", ">=2.0.0", True), ("1.4.1", "==1.4", False)],
+    [
+        ("1.10", ">=1.9", True),
+        ("1.9", ">=1.10", False),
+        ("2", ">=2.0.0", True),
+        ("1.4.1", "==1.4", False),
+        ("0.2.9", "~=0.2.1", True),
+        ("0.2.0", "~=0.2.1", False),
+        ("1!1.0", ">=2.0", True),
+        ("1!1.0", ">=1!1.1", False),
+    ],
 )
 def test_versions_are_compared_by_their_numbers(here: str, floor: str, fits: bool) -> None:
     """Not as texts."""
@@ -179,7 +223,9 @@ def test_versions_are_compared_by_their_numbers(here: str, floor: str, fits: boo
 
 def test_the_release_tells_what_it_was_tested_with() -> None:
     """A source tree has its constraints beside it, and a wheel brings them."""
-    assert "grpcio" in environment.tested_versions()
+    pins = environment.tested_versions()
+    constraints = (Path(__file__).parents[2] / "constraints.txt").read_text().split()
+    assert {f"{name}=={pin}" for name, pin in pins.items()} <= set(constraints), "each is read whole"
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"constraints.txt" = "cognateforge/constraints.txt"' in pyproject
 

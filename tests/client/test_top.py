@@ -46,7 +46,7 @@ def test_one_look_shows_both_services_and_their_jobs(fake: Fake) -> None:
     result = forge_top("--once", cognate=fake.address, agent=fake.address)
     assert 0 == result.exit_code, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"cognate: SERVING  {fake.address}  9.9  ")
+    assert lines[0].startswith(f"cognate: SERVING  {fake.address}  9.9  1 of 4 slots  ")
     assert any(line.startswith("agent: SERVING") for line in lines)
     cells = next(line for line in lines if line.startswith(JOB.removeprefix("jobs/"))).split()
     assert ["cognate", "RUNNING", "2/20", "10%", "2", "9", "s", "0.2632"] == cells[1:9]

@@ -189,16 +189,23 @@ async def test_each_attempt_has_a_log_of_its_own(tmp_path: Path) -> None:
     service.database.close()
 
 
-async def test_a_worker_bounds_its_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_bounds_its_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it runs, from the settings."""
     path = tmp_path / "log"
-    descriptor = open_log(path)
+    descriptor, looks = open_log(path), threading.Semaphore(0)
+    bound = AttemptLog.bound
+
+    def counted(log: AttemptLog, settings: LogSettings) -> bool:
+        kept = bound(log, settings)
+        looks.release()
+        return kept
+
+    monkeypatch.setattr(AttemptLog, "bound", counted)
+    # Written in one piece before anybody looks, and by the end of the first look it is cut.
+    os.write(descriptor, b"x" * (4 << 20))
     with kept_bounded(path, BOUND, interval_s=0.01):
-        os.write(descriptor, b"x" * (4 << 20))
-        for _ in range(1000):
-            if path.with_suffix(".cut").exists():
-                break
-            threading.Event().wait(0.01)
+        assert looks.acquire(timeout=60)
+        assert looks.acquire(timeout=60), "and it goes on looking"
     os.close(descriptor)
     assert [64 << 10, (4 << 20) - (256 << 10)] == json.loads(path.with_suffix(".cut").read_text())
 

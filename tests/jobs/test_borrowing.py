@@ -180,6 +180,26 @@ async def test_nothing_is_borrowed_while_a_slot_is_free_or_nothing_waits(tmp_pat
         assert 0 == await both.lent()
 
 
+async def test_nothing_is_borrowed_that_no_worker_could_be_started_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server on trial, or one that hands over, would take cores and give them back at every look."""
+    asked: list[Borrower] = []
+    monkeypatch.setattr(Borrower, "_borrow", lambda self: asked.append(self))
+    async with sides(tmp_path, slots=0) as both:
+        both.toy.submit(steps=20)
+        scheduler = both.toy.scheduler
+        monkeypatch.setattr(scheduler, "_launch_again_at", scheduler._clock() + 3600)
+        both.borrower.tick()
+        monkeypatch.setattr(scheduler, "_launch_again_at", 0.0)
+        monkeypatch.setattr(scheduler, "_leaving_s", scheduler._clock())
+        both.borrower.tick()
+        assert [] == asked
+        monkeypatch.setattr(scheduler, "_leaving_s", None)
+        both.borrower.tick()
+        assert [both.borrower] == asked
+
+
 async def test_what_is_asked_back_is_yielded_with_a_checkpoint(tmp_path: Path, idle_cognate: list[Any]) -> None:
     """A job of Cognate's needs the cores: ours saves and goes back to the queue within the grace, and loses no step."""
     async with sides(tmp_path, grace_s=20, slots=0) as both:

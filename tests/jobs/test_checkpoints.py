@@ -149,10 +149,11 @@ def test_an_error_of_the_background_is_raised_once_in_the_trainers_next_call(
         raise full
 
     failed = writer.save(step=1, write=fail, score=None)
-    assert full is failed.exception(timeout=30)
-    with pytest.raises(OSError, match="No space left") as caught:
+    told = failed.exception(timeout=30)
+    with pytest.raises(OSError, match="no space left for a checkpoint") as caught:
         writer.check()
-    assert full is caught.value
+    assert told is caught.value
+    assert full is caught.value.__cause__
     saved = writer.save(step=2, write=lambda folder: None, score=None)
     assert CheckpointRef(step=2, path=tmp_path / "checkpoints" / "step-0000000002.1") == saved.result(timeout=30)
     writer.close()

@@ -6,17 +6,22 @@ Real mounts, real workers. The retry budgets of these services are empty: whatev
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tests.jobs.test_jobs import assert_contiguous, pid
 from tests.support.toy_service import ToyService, ended
 from tests.support.toy_worker import expected_result
 from tests.support.waiting import until
+from training_common import faults
 from training_common.jobs.folders import job_dir, jobs_dir, log_name
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobRow
@@ -103,6 +108,15 @@ async def test_a_full_disk_is_waited_out(service: ToyService, mounted: Path) -> 
     ballast.unlink()
     job = await service.until(job, ended)
     assert_whole(service, job, 60)
+
+
+def test_a_library_that_takes_back_what_did_not_fit_is_believed(mounted: Path) -> None:
+    """A tensor file that could not be written whole is removed: when one looks, nothing is full any more."""
+    with pytest.raises(SafetensorError) as caught:
+        save_file({"weight": torch.zeros(4 * MIB)}, mounted / "model.safetensors")
+    assert shutil.disk_usage(mounted).free > MIB
+    assert faults.of_full_disk(caught.value, mounted)
+    assert not faults.of_full_disk(RuntimeError("another error"), mounted)
 
 
 async def test_a_full_disk_that_holds_the_store_too_is_waited_out(mounted: Path, quick: None) -> None:

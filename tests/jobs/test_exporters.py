@@ -223,6 +223,20 @@ def test_a_slow_exporter_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert "some points are lost" in problem
 
 
+def test_an_exporter_that_ends_its_thread_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sys.exit ends a thread without a word: it is a failure like any other, and the job's history has it."""
+    told: list[str] = []
+
+    class Leaves(Recorder):
+        def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+            raise SystemExit("goodbye")
+
+    exports = exports_to(monkeypatch, Leaves(), told)
+    exports.log(1, {"loss": 1.0})
+    exports.finish("SUCCEEDED", patience_s=10)
+    assert ["SystemExit: goodbye; nothing more of this attempt is exported by it"] == told
+
+
 def test_what_comes_before_training_is_kept_for_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter starts where the attempt goes on from, which is known later than what the data are."""
     recorder, told = Recorder(), list[str]()

@@ -160,7 +160,7 @@ async def test_a_full_disk_is_the_machines_fault_and_another_attempt_goes_on(ser
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
     assert [expected_result(30)] == service.result(job)
     told = [e.payload["message"] for e in service.events(job) if e.payload.get("kind") == "platform"]
-    assert ["the worker's machine failed it: No space left on device; another attempt will go on"] == told
+    assert ["the worker's machine failed it: no space left for a checkpoint; another attempt will go on"] == told
 
 
 async def test_a_product_that_did_not_fit_is_tried_again_when_there_is_room(
@@ -194,7 +194,7 @@ def test_a_library_that_fails_on_a_full_disk_is_told_apart(
     context = Mock(attempt=attempt, job_dir=tmp_path)
     monkeypatch.setattr("training_common.worker._require_signing_key", lambda _: None)
     monkeypatch.setattr("training_common.worker.take_devices", lambda *_, **__: None)
-    monkeypatch.setattr("training_common.worker.shutil.disk_usage", lambda path: Usage(9, 9, free))
+    monkeypatch.setattr("training_common.faults.shutil.disk_usage", lambda path: Usage(9, 9, free))
     with pytest.raises(told):
         worker._work_or_wait(context, Mock(side_effect=RuntimeError("[enforce fail] unexpected pos")))
     assert (told is OSError) == attempt.remember_room.called
@@ -220,7 +220,7 @@ def test_a_writer_that_fails_on_a_full_disk_is_told_apart(service: ToyService, m
 
     with pytest.raises(RuntimeError, match="a library's words"):
         folder.save(step=1, write=write)
-    monkeypatch.setattr("training_common.checkpoints.shutil.disk_usage", lambda path: Usage(9, 9, 0))
+    monkeypatch.setattr("training_common.faults.shutil.disk_usage", lambda path: Usage(9, 9, 0))
     with pytest.raises(OSError, match="no space left for a checkpoint"):
         folder.save(step=1, write=write)
     assert [] == list((service.folder / "checkpoints").iterdir())
@@ -457,6 +457,22 @@ async def test_a_worker_that_was_given_up_changes_nothing(service: ToyService) -
     assert after == service.store.get(job.name)
     os.kill(pid(attempt.handle), signal.SIGCONT)
     service.steer("cancel", after)
+
+
+def test_an_attempt_that_is_begun_again_and_again_comes_to_an_end(tmp_path: Path) -> None:
+    """A cluster starts anew what a job ends: no retry is counted, but it does not go on for ever."""
+    service = ToyService(tmp_path, kills_without_progress=1)
+    job = service.submit(steps=5)
+    for state in (JobState.RECOVERING, JobState.FAILED):
+        begun = service.store.begin_attempt("local")
+        assert begun is not None
+        store = service.store.attempt(job.name, begun.attempt, begun.fencing_token)
+        assert [True, False] == [store.register("1:1"), store.register("2:2")]
+        worker._leave_to_another(store, service.settings)
+        job = service.store.get(job.name)
+        assert (state, 0) == (job.state, job.retries_without_progress)
+    assert "RETRY_BUDGET_SPENT" == job.failure_reason
+    service.database.close()
 
 
 async def test_a_silent_worker_is_unobserved_and_not_failed(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ async def test_a_job_makes_room_for_one_that_matters_more(tmp_path: Path) -> Non
     assert list(range(1, 61)) == steps
     states = [event.payload for event in service.events(older) if event.kind == "state_change"]
     recovering = next(change for change in states if change["to"] == "RECOVERING")
-    assert "made room for another job; goes on from its checkpoint" == recovering["message"]
+    assert "let go as it was asked to; goes on from its checkpoint" == recovering["message"]
 
 
 async def test_a_worker_that_does_not_let_go_is_ended(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ class Caller:
         call = self._channel.unary_unary(
             path_of(found), request_class(found).SerializeToString, answer_class(found).FromString
         )
-        return await call(json_format.ParseDict(request, request_class(found)()), timeout=10)
+        return await call(json_format.ParseDict(request, request_class(found)()), timeout=60)
 
     async def frames(self, method: str, count: int = 0, **request: Any) -> list[Any]:
         """Return the first frames of a stream, all of them where no count is given."""

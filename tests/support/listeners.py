@@ -14,10 +14,14 @@ from typing import Any
 
 
 class WebhookServer:
-    """Keeps what is POSTed to it. answer: the status that it gives; with another than 200 it keeps nothing."""
+    """Keeps what is POSTed to it. answer: the status that it gives; with another than 200 it keeps nothing.
+
+    breaks_off: whether it promises a body and closes the connection without one.
+    """
 
     def __init__(self) -> None:
         self.answer = 200
+        self.breaks_off = False
         self.bodies: list[dict[str, Any]] = []
         self.tokens: list[str] = []
         self.tries = 0
@@ -33,8 +37,12 @@ class WebhookServer:
                 self.send_response(outer.answer)
                 if outer.answer == 302:
                     self.send_header("Location", "/elsewhere")
-                self.send_header("Content-Length", "0")
+                if outer.breaks_off:
+                    self.send_header("Transfer-Encoding", "chunked")
+                else:
+                    self.send_header("Content-Length", "0")
                 self.end_headers()
+                self.close_connection |= outer.breaks_off
 
             def do_GET(self) -> None:
                 raise AssertionError("a redirect was followed")
@@ -88,6 +96,7 @@ class MailServer(socketserver.ThreadingTCPServer):
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(folder / "server.pem", folder / "server.key")
         self.offers_tls = offers_tls
+        self.goodbye = "221 bye"
         self.mails: list[str] = []
         self.recipients: list[str] = []
         self.secure: list[tuple[bool, str]] = []
@@ -139,7 +148,7 @@ class _MailHandler(socketserver.BaseRequestHandler):
                 self.server.secure.append((secure, login))
                 say("250 taken")
             elif word == "QUIT":
-                say("221 bye")
+                say(self.server.goodbye)
                 return
             else:
                 say("250 ok")

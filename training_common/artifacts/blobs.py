@@ -264,6 +264,13 @@ class BlobStore:
             raise FileNotFoundError(key)
         return b"".join(self._here.read(key, 0, min(size_bytes, _MAX_MANIFEST_BYTES)))
 
+    def is_empty(self) -> bool:
+        """Whether nothing at all is stored here, as in a folder that is not mounted, or is not the one written to.
+
+        Manifests are never in the archive, so what that holds does not count.
+        """
+        return next(self.manifests(), None) is None and next(iter(self._here.list("blobs/")), None) is None
+
     def delete_manifest(self, family: str, version: int) -> None:
         """Remove a stored manifest, if there is one."""
         self._here.delete(_manifest_key(family, version))

@@ -39,6 +39,8 @@ _READ_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 20
 # The whole of a request. The longer one sends up to _WHOLE_BYTES: at 0.5 MB/s it is done.
 _SHORT_S, _LONG_S = 30, 300
+# Of somebody who looks whether the service answers, and tries twice.
+_LOOK_S = 5
 # A manifest is put while other writers of the database wait.
 _RETRIES: dict[str, Any] = {
     "max_retries": 4,
@@ -71,6 +73,7 @@ class Bucket:
     def __init__(self, url: str, options: Mapping[str, str], *, setting: str) -> None:
         self._url, self._setting = url, setting
         self._store, self._patient = (_open(url, options, timeout_s) for timeout_s in (_SHORT_S, _LONG_S))
+        self._quick = _open(url, options, _LOOK_S, {**_RETRIES, "max_retries": 1})
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
@@ -86,6 +89,13 @@ class Bucket:
                 raise ValueError(f"the service of {self._url} does not give back what was put")
             self.delete(key)
         except (StoreAwayError, FileNotFoundError) as error:
+            raise ValueError(f"{self._url} cannot be used: {_reason(error.__cause__ or error)}") from error
+
+    def look(self) -> None:
+        """List what is there, as far as the first page, and write nothing. Errors: ValueError, as `probe` has it."""
+        try:
+            self._asked(next, iter(obstore.list(self._quick, chunk_size=1)), None)
+        except StoreAwayError as error:
             raise ValueError(f"{self._url} cannot be used: {_reason(error.__cause__ or error)}") from error
 
     def add(self, path: Path, key_of: Callable[[str], str]) -> Added:
@@ -197,7 +207,7 @@ class Bucket:
         return StoreAwayError(f"the store of artifacts ({self._setting}) cannot be used now: try again")
 
 
-def _open(url: str, options: Mapping[str, str], timeout_s: int) -> S3Store:
+def _open(url: str, options: Mapping[str, str], timeout_s: int, retries: Mapping[str, Any] = _RETRIES) -> S3Store:
     given = {name.lower().removeprefix("aws_"): value for name, value in options.items()}
     own = {name: value for name, value in given.items() if name not in _CONNECTION}
     connection: dict[str, Any] = {"timeout": f"{timeout_s}s"}
@@ -205,7 +215,7 @@ def _open(url: str, options: Mapping[str, str], timeout_s: int) -> S3Store:
         connection[name] = _BOOLEANS.get(given[name].lower(), given[name])
     try:
         return S3Store.from_url(
-            url, config=cast("Any", own), client_options=cast("Any", connection), retry_config=cast("Any", _RETRIES)
+            url, config=cast("Any", own), client_options=cast("Any", connection), retry_config=cast("Any", retries)
         )
     except (BaseError, ValueError, TypeError) as error:
         raise ValueError(f"{url} cannot be opened: {_reason(error)}") from error

@@ -39,6 +39,26 @@ def require_store(settings: ServiceSettings) -> None:
                 raise SettingsError(f"{setting}: {error}") from error
 
 
+def look_at_store(settings: ServiceSettings) -> list[str]:
+    """Return the URLs of the buckets that artifacts are in, each of which was read and none written to.
+
+    Errors: SettingsError, with the setting and the remedy.
+    """
+    looked = []
+    artifacts = settings.artifacts
+    for setting, url in (("artifacts.url", artifacts.url), ("artifacts.archive_url", artifacts.archive_url)):
+        if not url.startswith("s3://"):
+            continue
+        from training_common.artifacts.bucket import Bucket
+
+        try:
+            Bucket(url, artifacts.options, setting=setting).look()
+        except ValueError as error:
+            raise SettingsError(f"{setting}: {error}") from error
+        looked.append(url)
+    return looked
+
+
 def open_registry(settings: ServiceSettings, database: Database) -> ArtifactRegistry:
     """Return the service's versions, over their bytes. Errors: SettingsError."""
     return ArtifactRegistry(database, open_blobs(settings), signer_of(settings))

@@ -16,7 +16,7 @@ import structlog
 
 from cognateforge.exceptions import ArtifactCorruptError
 from cognateforge.layout import MANIFEST_NAME, SIGNATURE_NAME
-from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.blobs import BlobStore, StoreAwayError
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.artifacts.signing import ArtifactSigner, SigningKeyError
 from training_common.digests import sha256_bytes
@@ -104,7 +104,15 @@ def damage_of(row: ArtifactRow, error: ArtifactCorruptError, *, path: str = "", 
 
 
 def record(registry: ArtifactRegistry, row: ArtifactRow, found: list[Damage]) -> None:
-    """Write down what was found of a version, and raise the alarm or end it."""
+    """Write down what was found of a version, and raise the alarm or end it.
+
+    Errors: StoreAwayError, where nothing at all is stored: that tells of this server's view, and others may see all.
+    """
+    if found and registry.blobs.is_empty():
+        raise StoreAwayError(
+            f"{row.name} was published, and where this server looks for artifacts there is nothing at all: mount "
+            "shared_dir, or correct it or the artifacts' store in the settings"
+        )
     text = "; ".join(damage.detail for damage in found)[:_TEXT_CHARS]
     with registry.database.write() as connection:
         registry.database.in_turn(connection, Turn.PUBLISH)
@@ -124,7 +132,7 @@ def record(registry: ArtifactRegistry, row: ArtifactRow, found: list[Damage]) ->
 def require_whole(registry: ArtifactRegistry, row: ArtifactRow) -> None:
     """Refuse a version that is known to be damaged, or whose stored manifest is not its own: nothing of it is used.
 
-    Errors: ArtifactCorruptError, which names the file.
+    Errors: ArtifactCorruptError, which names the file; StoreAwayError.
     """
     text = row.damage
     if not text:

@@ -16,12 +16,14 @@ from typing import Protocol
 import sqlalchemy as sa
 import structlog
 
+from training_common.attempt import StopKind
 from training_common.jobs.folders import log_name
 from training_common.jobs.life import SignsOfLife
 from training_common.jobs.states import JobState
 from training_common.jobs.store import STOPPING, AttemptRow, JobRow, JobStore, Loan, Loss, first_due
 from training_common.jobs.verifier import Verifier
 from training_common.jobs.waits import Standing
+from training_common.jobs.yielding import ask, can_let_go
 from training_common.settings import WorkerSettings
 from training_common.store.database import now_us
 from training_common.telemetry.traces import trace_id_of
@@ -33,6 +35,8 @@ TICK_S = 0.5
 # After a worker could not be started, the next try waits this long, and twice as long after each further failure.
 LAUNCH_PAUSE_S = 1.0
 MAX_LAUNCH_PAUSE_S = 60.0
+# One may be late, for the store is busy at times.
+_BEATS_MISSED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ class Scheduler:
         self.last_launch_failed = False
         self._most_nodes = None if settings.rendezvous_host else 1
         self._clock = clock
-        self._launch_again_at = 0.0
+        self._launch_again_at = clock() + settings.start_delay_s
         self._launch_pause_s = LAUNCH_PAUSE_S
         self._life = SignsOfLife(clock)
         # Since when own workers are known to have been cancelled, by attempt id.
@@ -123,6 +127,9 @@ class Scheduler:
         # Why no other place than a slot is to be had now, in words; told by who looks for such places.
         self.beyond = ""
         self._ticked_at_s: float | None = None
+        # Since when this server hands its workers' jobs over, and whether none of them is left.
+        self._leaving_s: float | None = None
+        self._has_left, self._left = False, asyncio.Event()
 
     @property
     def standing(self) -> Standing:
@@ -135,6 +142,11 @@ class Scheduler:
             launch_again_s=again_s,
             beyond=self.beyond,
         )
+
+    @property
+    def starts_workers(self) -> bool:
+        """Whether a worker could be started now: not on trial, not after a failed start, not while it hands over."""
+        return self._leaving_s is None and self._launch_works()
 
     @property
     def tick_age_s(self) -> float | None:
@@ -151,6 +163,8 @@ class Scheduler:
             self._wake.clear()
             try:
                 await self._store.database.run_write(self.tick)
+                if self._has_left:
+                    self._left.set()
             except Exception as error:
                 # The store is away or busy: workers go on by themselves, and the next tick tries again.
                 log.warning("scheduler tick failed", error=f"{type(error).__name__}: {error}")
@@ -159,6 +173,21 @@ class Scheduler:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+
+    async def hand_over(self) -> None:
+        """Have every worker of this server save and let go, so that other servers go on with the jobs at once.
+
+        No further worker is started. Returns when none is left, or when this cannot be told: the store is away, and
+        workers whose machine stays go on as they would without it. `run` must be under way.
+        """
+        self._leaving_s = self._clock()
+        self.wake()
+        try:
+            # A worker that was killed is gone at the next look; two more for a store that is slow.
+            async with asyncio.timeout(self._settings.hand_over_grace_s + 4 * TICK_S):
+                await self._left.wait()
+        except TimeoutError:
+            log.warning("workers are left behind: no server looks after them but one with this data_dir")
 
     def tick(self) -> None:
         """Look at every held job and every deadline once, then fill the free slots."""
@@ -176,11 +205,33 @@ class Scheduler:
         self._end_cancelled(held)
         replays = self._verifier.look() if self._verifier else 0
         self._taken, self._lent = sum(job.slots for job, _ in held if not job.lease) + replays, ""
+        if self._leaving_s is not None:
+            self._let_go(held, replays, self._clock() - self._leaving_s)
+            self._ticked_at_s = self._clock()
+            return
         self._fill()
         if self._preempting is not None:
             for job, attempt, message in self._preempting.look(held, free=self._settings.slots - self._taken):
                 self.give_up(job, attempt, message)
         self._ticked_at_s = self._clock()
+
+    def _let_go(self, held: Sequence[tuple[JobRow, AttemptRow]], replays: int, since_s: float) -> None:
+        """Ask own workers to save and let go, and take their jobs from those that had the time."""
+        grace_s = self._settings.hand_over_grace_s
+        if not held and not replays:
+            self._has_left = True
+        elif since_s <= grace_s:
+            for job, _ in held:
+                if can_let_go(job):
+                    with self._store.database.write() as connection:
+                        ask(self._store, connection, job, kind="handed_over", message="its server stops", facts={})
+        else:
+            for job, attempt in held:
+                self.give_up(
+                    job, attempt, f"attempt {attempt.number}: still at work {grace_s:g} s after its server's end"
+                )
+            if self._verifier is not None:
+                self._verifier.end_all()
 
     def _fill(self) -> None:
         while self._taken < self._settings.slots and self._launch_works():
@@ -231,11 +282,12 @@ class Scheduler:
         if attempt.handle:
             self._launched.pop(attempt.id, None)
         silent_s = self._life.silent_s(attempt.id)
-        if handle and not attempt.handle and job.state in STOPPING and self._engine.waits(handle):
+        is_asked = job.state in STOPPING or job.wish == StopKind.YIELD
+        if handle and not attempt.handle and is_asked and self._engine.waits(handle):
             # It would learn of the wish only when it has capacity.
             self._engine.kill(handle)
             self._cut(job, attempt, f"attempt {attempt.number}: stopped while it waited for capacity")
-        elif handle and silent_s > self._settings.lost_after_s / 2 and self._engine.waits(handle):
+        elif handle and silent_s > self._quiet_s(attempt) and self._engine.waits(handle):
             if attempt.handle:
                 # It has run, and the engine took its capacity away: another attempt goes on from the checkpoint.
                 self._engine.kill(handle)
@@ -261,6 +313,11 @@ class Scheduler:
             self._cut(job, attempt, message, Loss.CRASHED, lost=True)
         else:
             self._observe(job, silent_s)
+
+    def _quiet_s(self, attempt: AttemptRow) -> float:
+        """After which silence an engine is asked whether a worker waits: soon, where it has run and should be heard."""
+        usual = self._settings.lost_after_s / 2
+        return min(usual, _BEATS_MISSED * self._settings.heartbeat_interval_s) if attempt.handle else usual
 
     def _handle_of(self, attempt: AttemptRow) -> str:
         return attempt.handle or attempt.launched or self._launched.get(attempt.id, "")
@@ -288,7 +345,7 @@ class Scheduler:
 
         Its slot is none of our own.
         """
-        return None if self._clock() < self._launch_again_at else self._start(loan)
+        return self._start(loan) if self.starts_workers else None
 
     def give_up(self, job: JobRow, attempt: AttemptRow, message: str) -> None:
         """End a worker and take its job away: the job goes on elsewhere, and its retry budget is not touched."""

@@ -449,14 +449,19 @@ class JobStore:
         job = self.lock(name, connection)
         return move(connection, job, JobState.QUEUED, message="resume requested", wish="", **_NO_WAIT)
 
-    def events_after(self, job_id: int, sequence: int, limit: int) -> list[EventRow]:
-        """Return up to `limit` events of a job after `sequence`, in order."""
+    def events_after(self, job_id: int, sequence: int, limit: int, *, progress_every: int = 1) -> list[EventRow]:
+        """Return up to `limit` events of a job after `sequence`, in order.
+
+        progress_every: progress is left out but where its sequence is a multiple of this.
+        """
         query = (
             sa.select(t.events)
             .where(t.events.c.job_id == job_id, t.events.c.sequence > sequence)
             .order_by(t.events.c.sequence)
             .limit(limit)
         )
+        if progress_every > 1:
+            query = query.where((t.events.c.kind != "progress") | (t.events.c.sequence % progress_every == 0))
         with self.database.read() as connection:
             return [EventRow(**row) for row in connection.execute(query).mappings()]
 
@@ -803,13 +808,16 @@ class AttemptStore:
             if self.job.lease:
                 self._check(connection)
 
-    def register(self, handle: str) -> None:
-        """Tell the scheduler by which handle it can see this worker."""
+    def register(self, handle: str) -> bool:
+        """Tell the scheduler by which handle it can see this worker. Errors: FencedOutError.
+
+        Returns False where a worker has registered before: a cluster has started the attempt anew, and the first one,
+        whose fencing token is the same, may still be at work somewhere.
+        """
         with self.writing() as connection:
             self._check(connection)
-            connection.execute(
-                sa.update(t.attempts).filter_by(id=self.attempt.id).values(handle=handle, heartbeat_us=now_us())
-            )
+            fresh = sa.update(t.attempts).filter_by(id=self.attempt.id, handle="")
+            return bool(connection.execute(fresh.values(handle=handle, heartbeat_us=now_us())).rowcount)
 
     def heartbeat(self) -> str:
         """Give a sign of life and return the wish: a StopKind's value, or nothing. Errors: FencedOutError."""

@@ -59,10 +59,16 @@ class Verifier:
             self._look_at(row)
         return sum(row.server == self._server for row in running)
 
+    def end_all(self) -> None:
+        """Take every verification from this server's workers: others begin it again."""
+        for row in self._store.running():
+            if row.server == self._server:
+                self._give_up(row, "its server was stopped", kill=self._handle_of(row))
+
     def _look_at(self, row: VerificationRow) -> None:
         silent_s = self._life.silent_s(row.id)
         ours = row.server == self._server
-        handle = row.handle or row.launched or self._launched.get(_key(row), "")
+        handle = self._handle_of(row)
         if ours and handle and not self._engine.alive(handle):
             self._give_up(row, self._engine.ending(handle).words)
         elif ours and not handle and now_us() - row.heartbeat_us > 1e6 * self._settings.start_timeout_s:
@@ -72,6 +78,9 @@ class Verifier:
             self._give_up(row, "no worker registered in time", kill=handle)
         elif silent_s > self._settings.silent_cut_s:
             self._give_up(row, f"no sign of life for {silent_s:.0f} s", kill=handle if ours else "")
+
+    def _handle_of(self, row: VerificationRow) -> str:
+        return row.handle or row.launched or self._launched.get(_key(row), "")
 
     def _give_up(self, row: VerificationRow, words: str, *, kill: str = "") -> None:
         if kill:

@@ -21,8 +21,13 @@ def candidates(held: Sequence[tuple[JobRow, AttemptRow]]) -> list[JobRow]:
 
     The one that was started last has least to lose.
     """
-    jobs = [job for job, _ in held if not job.lease and not job.wish and job.state in _CAN_LET_GO]
+    jobs = [job for job, _ in held if not job.lease and can_let_go(job)]
     return sorted(jobs, key=lambda job: (job.priority, -(job.start_us or 0), -job.id))
+
+
+def can_let_go(job: JobRow) -> bool:
+    """Whether a held job's worker can be asked, and was not yet."""
+    return not job.wish and job.state in _CAN_LET_GO
 
 
 def ask(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,9 @@ class RunningServer:
         database: Database,
         lock: FolderLock,
         tasks: Sequence[Coroutine[Any, Any, None]],
+        hand_over: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """hand_over: called when the server is drained, beside the end of its calls; None: its workers go on."""
         self._listener = listener
         self._server = server = listener.server
         self._settings = settings
@@ -144,6 +146,7 @@ class RunningServer:
         self._database = database
         self._lock = lock
         self._standing = tasks
+        self._hand_over = hand_over
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
         # Set when the server has ended by itself: only another process can serve then.
@@ -198,22 +201,31 @@ class RunningServer:
         await self._health.give_up()
 
     async def stop(self) -> None:
-        """Drain: leave Consul, tell health watchers, take no new call, let running ones end, stop. Workers go on."""
+        """Drain: leave Consul, tell health watchers, take no new call, let running ones end, stop.
+
+        Workers go on, or are handed over to other servers meanwhile.
+        """
         self._stopping = True
         if self._registration is not None:
             await asyncio.to_thread(self._registration.close)
         await self._health.drain()
+        handing_over = asyncio.create_task(self._let_workers_go())
         await asyncio.sleep(_DRAIN_NOTICE_S)
         if not self.ended.is_set():
             await self._server.stop(self._settings.drain_grace_s)
+        await handing_over
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._let_go()
 
+    async def _let_workers_go(self) -> None:
+        if self._hand_over is not None and self._settings.workers.on_drain == "hand_over":
+            await self._hand_over()
+
     @property
     def admin_address(self) -> str:
-        """Where /metrics and /healthz are, or nothing."""
+        """Where metrics and the pages of probes are, or nothing."""
         return self._listener.telemetry.address
 
     @property

@@ -97,9 +97,12 @@ class _AsyncServiceClient:
         self._channel.swap(self._discovery.addresses())  # a change between the first look and the subscription
         return self
 
-    async def health(self) -> str:
-        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN, or UNKNOWN for any other."""
-        status = (await self._check_health(health_pb2.HealthCheckRequest())).status
+    async def health(self, service: str = "") -> str:
+        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN, or UNKNOWN for any other.
+
+        service: the full name of one gRPC service, "" for the server as a whole.
+        """
+        status = (await self._check_health(health_pb2.HealthCheckRequest(service=service))).status
         return services.health_word(status)
 
     async def close(self) -> None:
@@ -147,16 +150,21 @@ class AsyncCognateClient(_AsyncServiceClient):
         return storage_pb2_grpc.StorageServiceStub(self._channel)
 
     def watch_job(
-        self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+        self,
+        name: str,
+        after_sequence: int = 0,
+        *,
+        progress_every: int = 1,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> AsyncIterator[job_pb2.WatchFrame]:
         """Yield a job's events and its end, as `CognateClient.watch_job` does."""
         stub = self.pretraining
 
         def open_stream(after: int, timeout_s: float) -> watch.AioStream[pretraining_pb2.WatchJobResponse]:
-            request = pretraining_pb2.WatchJobRequest(name=name, after_sequence=after)
+            request = pretraining_pb2.WatchJobRequest(name=name, after_sequence=after, progress_every=progress_every)
             return stub.WatchJob(request, timeout=timeout_s)
 
-        return watch.watch_aio(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
+        return watch.watch_aio(open_stream, watch.JobPosition(after_sequence, give_up_after_s, progress_every))
 
     def watch_logs(
         self,
@@ -230,16 +238,21 @@ class AsyncAgentClient(_AsyncServiceClient):
         return storage_pb2_grpc.StorageServiceStub(self._channel)
 
     def watch_job(
-        self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+        self,
+        name: str,
+        after_sequence: int = 0,
+        *,
+        progress_every: int = 1,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> AsyncIterator[job_pb2.WatchFrame]:
         """Yield a job's events and its end, as `CognateClient.watch_job` does."""
         stub = self.training
 
         def open_stream(after: int, timeout_s: float) -> watch.AioStream[training_pb2.WatchJobResponse]:
-            request = training_pb2.WatchJobRequest(name=name, after_sequence=after)
+            request = training_pb2.WatchJobRequest(name=name, after_sequence=after, progress_every=progress_every)
             return stub.WatchJob(request, timeout=timeout_s)
 
-        return watch.watch_aio(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
+        return watch.watch_aio(open_stream, watch.JobPosition(after_sequence, give_up_after_s, progress_every))
 
     def watch_logs(
         self,

@@ -34,6 +34,7 @@ BreakerState = Literal["closed", "open", "half-open"]
 OnStateChange = Callable[[str, BreakerState, BreakerState], None]
 # Clients whose breakers opened together do not probe together: each draws its pause anew, every time it opens.
 RESET_TIMEOUT_S = 5.0
+_MAX_REASON_CHARS = 200
 EARLIEST_PROBE = 0.8
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ class CallBreaker:
             listeners=[_Listener(self._changed, self._failed)],
         )
         self._lock = threading.Lock()
+        self._breaking = threading.Lock()
         self._probe: Admission | None = None
+        self._last_failure = ""
 
     @property
     def state(self) -> BreakerState:
@@ -122,7 +125,9 @@ class CallBreaker:
             closed = self.state == "closed"
             if not closed and self._probe is not None and not self._probe.overdue:
                 raise self._refusal()
-            admission = Admission(self, self._breaker.calling(), self._reset_timeout_s)
+            admission = Admission(
+                self, self._breaker.calling(), self._reset_timeout_s, failed_before=self._counts.failed
+            )
             try:
                 admission.enter()
             except pybreaker.CircuitBreakerError:
@@ -133,12 +138,19 @@ class CallBreaker:
                 self._count("probes")
             return admission
 
-    def record(self, error: grpc.RpcError) -> None:
-        """Count the failure of a stream that was admitted and answered before."""
+    def record(self, error: grpc.RpcError, *, failed_before: int) -> None:
+        """Count the failure of a stream that was admitted and answered before.
+
+        failed_before: failures that had counted when it was admitted. Streams break together, with the one connection
+        that carries them: the first says so, and those that are opened after it say whether the service is ill.
+        """
         if self._is_answer(error) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return  # the deadline of a stream that delivered is the end of its time, not a sign of illness
-        with suppress(grpc.RpcError, pybreaker.CircuitBreakerError), self._breaker.calling():
-            raise error
+        with self._breaking:
+            if failed_before < self._counts.failed:
+                return
+            with suppress(grpc.RpcError, pybreaker.CircuitBreakerError), self._breaker.calling():
+                raise error
         self.tell()
 
     def tell(self) -> None:
@@ -166,8 +178,10 @@ class CallBreaker:
             self._count("opened")
         self._changes.append((before, after))
 
-    def _failed(self) -> None:
+    def _failed(self, error: BaseException) -> None:
         self._count("failed")
+        if isinstance(error, grpc.RpcError):
+            self._last_failure = f"{error.code().name}: {error.details() or ''}".rstrip(": ")[:_MAX_REASON_CHARS]
 
     def _count(self, what: str) -> None:
         with self._counting:
@@ -181,8 +195,9 @@ class CallBreaker:
                 self._probe = None
 
     def _refusal(self) -> CircuitOpenError:
+        last = f", the last one {self._last_failure}" if self._last_failure else ""
         return CircuitOpenError(
-            f"calls to {self._breaker.name or 'the service'} are held back after repeated failures: "
+            f"calls to {self._breaker.name or 'the service'} are held back after repeated failures{last}; "
             f"try again in {self._reset_timeout_s:g} s"
         )
 
@@ -196,21 +211,26 @@ class CallBreaker:
 class _Listener(pybreaker.CircuitBreakerListener):
     """What pybreaker tells."""
 
-    def __init__(self, changed: Callable[[BreakerState, BreakerState], None], failed: Callable[[], None]) -> None:
+    def __init__(
+        self, changed: Callable[[BreakerState, BreakerState], None], failed: Callable[[BaseException], None]
+    ) -> None:
         self._changed, self._failed = changed, failed
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
         self._changed(old_state.name if old_state else "closed", new_state.name)
 
     def failure(self, cb: Any, exc: BaseException) -> None:
-        self._failed()
+        self._failed(exc)
 
 
 class Admission:
     """One call's way through the breaker. It is settled once; what comes later is ignored."""
 
-    def __init__(self, breaker: CallBreaker, calling: AbstractContextManager[None], probe_timeout_s: float) -> None:
+    def __init__(
+        self, breaker: CallBreaker, calling: AbstractContextManager[None], probe_timeout_s: float, *, failed_before: int
+    ) -> None:
         self._breaker = breaker
+        self._failed_before = failed_before
         self._calling = calling
         # A probe without an outcome, for instance a silent stream, gives up its place after one reset timeout.
         self._due = time.monotonic() + probe_timeout_s
@@ -234,7 +254,7 @@ class Admission:
     def failed(self, error: grpc.RpcError) -> None:
         """The call ended with this status, which the breaker may count. After an answer, it counts as a new failure."""
         if not self._settle(error):
-            self._breaker.record(error)
+            self._breaker.record(error, failed_before=self._failed_before)
 
     def abandoned(self) -> None:
         """The caller let go of the call."""

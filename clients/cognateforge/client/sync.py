@@ -83,9 +83,12 @@ class _ServiceClient:
         """Return the circuit breaker's state and counts, for metrics."""
         return self._breaker.snapshot()
 
-    def health(self) -> str:
-        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN, or UNKNOWN for any other."""
-        status = self._check_health(health_pb2.HealthCheckRequest()).status
+    def health(self, service: str = "") -> str:
+        """Return the service's own word: SERVING, NOT_SERVING, SERVICE_UNKNOWN, or UNKNOWN for any other.
+
+        service: the full name of one gRPC service, "" for the server as a whole.
+        """
+        status = self._check_health(health_pb2.HealthCheckRequest(service=service)).status
         return services.health_word(status)
 
     def close(self) -> None:
@@ -133,20 +136,26 @@ class CognateClient(_ServiceClient):
         return storage_pb2_grpc.StorageServiceStub(self._channel)
 
     def watch_job(
-        self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+        self,
+        name: str,
+        after_sequence: int = 0,
+        *,
+        progress_every: int = 1,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> Iterator[job_pb2.WatchFrame]:
         """Yield a job's events, each once and in order, and then the frame with its end.
 
         Broken streams are followed by new ones from the last sequence, until nothing came for `give_up_after_s`.
+        progress_every: above 1, of progress those events alone whose sequence is a multiple of it.
         Errors: JobNotFoundError, SequenceOutOfRangeError; UnavailableError or the like when the patience is spent.
         """
         stub = self.pretraining
 
         def open_stream(after: int, timeout_s: float) -> watch.Stream[pretraining_pb2.WatchJobResponse]:
-            request = pretraining_pb2.WatchJobRequest(name=name, after_sequence=after)
+            request = pretraining_pb2.WatchJobRequest(name=name, after_sequence=after, progress_every=progress_every)
             return stub.WatchJob(request, timeout=timeout_s)
 
-        return watch.watch(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
+        return watch.watch(open_stream, watch.JobPosition(after_sequence, give_up_after_s, progress_every))
 
     def watch_logs(
         self,
@@ -238,16 +247,21 @@ class AgentClient(_ServiceClient):
         return storage_pb2_grpc.StorageServiceStub(self._channel)
 
     def watch_job(
-        self, name: str, after_sequence: int = 0, *, give_up_after_s: float = GIVE_UP_AFTER_S
+        self,
+        name: str,
+        after_sequence: int = 0,
+        *,
+        progress_every: int = 1,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> Iterator[job_pb2.WatchFrame]:
         """Yield a job's events and its end, as `CognateClient.watch_job` does."""
         stub = self.training
 
         def open_stream(after: int, timeout_s: float) -> watch.Stream[training_pb2.WatchJobResponse]:
-            request = training_pb2.WatchJobRequest(name=name, after_sequence=after)
+            request = training_pb2.WatchJobRequest(name=name, after_sequence=after, progress_every=progress_every)
             return stub.WatchJob(request, timeout=timeout_s)
 
-        return watch.watch(open_stream, watch.JobPosition(after_sequence, give_up_after_s))
+        return watch.watch(open_stream, watch.JobPosition(after_sequence, give_up_after_s, progress_every))
 
     def watch_logs(
         self,

@@ -101,9 +101,11 @@ class _Sequence:
     Where events are missing behind one, it may have stood in their place: no further try would bring them.
     """
 
-    def __init__(self, after_sequence: int, give_up_after_s: float) -> None:
+    def __init__(self, after_sequence: int, give_up_after_s: float, *, holes: bool = False) -> None:
+        """holes: sequences have holes, as the caller has asked for only some of the events."""
         self.after_sequence = after_sequence
         self.patience = Patience(give_up_after_s)
+        self.holes = holes
         self._unknown = False
 
     def begin(self) -> None:
@@ -125,19 +127,19 @@ class _Sequence:
 
     def is_next(self, sequence: int) -> bool:
         """Take an event, and return whether it is the next one and not one that came before."""
-        if sequence > self.after_sequence + 1:
+        if sequence > self.after_sequence + 1 and not self.holes:
             raise self.missing(f"event {self.after_sequence + 1} is missing: the server sent {sequence}")
         self.patience.progress()
-        news = sequence == self.after_sequence + 1
+        news = sequence > self.after_sequence
         self.after_sequence = max(sequence, self.after_sequence)
         return news
 
 
 class JobPosition:
-    """What of a job's history was delivered."""
+    """What of a job's history was delivered. progress_every: as a watch's request has it."""
 
-    def __init__(self, after_sequence: int, give_up_after_s: float) -> None:
-        self._events = _Sequence(after_sequence, give_up_after_s)
+    def __init__(self, after_sequence: int, give_up_after_s: float, progress_every: int = 1) -> None:
+        self._events = _Sequence(after_sequence, give_up_after_s, holes=progress_every > 1)
         self.ended = False
 
     @property
@@ -159,7 +161,7 @@ class JobPosition:
             self._events.pass_over()
             return None
         if kind == "end":
-            if frame.end.last_sequence > self.place:
+            if frame.end.last_sequence > self.place and not self._events.holes:
                 raise self._events.missing(f"the end came before event {frame.end.last_sequence}")
             self.ended = True
         self._events.patience.progress()
