@@ -80,7 +80,11 @@ class Authority:
             key = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), password=None)
             names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         except OSError as error:
-            raise ClientSetupError(f"{error.filename}: {error.strerror}; make an authority first: init") from error
+            half = (folder / CA_CERT).exists() or (folder / CA_KEY).exists()
+            remedy = (
+                "bring it back, or make an authority in another folder" if half else "make an authority first: init"
+            )
+            raise ClientSetupError(f"{error.filename}: {error.strerror}; {remedy}") from error
         except (ValueError, TypeError, x509.ExtensionNotFound) as error:
             raise ClientSetupError(f"{folder} holds no authority that was made here") from error
         if cert.public_key() != key.public_key():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from cognateforge.cli.session import Session, command, print_line
+from cognateforge.cli.session import Session, command, print_line, say
 
 if TYPE_CHECKING:
     from cognateforge.certificates import Issued
@@ -51,10 +51,19 @@ def register(app: typer.Typer) -> None:
         folder: Folder,
         trust_domain: Annotated[str, typer.Option(help="First part of every SPIFFE id.")] = "cognateforge.local",
         days: Days = 30.0,
+        keep: Annotated[bool, typer.Option("--keep", help="Leave a folder that has an authority as it is.")] = False,
     ) -> None:
         """Make an authority, and certificates for both services, an operator and a viewer on this machine."""
-        from cognateforge.certificates import Authority
+        from cognateforge.certificates import CA_CERT, Authority
 
+        if keep and (folder / CA_CERT).exists():
+            Authority.open(folder)  # which says what is wrong with one that cannot be used
+            if not session.as_json:
+                print_line(f"{folder} has an authority: nothing was changed")
+            for first in _FIRST:
+                if not (folder / f"{first.name}.pem").exists():
+                    say(f"{folder} has no certificate {first.name}.pem: forge certs issue {folder} {first.name}")
+            return
         authority = Authority.create(folder, trust_domain)
         for first in _FIRST:
             _tell(session, authority.issue(first.name, hosts=first.hosts, days=days))
