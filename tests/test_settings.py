@@ -117,6 +117,33 @@ def test_the_environment_goes_over_the_file_and_the_file_over_the_default(tmp_pa
     assert CognateSettings().workers.lost_after_s == read.workers.lost_after_s
 
 
+def test_a_variable_may_name_a_file_that_holds_the_value(tmp_path: Path) -> None:
+    """Secrets need not stand in the environment; the end of the file's last line is no part of them."""
+    (tmp_path / "url").write_text("postgresql+psycopg://cognate:secret@db/cognate\n")
+    (tmp_path / "key").write_text("abc ")
+    read = settings(
+        tmp_path,
+        "[artifacts]\nurl = 's3://models'",
+        FILE__STORE_URL=str(tmp_path / "url"),
+        FILE__ARTIFACTS__OPTIONS__SECRET_ACCESS_KEY=str(tmp_path / "key"),
+    )
+    assert read.store_url == "postgresql+psycopg://cognate:secret@db/cognate"
+    assert read.artifacts.options == {"secret_access_key": "abc "}
+
+
+def test_a_variable_that_names_a_file_without_a_value_is_told(tmp_path: Path) -> None:
+    """It would otherwise look like a key that was left out."""
+    with pytest.raises(
+        SettingsError, match=r"COGNATE_SERVER_FILE__STORE_URL: file .*/url cannot be read: No such file"
+    ):
+        settings(tmp_path, FILE__STORE_URL=str(tmp_path / "url"))
+    (tmp_path / "url").write_bytes(b"\xff")
+    with pytest.raises(SettingsError, match="cannot be read: it is no UTF-8 text"):
+        settings(tmp_path, FILE__STORE_URL=str(tmp_path / "url"))
+    with pytest.raises(SettingsError, match="COGNATE_SERVER_STORE_URL gives the same key: set one of the two"):
+        settings(tmp_path, FILE__STORE_URL=str(tmp_path / "url"), STORE_URL="sqlite://")
+
+
 def test_the_other_services_variables_are_not_read(tmp_path: Path) -> None:
     """Both services run in one environment."""
     file = tmp_path / "settings.toml"

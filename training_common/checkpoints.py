@@ -21,8 +21,6 @@ from training_common.retention import Retention
 MANIFEST = "checkpoint.json"
 # step-STEP.ATTEMPT, and .step-STEP.ATTEMPT.PROCESS while it is being written.
 _FOLDER = re.compile(r"\.?step-\d+\.(\d+)(?:\.\d+)?$")
-# Less free space than this after a failed write says why it failed: a writer's last block was larger.
-FULL_BYTES = 1 << 20
 
 
 class CheckpointFolder:
@@ -90,8 +88,7 @@ class CheckpointFolder:
         try:
             write(folder)
         except Exception as error:
-            # Libraries tell of a full disk in words of their own.
-            if shutil.disk_usage(folder).free < FULL_BYTES:
+            if faults.of_full_disk(error, folder):
                 raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(folder)) from error
             raise
 

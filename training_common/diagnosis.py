@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from cognateforge.diagnostics.checks import Area, Check
 from cognateforge.diagnostics.identity import check_identity
 from cognateforge.exceptions import ClientSetupError
+from training_common.artifacts.open import look_at_store
 from training_common.artifacts.signing import require_signing_key
 from training_common.jobs.folders import folder_name, jobs_dir
 from training_common.masking import secrets_of
@@ -75,6 +76,7 @@ def diagnose(service: StoredService, file: Path | None) -> Iterator[Check]:
             key, _, told = str(error).partition(": ")
             yield area.fail(key, told or key, "correct the path, or leave the key out")
     yield from _folders(Area(f"{service.name} folders"), settings)
+    yield from _buckets(Area(f"{service.name} artifacts"), settings)
     yield from _store(Area(f"{service.name} store"), service, settings)
     yield from _devices(Area(f"{service.name} devices"), settings.workers.devices)
     if settings.security.tls is not None:
@@ -130,6 +132,16 @@ def _folders(area: Area, settings: ServiceSettings) -> Iterator[Check]:
             yield area.fail(key, f"{folder} cannot be written", "give it to the user that the service runs as")
         yield _space(area, key, folder)
         yield _file_system(area, key, folder)
+
+
+def _buckets(area: Area, settings: ServiceSettings) -> Iterator[Check]:
+    """Tell whether the buckets of artifacts can be read. That they can be written to is tried by a start alone."""
+    try:
+        for url in look_at_store(settings):
+            yield area.ok("bucket", f"{url} answers, and can be listed")
+    except SettingsError as error:
+        key, _, told = str(error).partition(": ")
+        yield area.fail(key, told, "mend what is named, for no version can be published or fetched without it")
 
 
 def _space(area: Area, key: str, folder: Path) -> Check:

@@ -48,8 +48,8 @@ def request(base_dir: Path, adaptation: Adaptation, *, task: str = "classificati
 
 
 def test_what_is_built_in_is_listed_for_other_programs_too() -> None:
-    """The entry points of pyproject.toml are those of the factory, and each gives an architecture of its name."""
-    project = tomllib.loads((Path(agent_server.__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    """The distribution's entry points are those of the factory, and each gives an architecture of its name."""
+    project = tomllib.loads((Path(agent_server.__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["entry-points"][GROUP] == BUILT_IN
     made = AgentArchitectureFactory()
     assert all(made.get(name).name == name for name in BUILT_IN)

@@ -371,6 +371,6 @@ def test_a_plugins_fault_is_named_and_no_others(
 def test_a_full_disk_is_no_fault_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries tell of it in words of their own."""
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr("agent_server.architectures.blame.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("training_common.faults.shutil.disk_usage", lambda path: usage)
     with pytest.raises(RuntimeError, match="unexpected pos"), plugin_blamed("echo", doing="trained", folder=tmp_path):
         raise RuntimeError("unexpected pos 64")

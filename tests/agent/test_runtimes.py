@@ -299,7 +299,7 @@ def test_a_full_disk_is_told_and_what_was_there_stays(
     monkeypatch.setattr("agent_server.export.AgentArchitectureFactory", factory)
     monkeypatch.setattr(export, "_FORMS", {"onnx": (Mock(side_effect=error), Mock())})
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr("agent_server.export.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("training_common.faults.shutil.disk_usage", lambda path: usage)
     assert 1 == main([str(packages("recurrent-classes")), str(out), "--format", "onnx"])
     assert f"error: {out} cannot be written: {told}" in capsys.readouterr().err
     assert ([out], b"an earlier one") == (list(out.parent.iterdir()), out.read_bytes())

@@ -21,10 +21,10 @@ from training_common.attempt import AttemptStopped, StopKind
 
 RUN = dataclasses.replace(
     CONFIG,
-    total_steps=60,
+    total_steps=24,
     peak_lr=3e-3,
-    checkpoint_interval_steps=10,
-    validation_interval_steps=5,
+    checkpoint_interval_steps=6,
+    validation_interval_steps=3,
     control_rates=(1.0, 3.0),
 )
 PRIOR = truncated_geometric(TINY.max_steps, 2.0)
@@ -61,13 +61,13 @@ def test_a_control_changes_no_bit_of_the_model(tmp_path: Path) -> None:
         for name, metric in (("grokfast", "validation_loss"), ("control", "control_validation_loss"))
     }
     assert curves == {name: list(curve) for name, curve in report.curves.items()}
-    assert [step for step, _ in curves["control"]] == list(range(5, 61, 5))
+    assert [step for step, _ in curves["control"]] == list(range(3, 25, 3))
     assert report.target_loss == max(curves["grokfast"][-1][1], curves["control"][-1][1])
     assert attempt.rows[-1][1]["acceleration_factor"] == report.factor == report.control_steps / report.grokfast_steps
     assert sorted(path.name for path in result.model_dir.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize(("kind", "at"), [(StopKind.PAUSE, 33), (StopKind.REVOKED, 33), (StopKind.REVOKED, 30)])
+@pytest.mark.parametrize(("kind", "at"), [(StopKind.PAUSE, 14), (StopKind.REVOKED, 14), (StopKind.REVOKED, 12)])
 def test_a_resumed_run_reports_the_same_acceleration(
     kind: StopKind, at: int, whole: PretrainResult, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
 from cognateforge.signatures import make_keys
 from deploy.services import Services
+from tests.support.few_rows import FEW_ROWS, write_few_rows
 from training_common.digests import sha256_bytes
 
 Frames = list[job_pb2.WatchFrame]
@@ -92,6 +93,8 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
     monkeypatch.delenv("FORGE_DATA", raising=False)
     # Scores of reasoning are no part of this, and take longer than the training.
     monkeypatch.setenv("COGNATE_SERVER_PRETRAINING__REASONING_PROBLEMS", "1")
+    monkeypatch.setenv("AGENT_SERVER_DATA__FOLDER", str(write_few_rows(tmp_path / "data")))
+    monkeypatch.setenv("COGNATE_SERVER_ARTIFACTS__URL", str(tmp_path / "models"))
     keys = {name: make_keys(tmp_path / f"{name}-keys") for name in ("cognate", "agent")}
     for name, pair in keys.items():
         monkeypatch.setenv(f"{name.upper()}_SERVER_ARTIFACTS__SIGNING_KEY_FILE", str(pair.private))
@@ -100,7 +103,7 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
     with both_services(tmp_path) as (services, cognate, agents):
         # Long enough that the worker is still in training when the server has started anew.
         plan = cognate_v1.PretrainingPlan(
-            total_steps=48, seed=3, batch_size=2, sequence_length=64, checkpoint_interval_steps=8
+            total_steps=24, seed=3, batch_size=2, sequence_length=64, checkpoint_interval_steps=6
         )
         plan.curriculum.SetInParent()
         request = cognate_v1.StartPretrainingRequest(request_id=str(uuid.uuid4()), plan=plan)
@@ -129,6 +132,8 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
         assert sequences == list(range(1, end.last_sequence + 1)), "nothing is lost or doubled"
 
         name = cognate.pretraining.GetJob(cognate_v1.GetJobRequest(name=job)).job.job.artifact
+        assert (tmp_path / "models" / "manifests" / "cognate-25m" / "1.json").exists()
+        assert not (tmp_path / "cognate" / "artifacts").exists(), "its worker publishes where the settings say"
         model = cognate.models.GetModel(model_pb2.GetModelRequest(name=name)).model
         assert model.architecture.parameter_count == 24_998_668
         fetched = cognate.fetch_model(name, tmp_path / "model").path
@@ -142,7 +147,7 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
         assert {"forge_arithmetic_exact_match", "forge_twohop_f1", "validation_loss_memory_off"} <= measured.keys()
         assert accepted_by_tool(fetched, keys["cognate"].public)
         data = json.loads((fetched / "data.json").read_text())
-        assert data["curriculum"] == {"steps": 24, "initial_competence": 0.1}
+        assert data["curriculum"] == {"steps": 12, "initial_competence": 0.1}
         reports = [source["report"] for source in data["sources"]]
         assert [(found["rows_read"], found["rows_kept"], found["findings"]) for found in reports] == [
             (2000, 2000, [])
@@ -193,7 +198,7 @@ def _train(agents: AgentClient, model: model_pb2.FoundationModel, folder: Path) 
         agent="router",
         architecture="cognate",
         foundation=agent_v1.FoundationBase(name=model.name, accept_experimental=True),
-        classification=agent_v1.ClassificationTask(generated=agent_v1.GeneratedSource(seed=1), max_rows_per_label=4),
+        classification=FEW_ROWS,
         adaptation=agent_v1.Adaptation(lora=agent_v1.LoraAdaptation()),
         optimization=agent_v1.Optimization(adamw=agent_v1.AdamW()),
         total_steps=3,

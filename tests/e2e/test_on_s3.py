@@ -1,4 +1,4 @@
-"""Both services over buckets of a real S3 server: trained, published, fetched across the exchange, measured."""
+"""Both services over buckets of a real S3 server: fetched across the exchange, trained, published, measured."""
 
 import json
 import uuid
@@ -10,13 +10,15 @@ from cognateforge.agent.v1 import agent_pb2
 from cognateforge.agent.v1 import training_pb2 as agent_v1
 from cognateforge.client import AgentClient, CognateClient
 from cognateforge.client.manifest import MANIFEST_NAME
-from cognateforge.cognate.v1 import pretraining_pb2 as cognate_v1
 from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
 from deploy.services import Services
 from tests.support.s3 import S3Server
 from tests.support.stored import Stored
+from tests.support.tiny_cognate import publish_tiny_cognate
+from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
 from training_common.digests import sha256_bytes, sha256_file
+from training_common.store.database import Database
 
 GENERATED = agent_v1.ClassificationTask(generated=agent_v1.GeneratedSource(seed=1), max_rows_per_label=2)
 
@@ -43,8 +45,7 @@ def test_a_model_and_an_agent_live_in_buckets(tmp_path: Path, s3: S3Server, monk
         first = services.start(
             "cognate_server",
             address="127.0.0.1:0",
-            # Scores of reasoning are no part of this, and take longer than the training.
-            settings={**options, "ARTIFACTS__URL": f"{url}/cognate", "PRETRAINING__REASONING_PROBLEMS": "1"},
+            settings={**options, "ARTIFACTS__URL": f"{url}/cognate"},
         )
         second = services.start(
             "agent_server",
@@ -52,7 +53,8 @@ def test_a_model_and_an_agent_live_in_buckets(tmp_path: Path, s3: S3Server, monk
             settings={**options, "ARTIFACTS__URL": f"{url}/agent", "COGNATE__ADDRESS": first.address},
         )
         with CognateClient(first.address) as cognate, AgentClient(second.address) as agents:
-            model = pretrain(cognate, tmp_path)
+            model = publish(tmp_path, Stored(files_dir=tmp_path, url=f"{url}/cognate", options=s3.options))
+            fetch(cognate, model, tmp_path / "model")
             agent = train(agents, model, tmp_path)
             request = agent_v1.EvaluateAgentRequest(request_id=new_id(), name=agent.name, classification=GENERATED)
             measured = agents.training.EvaluateAgent(request, timeout=120).evaluations
@@ -66,22 +68,23 @@ def test_a_model_and_an_agent_live_in_buckets(tmp_path: Path, s3: S3Server, monk
     assert s3.options["secret_access_key"] not in logs
 
 
-def pretrain(cognate: CognateClient, folder: Path) -> model_pb2.FoundationModel:
-    """Make a model and fetch it, in one piece and from the middle."""
-    plan = cognate_v1.PretrainingPlan(total_steps=2, seed=5, batch_size=2, sequence_length=64)
-    request = cognate_v1.StartPretrainingRequest(request_id=new_id(), plan=plan)
-    job = cognate.pretraining.StartPretraining(request).job.job.name
-    end = list(cognate.watch_job(job))[-1].end
-    assert end.state == job_pb2.JOB_STATE_SUCCEEDED, end
-    model = cognate.models.GetModel(model_pb2.GetModelRequest(name="cognate-25m@1")).model
-    fetched = cognate.fetch_model(model.name, folder / "model")
-    assert whole(fetched.path, model.digest)
-    rest = cognate.models.FetchModel(model_pb2.FetchModelRequest(name=model.name, offset_bytes=model.size_bytes - 5))
+def publish(folder: Path, stored: Stored) -> ArtifactRow:
+    """Publish a small foundation into the bucket, as a worker of Cognate does with a whole one."""
+    database = Database(f"sqlite:///{folder / 'cognate' / 'store.db'}")
+    row = publish_tiny_cognate(ArtifactRegistry(database, stored.open()), folder / "made")
+    database.close()
+    return row
+
+
+def fetch(cognate: CognateClient, model: ArtifactRow, folder: Path) -> None:
+    """Fetch a model, in one piece and from the middle."""
+    told = cognate.models.GetModel(model_pb2.GetModelRequest(name=model.name)).model
+    assert whole(cognate.fetch_model(model.name, folder).path, told.digest)
+    rest = cognate.models.FetchModel(model_pb2.FetchModelRequest(name=model.name, offset_bytes=told.size_bytes - 5))
     assert 5 == sum(len(frame.chunk.data) for frame in rest if frame.HasField("chunk"))
-    return model
 
 
-def train(agents: AgentClient, model: model_pb2.FoundationModel, folder: Path) -> agent_pb2.Agent:
+def train(agents: AgentClient, model: ArtifactRow, folder: Path) -> agent_pb2.Agent:
     """Make an agent of the model and fetch it."""
     plan = agent_v1.TrainingPlan(
         agent="router",

@@ -14,6 +14,7 @@ from cognateforge.cognate.v1 import pretraining_pb2 as cognate_v1
 from cognateforge.exceptions import InvalidFieldError
 from cognateforge.job.v1 import job_pb2
 from deploy.services import Services
+from tests.support.few_rows import FEW_ROWS, write_few_rows
 
 STEPS = 8
 SETTINGS = {"WORKERS__SLOTS": "2", "WORKERS__THREADS": "1"}
@@ -55,7 +56,8 @@ def test_a_job_of_two_processes_outlives_one_of_them_and_trains_as_one(
             assert sorted(seen) == list(range(1, STEPS + 1))
             assert seen == pytest.approx(alone, rel=2e-3), "bfloat16 where the machine has it"
             name = cognate.pretraining.GetJob(cognate_v1.GetJobRequest(name=job)).job.job.artifact
-        settings = {**SETTINGS, "COGNATE__ADDRESS": first.address}
+        rows = str(write_few_rows(tmp_path / "data"))
+        settings = {**SETTINGS, "COGNATE__ADDRESS": first.address, "DATA__FOLDER": rows}
         second = services.start("agent_server", address="127.0.0.1:0", settings=settings)
         with AgentClient(second.address) as agents:
             train_agent(agents, name)
@@ -109,7 +111,7 @@ def train_agent(agents: AgentClient, foundation: str) -> None:
         agent="router",
         architecture="cognate",
         foundation=agent_v1.FoundationBase(name=foundation, accept_experimental=True),
-        classification=agent_v1.ClassificationTask(generated=agent_v1.GeneratedSource(seed=1), max_rows_per_label=2),
+        classification=FEW_ROWS,
         adaptation=agent_v1.Adaptation(lora=agent_v1.LoraAdaptation()),
         optimization=agent_v1.Optimization(adamw=agent_v1.AdamW()),
         total_steps=2,

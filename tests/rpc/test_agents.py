@@ -186,6 +186,22 @@ async def test_bad_input_is_refused_by_field_and_writes_nothing(
     assert 0 == await jobs_stored(agents)
 
 
+@pytest.mark.parametrize(
+    ("left_out", "told"),
+    [
+        ({"foundation": None}, "plan.base: must be given: one of foundation, model_folder, scratch, agent_version"),
+        ({"adaptation": None}, "plan.adaptation: must be given: one of "),
+        ({"optimization": None}, "plan.optimization: must be given: one of adamw, adam, sgd"),
+    ],
+)
+async def test_what_was_left_out_is_told_with_what_can_stand_there(
+    agents: AsyncAgentClient, left_out: dict[str, None], told: str
+) -> None:
+    """Nobody has to look up what a plan may say."""
+    with pytest.raises(InvalidFieldError, match=told):
+        await agents.training.StartTraining(start(**left_out))
+
+
 async def test_a_warm_up_that_was_left_out_is_not_blamed(agents: AsyncAgentClient) -> None:
     """Negative steps are below no warm-up that was given."""
     with pytest.raises(InvalidFieldError) as caught:

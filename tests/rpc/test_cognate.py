@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import sqlalchemy as sa
 
 from cognateforge.client import AsyncCognateClient
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
@@ -30,9 +31,11 @@ from cognateforge.exchange.v1 import model_pb2, resource_pb2
 from cognateforge.job.v1 import job_pb2
 from tests.support.published import publish_model
 from tests.support.servers import running_cognate
+from tests.support.stage import seeded_series
 from training_common.jobs.store import JobStore
 from training_common.rpc.paging import make_token
 from training_common.rpc.server import RunningServer
+from training_common.store import tables as t
 from training_common.store.database import Database
 
 
@@ -204,6 +207,46 @@ async def test_a_watch_tells_everything_once_and_ends(cognate: AsyncCognateClien
     assert (job_pb2.JOB_STATE_CANCELLED, 4) == (frames[-1].end.state, frames[-1].end.last_sequence)
     late = [frame async for frame in cognate.watch_job(name, after_sequence=3)]
     assert frames[3:] == late
+
+
+async def test_a_watch_can_leave_most_progress_out(tmp_path: Path) -> None:
+    """Of progress every 100th sequence comes, of anything else every event, and the end though its last is left out."""
+    store = JobStore(Database(f"sqlite:///{tmp_path / 'store.db'}"))
+    async with (
+        running_cognate(tmp_path, workers={"slots": 0, "lost_after_s": 3600}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        name = (await client.pretraining.StartPretraining(start())).job.job.name
+        seeded_series(store, name, 1_000)
+        await client.pretraining.CancelJob(pb.CancelJobRequest(request_id=str(uuid.uuid4()), name=name))
+        seeded_series(store, name, 50)
+        frames = [frame async for frame in client.watch_job(name, progress_every=100)]
+        resumed = [frame async for frame in client.watch_job(name, frames[3].event.sequence, progress_every=100)]
+        every = [frame async for frame in client.watch_job(name)]
+    store.database.close()
+    assert 1_053 == len(every)
+    assert [1, *range(100, 1_001, 100), 1_002] == [frame.event.sequence for frame in frames[:-1]]
+    assert (job_pb2.JOB_STATE_CANCELLED, 1_052) == (frames[-1].end.state, frames[-1].end.last_sequence)
+    assert frames[4:] == resumed
+
+
+async def test_a_watch_of_little_progress_is_refused_what_retention_removed(tmp_path: Path) -> None:
+    """A hole that was asked for is not taken for one that retention made, nor the other way round."""
+    store = JobStore(Database(f"sqlite:///{tmp_path / 'store.db'}"))
+    async with (
+        running_cognate(tmp_path, workers={"slots": 0, "lost_after_s": 3600}) as server,
+        AsyncCognateClient(server.address) as client,
+    ):
+        name = (await client.pretraining.StartPretraining(start())).job.job.name
+        seeded_series(store, name, 500)
+        with store.database.write() as connection:
+            connection.execute(sa.delete(t.events).where(t.events.c.sequence < 50))
+            connection.execute(sa.update(t.jobs).values(first_sequence=50))
+        with pytest.raises(SequenceOutOfRangeError) as caught:
+            await anext(aiter(client.watch_job(name, 10, progress_every=100)))
+        found = await anext(aiter(client.watch_job(name, 49, progress_every=100)))
+    store.database.close()
+    assert ("50", 100) == (caught.value.metadata["oldest_sequence"], found.event.sequence)
 
 
 async def test_a_quiet_watch_gets_heartbeats(tmp_path: Path) -> None:

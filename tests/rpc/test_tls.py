@@ -612,6 +612,14 @@ async def test_forge_speaks_tls_with_the_certificates_that_it_makes(tmp_path: Pa
     again = run(app, ["certs", "issue", str(certs), "cognate"])
     assert again.exit_code == 0, again.output
     after = x509.load_pem_x509_certificate((certs / "cognate.pem").read_bytes())
+    # A stack that makes its certificates at every start keeps its authority.
+    kept = run(app, ["certs", "init", str(certs), "--trust-domain", "forge.test", "--keep"])
+    assert (0, f"{certs} has an authority: nothing was changed\n") == (kept.exit_code, kept.stdout)
+    # One that was interrupted is told what it lacks.
+    (certs / "agent.pem").unlink()
+    assert "certs issue" in run(app, ["certs", "init", str(certs), "--keep"]).stderr
+    assert after == x509.load_pem_x509_certificate((certs / "cognate.pem").read_bytes())
+    assert 0 != run(app, ["certs", "init", str(certs), "--trust-domain", "forge.test"]).exit_code
     names = [cert.extensions.get_extension_for_class(x509.SubjectAlternativeName) for cert in (before, after)]
     assert names[0] == names[1]
     assert before.serial_number != after.serial_number

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from cognate_server.stored import SERVICE
 from cognateforge.certificates import Authority
 from cognateforge.diagnostics.checks import Area, Check, Level
 from training_common import diagnosis
+from training_common.artifacts import bucket
 from training_common.jobs.folders import jobs_dir
 from training_common.store.database import Database
 
@@ -51,6 +55,56 @@ def test_a_service_that_is_well(settings_file: Path) -> None:
         found
     )
     assert before == everything(settings_file.parent)
+
+
+def test_a_bucket_that_does_not_answer_is_told_in_bounded_time(
+    settings_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written to it, a server that hangs is given up, and no secret is told."""
+    monkeypatch.setattr(bucket, "_LOOK_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        port = hangs.getsockname()[1]
+        settings_file.write_text(
+            settings_file.read_text() + '[artifacts]\nurl = "s3://models/forge"\n[artifacts.options]\n'
+            f'endpoint = "http://127.0.0.1:{port}"\nregion = "here"\nallow_http = "true"\n'
+            'access_key_id = "me"\nsecret_access_key = "s3cret-of-the-house"\n'
+        )
+        began_s = time.monotonic()
+        found = looked_at(settings_file)["artifacts artifacts.url"]
+        assert time.monotonic() - began_s < 30
+    assert Level.FAIL is found.level
+    assert "s3://models/forge cannot be used" in found.detail
+    assert "s3cret" not in found.detail + found.remedy
+
+
+def test_a_bucket_is_listed_and_not_written_to(settings_file: Path) -> None:
+    """One GET of a list is all that the service is asked."""
+    asked: list[str] = []
+
+    class Listing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            body = b'<?xml version="1.0"?><ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        settings_file.write_text(
+            settings_file.read_text() + '[artifacts]\nurl = "s3://models/forge"\n[artifacts.options]\n'
+            f'endpoint = "http://127.0.0.1:{server.server_address[1]}"\nregion = "here"\nallow_http = "true"\n'
+            'access_key_id = "me"\nsecret_access_key = "secret"\n'
+        )
+        found = looked_at(settings_file)["artifacts bucket"]
+        server.shutdown()
+    assert (Level.OK, "s3://models/forge answers, and can be listed") == (found.level, found.detail)
+    [only] = asked
+    assert only.startswith("GET /models?")
 
 
 def test_a_service_at_work_is_looked_at_too(settings_file: Path) -> None:

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 import cognate_server.migrations
 from cognate_server.models import find_model
 from cognateforge.exceptions import ArtifactInUseError
-from training_common.artifacts.blobs import BlobStore
+from training_common.artifacts.blobs import BlobStore, StoreAwayError
 from training_common.artifacts.collect import ArtifactCollector
 from training_common.artifacts.keeping import ARCHIVE, STANDARD, ArtifactKeeper, LiveFiles
 from training_common.artifacts.registry import ArtifactRegistry, ArtifactRow
@@ -396,6 +396,26 @@ def test_a_store_that_is_away_damages_nothing(
     with pytest.raises(ConnectionError):
         Scrubber(registry, ArtifactSettings()).verify(row, threading.Event())
     assert row == registry.find(FAMILY, 1)
+
+
+def test_a_folder_that_is_not_mounted_damages_nothing_whatever_the_archive_has(
+    registry: ArtifactRegistry, tmp_path: Path
+) -> None:
+    """Nothing here tells of this server's view. As soon as there is something, what is missing is damage."""
+    row = publish(registry, tmp_path, b"first")
+    publish(registry, tmp_path, b"second")
+    keeper_of(registry).archive_old(now_us() + 1)
+    keeper_of(registry).settle()
+    (tmp_path / "artifacts").rename(tmp_path / "away")
+    scrubber = Scrubber(registry, ArtifactSettings())
+    with pytest.raises(StoreAwayError, match="mount shared_dir"):
+        scrubber.verify(row, threading.Event())
+    found = registry.find(FAMILY, 1)
+    assert found is not None
+    assert "" == found.damage
+    (tmp_path / "away").rename(tmp_path / "artifacts")
+    registry.blobs.delete_manifest(FAMILY, 1)
+    assert ["MANIFEST"] == [damage.problem for damage in scrubber.verify(row, threading.Event())]
 
 
 def test_live_files_count_by_version(registry: ArtifactRegistry, tmp_path: Path) -> None:

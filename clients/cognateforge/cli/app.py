@@ -21,6 +21,7 @@ from cognateforge.cli import (
     notify,
     provenance,
     reservations,
+    smoke,
     status,
     storage,
     top,
@@ -59,6 +60,6 @@ def _root(
 
 for module in (
     *(train, jobs, top, artifacts, agents, cards, export, storage, provenance, reservations),
-    *(status, dashboard, export_metrics, notify, doctor, debug_bundle, certs),
+    *(status, dashboard, export_metrics, notify, doctor, smoke, debug_bundle, certs),
 ):
     module.register(app)

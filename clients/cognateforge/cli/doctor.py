@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
             if check.area != area:
                 area = check.area
                 print_line(area)
-            for line in _told(check):
+            for line in told(check):
                 print_line(line)
         counts = {level: levels.count(level) for level in Level}
         if not session.as_json:
@@ -85,7 +85,8 @@ def all_checks(session: Session, settings: dict[Service, Path | None]) -> Iterat
         yield from side.diagnose(file)
 
 
-def _told(check: Check) -> Iterator[str]:
+def told(check: Check) -> Iterator[str]:
+    """Yield a check's lines for people."""
     from cognateforge.cli.terminal import printable
 
     yield printable(f"  {check.level.value:4}  {check.name}: {check.detail}")

@@ -128,9 +128,9 @@ class JobService:
         """Return what the server says of itself."""
         return self._stub.GetServerInfo(self._request("GetServerInfoRequest")).info
 
-    def health(self) -> str:
-        """Return the service's own word."""
-        return str(self._client.health())
+    def health(self, service: str = "") -> str:
+        """Return the service's own word. service: one gRPC service of it, by its full name."""
+        return str(self._client.health(service) if service else self._client.health())
 
     @property
     def addresses(self) -> tuple[str, ...]:
