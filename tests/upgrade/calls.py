@@ -12,6 +12,7 @@ from cognateforge.agent.v1 import training_pb2 as agent_v1
 from cognateforge.client import AgentClient, CognateClient, FetchedArtifact
 from cognateforge.cognate.v1 import pretraining_pb2 as cognate_v1
 from cognateforge.job.v1 import job_pb2
+from tests.upgrade.client_walk import plan_of
 
 Client = CognateClient | AgentClient
 
@@ -24,15 +25,8 @@ def start(client: Client, *, steps: int, step_ms: int, checkpoint_every: int = 5
         plan = cognate_v1.PretrainingPlan(**times)
         request = cognate_v1.StartPretrainingRequest(request_id=request_id, plan=plan)
         return client.pretraining.StartPretraining(request).job.job.name
-    agent_plan = agent_v1.TrainingPlan(
-        agent="router",
-        architecture="cognate",
-        foundation=agent_v1.FoundationBase(name=model, accept_experimental=True),
-        classification=agent_v1.ClassificationTask(generated=agent_v1.GeneratedSource(seed=1), max_rows_per_label=2),
-        adaptation=agent_v1.Adaptation(lora=agent_v1.LoraAdaptation()),
-        optimization=agent_v1.Optimization(adamw=agent_v1.AdamW()),
-        **times,
-    )
+    agent_plan = plan_of(model)
+    agent_plan.MergeFrom(agent_v1.TrainingPlan(**times))
     return client.training.StartTraining(
         agent_v1.StartTrainingRequest(request_id=request_id, plan=agent_plan)
     ).job.job.name
