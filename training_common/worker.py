@@ -117,9 +117,9 @@ class WorkerAttempt(Attempt):
 
     def progress(self, *, step: int, total_steps: int, metrics: Mapping[str, Json]) -> None:
         self._writer.check()
-        payload: dict[str, Json] = {"step": step, "total_steps": total_steps, "metrics": _finite(metrics)}
-        self.store.progress(step=step, payload=payload)
-        self.exports.log(step, _finite(metrics))
+        measured = _finite(metrics)
+        self.store.progress(step=step, payload={"step": step, "total_steps": total_steps, "metrics": measured})
+        self.exports.log(step, measured)
 
     def event(self, kind: str, payload: Mapping[str, Json]) -> None:
         facts = {key: str(value)[:500] for key, value in payload.items() if key != "message"}

@@ -58,6 +58,18 @@ def _dot_loop(a: Any, b: Any) -> Any:
 _dot = _jit(_dot_loop, **_SUMS)
 
 
+def _compare_loop(h: Any, g: Any) -> Any:
+    along, squares = 0.0, 0.0
+    for i in range(h.size):
+        x = np.float64(h[i])
+        along += x * np.float64(g[i])
+        squares += x * x
+    return along, squares
+
+
+_compare = _jit(_compare_loop, **_SUMS)
+
+
 def _update_loop(p: Any, g: Any, h: Any, m: Any, v: Any, numbers: Any) -> None:
     """Run the arithmetic of `update`; numbers are in the order of NUMBERS."""
     scale, alpha, rest, lamb = numbers[0], numbers[1], numbers[2], numbers[3]
@@ -98,8 +110,8 @@ def _update(addresses: Any, numbers: Any, pieces: Any, first: int, last: int, me
         m = _array(_pointer(addresses[t, 3] + offset), n)
         v = _array(_pointer(addresses[t, 4] + offset), n)
         if measure:
-            sums[k, 0] = _dot(h, g) * numbers[t, 0]
-            sums[k, 1] = _dot(h, h)
+            along, squares = _compare(h, g)
+            sums[k, 0], sums[k, 1] = along * numbers[t, 0], squares
         _update_piece(p, g, h, m, v, numbers[t])
 
 

@@ -7,8 +7,9 @@ the time that passes; the ratio of the rates of calls stands beside them.
 
 A step is one of Cognate-25M's pretraining. With telemetry it is measured, and its progress event, with every metric, is
 written to a real store under a worker's fencing token, inside the attempt's span: at every step, as is the default of a
-plan. Without, it is the step alone. Steps are taken in turn by one run; the ratios are of the medians, by the process's
-CPU time and by the time that passed.
+plan. Without, it is the step alone. Steps are taken in turn by one run, several pairs for each run of the bench:
+`step_cpu_ratio` is the mean of the pairs' ratios by the process's CPU time, beside its standard error, as single steps
+differ by more than what is looked for; `step_ratio` is the median by the time that passed.
 Usage: python tests/benchmarks/bench_telemetry.py [runs]
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import statistics
 import sys
 import tempfile
@@ -50,6 +52,8 @@ from training_common.worker import WorkerAttempt
 
 # More often than Prometheus is usually told to, so that a short run has some.
 SCRAPE_EVERY_S = 5.0
+# Pairs of steps for each pair of RPC measurements.
+STEP_PAIRS = 4
 
 
 @dataclass(frozen=True)
@@ -175,10 +179,13 @@ def step(folder: Path, endpoint: str, runs: int) -> dict[str, float]:
         stack.enter_context(trace.of(attempt_store, rank="0"))
         attempt.move(JobState.RUNNING)
         plain(), told()
-        pairs = [(told(), plain()) for _ in range(runs)]
+        # The first of two steps is not always the same: it has the other's traces in the caches.
+        pairs = [(told(), plain()) if number % 2 else (plain(), told())[::-1] for number in range(runs * STEP_PAIRS)]
+    cpu = [with_it.cpu_s / alone.cpu_s for with_it, alone in pairs]
     return {
         "step_s": statistics.median(alone.wall_s for _, alone in pairs),
-        "step_cpu_ratio": statistics.median(with_it.cpu_s / alone.cpu_s for with_it, alone in pairs),
+        "step_cpu_ratio": statistics.mean(cpu),
+        "step_cpu_ratio_error": statistics.stdev(cpu) / math.sqrt(len(cpu)),
         "step_ratio": statistics.median(with_it.wall_s / alone.wall_s for with_it, alone in pairs),
     }
 

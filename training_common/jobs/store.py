@@ -177,10 +177,10 @@ def is_wanted() -> sa.ColumnElement[bool]:
     return t.checkpoints.c.pinned | sa.exists().where(named, v.c.end_us.is_(None))
 
 
-def _may_write(token: int) -> sa.ColumnElement[bool]:
-    """Whether a worker with this token may write: the job is still its own, and so is what it runs on."""
+def _may_write(token: int | sa.BindParameter[int], at_us: int | sa.BindParameter[int]) -> sa.ColumnElement[bool]:
+    """Whether a worker with this token may write now: the job is still its own, and so is what it runs on."""
     until = t.jobs.c.lease_until_us
-    return (t.jobs.c.fencing_token == token) & (until.is_(None) | (until > now_us()))
+    return (t.jobs.c.fencing_token == token) & (until.is_(None) | (until > at_us))
 
 
 def _job(row: Mapping[str, Any] | sa.RowMapping) -> JobRow:
@@ -210,7 +210,7 @@ def append_event(
     """
     condition = t.jobs.c.id == job_id
     if only_token is not None:
-        condition &= _may_write(only_token)
+        condition &= _may_write(only_token, now_us())
     statement = (
         sa.update(t.jobs)
         .where(condition)
@@ -219,19 +219,43 @@ def append_event(
     )
     row = connection.execute(statement).mappings().one_or_none()
     if row is None:
-        raise FencedOutError(f"job {job_id}: fencing token {only_token} is no longer current")
+        raise _fenced_out(job_id, only_token)
     job = _job(row)
-    connection.execute(
-        sa.insert(t.events).values(
-            job_id=job_id,
-            sequence=job.last_sequence,
-            time_us=now_us(),
-            attempt=job.attempt,
-            kind=kind,
-            payload=dict(payload),
-        )
-    )
+    _insert_event(connection, job_id, job.last_sequence, job.attempt, kind, payload)
     return job
+
+
+# Built once, as building a statement takes longer than running it, and a worker tells of every step.
+_INSERT_EVENT = sa.insert(t.events)
+_TELL_OF_PROGRESS = (
+    sa.update(t.jobs)
+    .where(t.jobs.c.id == sa.bindparam("told_job"), _may_write(sa.bindparam("token"), sa.bindparam("at_us")))
+    .values(last_sequence=t.jobs.c.last_sequence + 1, step=sa.bindparam("told_step"))
+    .returning(t.jobs.c.last_sequence, t.jobs.c.attempt)
+)
+
+
+def append_progress(
+    connection: sa.Connection, job_id: int, payload: Mapping[str, Any], *, step: int, only_token: int
+) -> None:
+    """Do for an event of progress what `append_event` does for any, in a third of the time. Errors: FencedOutError."""
+    of = {"told_job": job_id, "token": only_token, "at_us": now_us(), "told_step": step}
+    row = connection.execute(_TELL_OF_PROGRESS, of).one_or_none()
+    if row is None:
+        raise _fenced_out(job_id, only_token)
+    sequence, attempt = row
+    _insert_event(connection, job_id, sequence, attempt, "progress", payload)
+
+
+def _insert_event(
+    connection: sa.Connection, job_id: int, sequence: int, attempt: int, kind: str, payload: Mapping[str, Any]
+) -> None:
+    row = {"job_id": job_id, "sequence": sequence, "time_us": now_us(), "attempt": attempt}
+    connection.execute(_INSERT_EVENT, {**row, "kind": kind, "payload": dict(payload)})
+
+
+def _fenced_out(job_id: int, token: int | None) -> FencedOutError:
+    return FencedOutError(f"job {job_id}: fencing token {token} is no longer current")
 
 
 def move(
@@ -854,7 +878,9 @@ class AttemptStore:
         """Record that training went on. Errors: FencedOutError."""
         with self._step_lock:
             self._told_step = step
-            self.append("progress", payload, step=step)
+            with self.writing() as connection:
+                token = self.attempt.fencing_token
+                append_progress(connection, self.job.id, payload, step=step, only_token=token)
 
     def move(self, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
         """Move the job. Errors: FencedOutError, IllegalTransitionError."""
@@ -1004,7 +1030,7 @@ class AttemptStore:
         connection.execute(sa.update(t.checkpoints).filter_by(id=row.id).values(available=False))
 
     def _check(self, connection: sa.Connection) -> JobRow:
-        query = sa.select(t.jobs).where(t.jobs.c.id == self.job.id, _may_write(self.attempt.fencing_token))
+        query = sa.select(t.jobs).where(t.jobs.c.id == self.job.id, _may_write(self.attempt.fencing_token, now_us()))
         row = connection.execute(query.with_for_update()).mappings().one_or_none()
         if row is None:
             token = self.attempt.fencing_token

@@ -9,7 +9,7 @@ import grpc
 from google.rpc import code_pb2
 
 from training_common.telemetry.instruments import Instruments
-from training_common.telemetry.spans import Tracer, end_call, place_of
+from training_common.telemetry.spans import Tracer, end_call
 from training_common.telemetry.traces import TraceContext
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ class CallTelemetry:
         self.tracer = tracer
 
     def begin(self, method: str, parent: TraceContext | None) -> tuple[Span | None, TraceContext | None]:
-        """Return a call's span, made the current one, and its place in a trace: the parent's where there is no span."""
+        """Return a call's span, made the current one, where one is kept, and its place in a trace.
+
+        That is the parent's where this server makes no spans.
+        """
         if self.tracer is None:
             return None, parent
-        span = self.tracer.begin_call(method[1:], parent)
-        return span, place_of(span)
+        return self.tracer.begin_call(method[1:], parent)
 
     def ended(
         self,
