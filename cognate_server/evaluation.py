@@ -22,12 +22,10 @@ from cognate_server.data.processor import ANSWER_MARK, Document
 from cognate_server.data.sources import DatasetId
 from cognate_server.data.stream import CognateTokenStream
 from cognate_server.data.tokenizer import CognateTokenizer
+from cognate_server.settings import PretrainingSettings
 from training_common.models.cognate_v1 import CognateV1, MemoryState
 from training_common.models.generation import generate
 
-# The whole solution fits for 84 % of held-out GSM8K, 90 % of HotpotQA and all generated problems; 64 tokens would hold
-# 6 % of GSM8K's, and no score could be above that.
-REASONING_TOKENS = 192
 _NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # Answers of one word whose share of words with a sentence says nothing.
@@ -134,16 +132,16 @@ def evaluate(
 
 
 def evaluate_on(
-    stream: CognateTokenStream, sequence_length: int, problems: int, model: CognateV1
+    stream: CognateTokenStream, sequence_length: int, settings: PretrainingSettings, model: CognateV1
 ) -> list[ReasoningScore]:
-    """Let the model answer so many held-out problems of each of a stream's sets, as a job's score does."""
+    """Let the model answer held-out problems of each of a stream's sets, as many as a job's score takes."""
     return evaluate(
         model,
         stream.tokenizer,
         stream.held_out,
         sequence_length=sequence_length,
-        problems=problems,
-        max_new_tokens=REASONING_TOKENS,
+        problems=settings.reasoning_problems,
+        max_new_tokens=settings.reasoning_tokens,
     )
 
 

@@ -25,6 +25,11 @@ class PretrainingSettings(Section):
         description="held-out problems of each set that a score of reasoning asks for; a share of 16 is coarse, and "
         "takes 30 s of one core while no answer ends early",
     )
+    # The whole solution fits for 84 % of held-out GSM8K, 90 % of HotpotQA and all generated problems; 64 tokens would
+    # hold 6 % of GSM8K's, and no score could be above that.
+    reasoning_tokens: int = Field(
+        default=192, ge=1, le=4096, description="longest answer to such a problem, in tokens; what is cut off is wrong"
+    )
 
 
 class ValidationSettings(Section):

@@ -24,6 +24,7 @@ from cognate_server.evaluation import evaluate_on
 from cognate_server.gate import GateReport, judge
 from cognate_server.plan import source_settings
 from cognate_server.run import PretrainConfig
+from cognate_server.settings import PretrainingSettings
 from cognate_server.validation import first_rows, validate
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import ArtifactCorruptError, DataUnavailableError, IncompatibleError
@@ -90,10 +91,12 @@ class Published:
         return stream
 
 
-def gate(version: Published, data: DataSettings, *, problems: int, expected: int = SPECIFIED_PARAMETERS) -> GateReport:
+def gate(
+    version: Published, data: DataSettings, settings: PretrainingSettings, *, expected: int = SPECIFIED_PARAMETERS
+) -> GateReport:
     """Run the gate on a version's files.
 
-    problems: held-out problems of each set. expected: parameters of the architecture; tests have smaller ones.
+    settings: how much a score of reasoning asks for. expected: parameters of the architecture; tests have smaller ones.
     Errors: ArtifactCorruptError, DataUnavailableError, IncompatibleError.
     """
     plan, model = version.plan(), version.model()
@@ -102,7 +105,7 @@ def gate(version: Published, data: DataSettings, *, problems: int, expected: int
     return judge(
         version.folder / "model.safetensors",
         validate(model, rows, stream.unigram_counts()),
-        evaluate_on(stream, plan.sequence_length, problems, model),
+        evaluate_on(stream, plan.sequence_length, settings, model),
         max_steps=model.config.max_steps,
         expected_parameters=expected,
     )
@@ -119,7 +122,8 @@ def main(arguments: Sequence[str]) -> int:
         version = Published(name=order["name"], folder=folder / "model")
         unpack(files, blobs, version.folder)
         data = DataSettings.model_validate(order["data"])
-        return [check.told() for check in gate(version, data, problems=order["reasoning_problems"]).checks]
+        pretraining = PretrainingSettings.model_validate(order["pretraining"])
+        return [check.told() for check in gate(version, data, pretraining).checks]
 
     return answer_order(folder, work)
 

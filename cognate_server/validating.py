@@ -59,7 +59,7 @@ class ModelValidator:
                 "files_dir": str(settings.files_dir.resolve()),
                 "artifacts": settings.artifacts.model_dump(mode="json"),
                 "data": settings.data.model_dump(mode="json"),
-                "reasoning_problems": settings.pretraining.reasoning_problems,
+                "pretraining": settings.pretraining.model_dump(mode="json"),
                 "threads": settings.validation.threads,
                 "name": row.name,
                 "manifest": row.manifest.decode(),

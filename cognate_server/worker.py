@@ -76,7 +76,7 @@ def work(context: WorkerContext[CognateSettings]) -> None:
     try:
         # The first process decides for all of them.
         precision = team.agree(lambda: _precision(settings.pretraining.precision, context.job_dir / "precision"))
-        reason = functools.partial(evaluate_on, stream, plan.sequence_length, settings.pretraining.reasoning_problems)
+        reason = functools.partial(evaluate_on, stream, plan.sequence_length, settings.pretraining)
         result = pretrain(
             _config(plan, Precision(precision)),
             stream,

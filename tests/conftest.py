@@ -27,11 +27,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
 
 
+# Files of slow tests alone, the longest first. What is not named follows: a process that has begun a long file last
+# would work on alone.
+LONGEST = (
+    "e2e/test_from_weights_to_agent.py",
+    "e2e/test_two_processes.py",
+    "jobs/test_two_nodes.py",
+    "e2e/test_on_s3.py",
+    "cognate/test_data_parallel.py",
+    "backup/test_drill.py",
+    "agent/test_data_parallel.py",
+    "jobs/test_ten_tenants.py",
+    "dashboard/test_real_job.py",
+    "fuzz/test_fuzz.py",
+    "agent/test_architectures_end_to_end.py",
+    "upgrade/test_schema.py",
+)
+
+
 def _place(item: pytest.Item) -> int:
     if item.get_closest_marker("slow") is None:
         return 0
-    part = item.path.relative_to(Path(__file__).parent).parts[0]
-    return {"e2e": 1, "dashboard": 1, "telemetry": 1, "jobs": 2}.get(part, 3)
+    file = item.path.relative_to(Path(__file__).parent).as_posix()
+    return 1 + (LONGEST.index(file) if file in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

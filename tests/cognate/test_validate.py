@@ -11,6 +11,7 @@ from cognate_server.construct import CognateModelConstructor
 from cognate_server.data.build import build_stream
 from cognate_server.data_plan import data_plan
 from cognate_server.plan import source_settings, with_defaults
+from cognate_server.settings import PretrainingSettings
 from cognate_server.validate import Published, gate
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import ArtifactCorruptError, DataUnavailableError, IncompatibleError
@@ -61,7 +62,8 @@ def version(made: Path, tmp_path: Path) -> Published:
 
 
 def checked(version: Published) -> dict[str, float]:
-    report = gate(version, GENERATED, problems=2, expected=count_parameters(version.model().config))
+    few = PretrainingSettings(reasoning_problems=2, reasoning_tokens=16)
+    report = gate(version, GENERATED, few, expected=count_parameters(version.model().config))
     return {check.name: check.value for check in report.checks}
 
 

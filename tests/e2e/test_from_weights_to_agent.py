@@ -93,6 +93,7 @@ def test_a_job_outlives_its_server_and_its_worker_and_becomes_an_agent(
     monkeypatch.delenv("FORGE_DATA", raising=False)
     # Scores of reasoning are no part of this, and take longer than the training.
     monkeypatch.setenv("COGNATE_SERVER_PRETRAINING__REASONING_PROBLEMS", "1")
+    monkeypatch.setenv("COGNATE_SERVER_PRETRAINING__REASONING_TOKENS", "8")
     monkeypatch.setenv("AGENT_SERVER_DATA__FOLDER", str(write_few_rows(tmp_path / "data")))
     monkeypatch.setenv("COGNATE_SERVER_ARTIFACTS__URL", str(tmp_path / "models"))
     keys = {name: make_keys(tmp_path / f"{name}-keys") for name in ("cognate", "agent")}

@@ -19,7 +19,7 @@ from tests.support.few_rows import FEW_ROWS, write_few_rows
 STEPS = 8
 SETTINGS = {"WORKERS__SLOTS": "2", "WORKERS__THREADS": "1"}
 # Scores of reasoning are no part of this, and take longer than the training.
-FEW_PROBLEMS = {"PRETRAINING__REASONING_PROBLEMS": "1"}
+FEW_PROBLEMS = {"PRETRAINING__REASONING_PROBLEMS": "1", "PRETRAINING__REASONING_TOKENS": "8"}
 
 
 def start(cognate: CognateClient, processes: int) -> str:
