@@ -45,7 +45,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor, Tensor]:
         hidden_XD, weight_VD, bias_V, own_X = ctx.saved_tensors
-        return hidden_XD * scale, weight_VD * scale, bias_V * scale, None, -own_X * scale, (own_X - 1) * scale
+        # In place, as there is one pass: 32 MB less to fill. torch refuses a second one.
+        weight_VD.mul_(scale)
+        return hidden_XD * scale, weight_VD, bias_V * scale, None, -own_X * scale, (own_X - 1) * scale
 
 
 def _losses_and_gradients(
@@ -57,51 +59,44 @@ def _losses_and_gradients(
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return every loss, the gradients of their sum, and how much of each target's probability is the head's own."""
-    of_hidden_XD = torch.empty_like(hidden_XD)
-    of_weight_VD = torch.zeros_like(weight_VD)
+    wide = product == torch.float32
+    of_hidden_XD, of_weight_VD = torch.empty_like(hidden_XD), torch.empty_like(weight_VD)
     of_bias_V = torch.zeros_like(bias_V)
-    losses, owns = [], []
-    weight_VD = weight_VD.to(product)
+    losses_X = hidden_XD.new_empty(len(targets_X), dtype=torch.float32)
+    owns_X = torch.empty_like(losses_X)
+    hidden_XD, narrow_VD = hidden_XD.to(product), weight_VD.to(product)
     piece = CPU_PIECE if hidden_XD.device.type == "cpu" else GPU_PIECE
-    waiting: list[tuple[Tensor, Tensor]] = []
-    for hidden_LD, targets_L, log_own_L, log_other_L, out_LD in zip(
-        *(torch.split(whole, piece) for whole in (hidden_XD.to(product), targets_X, *mixture, of_hidden_XD)),
-        strict=True,
-    ):
-        logits_LV = F.linear(hidden_LD, weight_VD).float().add_(bias_V)
-        log_p_LV = F.log_softmax(logits_LV, -1)
-        places_L1 = targets_L.unsqueeze(1)
-        log_part_L = log_own_L + log_p_LV.gather(1, places_L1).squeeze(1)
-        log_whole_L = torch.logaddexp(log_part_L, log_other_L)
-        own_L = (log_part_L - log_whole_L).exp()
-        losses.append(-log_whole_L)
-        owns.append(own_L)
-        # Of the sum of the head's own losses; each row of it counts as much as its target's probability is the head's.
-        gradient_LV = log_p_LV.exp_().scatter_add_(1, places_L1, log_p_LV.new_full(places_L1.shape, -1.0))
-        of_bias_V += own_L @ gradient_LV
-        narrow_LV, own_L1 = gradient_LV.to(product), own_L.unsqueeze(1)
-        out_LD.copy_((narrow_LV @ weight_VD) * own_L1)
-        waiting.append((narrow_LV, (hidden_LD * own_L1).to(product)))
-        if sum(len(gradient) for gradient, _ in waiting) >= ROWS_TOGETHER:
-            _accumulate(of_weight_VD, waiting)
-    _accumulate(of_weight_VD, waiting)
-    empty_X = of_bias_V.new_zeros(0, dtype=torch.float32)
-    return torch.cat([empty_X, *losses]), of_hidden_XD, of_weight_VD, of_bias_V, torch.cat([empty_X, *owns])
-
-
-def _accumulate(sum_VD: Tensor, waiting: list[tuple[Tensor, Tensor]]) -> None:
-    """Add the pieces' product in the sum's own precision, since many that are rounded to bfloat16 would lose the small.
-
-    waiting: gradients of logits and hidden states; empty afterwards.
-    """
-    if not waiting:
-        return
-    gradient_LV, hidden_LD = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-    waiting.clear()
-    if sum_VD.dtype == gradient_LV.dtype:
-        sum_VD.addmm_(gradient_LV.t(), hidden_LD)
-    else:
-        sum_VD += gradient_LV.t() @ hidden_LD
+    wholes = (hidden_XD, targets_X, *mixture, of_hidden_XD, losses_X, owns_X)
+    groups = zip(*(torch.split(whole, max(piece, ROWS_TOGETHER)) for whole in wholes), strict=True)
+    for number, rows in enumerate(groups):
+        # Filled piece by piece, and multiplied as one.
+        of_logits_RV = hidden_XD.new_empty(len(rows[0]), len(weight_VD))
+        counted_RD = torch.empty_like(rows[0])
+        pieces = zip(*(torch.split(part, piece) for part in (*rows, of_logits_RV, counted_RD)), strict=True)
+        for hidden_LD, targets_L, log_own_L, log_other_L, out_LD, losses_L, owns_L, of_logits_LV, counted_LD in pieces:
+            logits_LV = F.linear(hidden_LD, narrow_VD).float().add_(bias_V)
+            log_p_LV = torch.log_softmax(logits_LV, -1, out=of_logits_LV if wide else None)
+            places_L1 = targets_L.unsqueeze(1)
+            log_part_L = log_own_L + log_p_LV.gather(1, places_L1).squeeze(1)
+            log_whole_L = torch.logaddexp(log_part_L, log_other_L)
+            torch.exp(log_part_L - log_whole_L, out=owns_L)
+            torch.neg(log_whole_L, out=losses_L)
+            # Of the sum of the head's own losses; a row of it counts as much as its target's probability is the head's.
+            p_LV = log_p_LV.exp_().scatter_add_(1, places_L1, log_p_LV.new_full(places_L1.shape, -1.0))
+            of_bias_V += owns_L @ p_LV
+            if not wide:
+                of_logits_LV.copy_(p_LV)
+            own_L1 = owns_L.unsqueeze(1)
+            out_LD.copy_((of_logits_LV @ narrow_VD) * own_L1)
+            counted_LD.copy_(hidden_LD * own_L1)
+        # In the sum's own precision, since many products that are rounded to bfloat16 would lose the small.
+        if wide:
+            of_weight_VD.addmm_(of_logits_RV.t(), counted_RD, beta=min(number, 1))
+        elif number == 0:
+            of_weight_VD.copy_(of_logits_RV.t() @ counted_RD)
+        else:
+            of_weight_VD += of_logits_RV.t() @ counted_RD
+    return losses_X, of_hidden_XD, of_weight_VD, of_bias_V, owns_X
 
 
 def head_cross_entropy(
