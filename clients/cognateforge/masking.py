@@ -5,16 +5,19 @@ A secret is replaced by as many asterisks as it has bytes, so that whatever stan
 
 from __future__ import annotations
 
+import base64
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 # scheme://user:PASSWORD@host
 _IN_URL = re.compile(rb"(?<=://)([^\s:/@]*:)([^\s/@]+)(?=@)")
 # A tokenizer is none.
 _NAMED_SECRET = re.compile(
-    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|API[_-]?KEY|ACCESS[_-]?KEY|PRIVATE[_-]?KEY$|CREDENTIAL", re.IGNORECASE
+    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|API[_-]?KEY|ACCESS[_-]?KEY|PRIVATE[_-]?KEY$|CREDENTIAL",
+    re.IGNORECASE,
 )
 # A shorter value would hide words of every text.
 _SHORTEST_CHARS = 8
@@ -68,11 +71,24 @@ _FORMS = (
     re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),  # Amazon's key ids
     re.compile(r"\b(?:gh[pousr]|github_pat|glpat|hf|sk|xox[abprs])[_-][\w-]{16,}"),  # what well-known services issue
 )
-_HEADER = re.compile(r"(?i)\b(bearer\s{1,8}|authorization\W{1,6}(?:\w{1,32}\s{1,8})?)([\w.~+/=-]{8,})")
+_HEADER = re.compile(r"(?i)\b(bearer\s{1,8}|authorization\W{1,6}(?:b\W)?(?:\w{1,32}\s{1,8})?)([\w.~+/=-]{8,})")
+# A parameter in a URL, whose names are shorter: there `sig` and `key` are no other words.
+_IN_QUERY = re.compile(r"""(?<=[?&;])([\w.~%-]{1,128})=([^\s&;#"'<>\\]+)""")
+_QUERY_SECRET = re.compile(r"sig|signature|x-[a-z]{1,8}-signature|key|auth|pwd|pass|code", re.IGNORECASE)
+# Paths that are the secret themselves, of services that take messages.
+_HOOK = re.compile(r"(?<=://)(hooks\.slack\.com/services/|discord(?:app)?\.com/api/webhooks/)([\w/-]+)")
+_COOKIE = re.compile(r"(?i)\b((?:set-)?cookie[\"']?\s{0,8}:\s{0,8})([^\n]+)")
+# An option of a command line and its value; what is shorter is a word of a sentence.
+_OPTION = re.compile(r"""(?<![\w-])(--?[\w-]{1,128})(["']?,?\s{1,8}["']?)([^\s"',-][^\s"',]{7,})""")
+_USER = re.compile(r"(?<![\w-])((?:-u|--user)[\s=]{1,8}[^\s:]{1,256}:)(\S+)")
+# A pair of texts, as headers and items are printed.
+_PAIR = re.compile(r"""(?<=["'])([\w.-]{1,128})(["'],\s{0,8}b?["'])([^"'\\\n]+)""")
+# An object on one line whose name is that of a secret.
+_NESTED = re.compile(r"""(?<![\w.-])([\w.-]{1,128})(["']?\s{0,8}[:=]\s{0,8}\{)([^{}\n]+)""")
 # name = value, in files of settings, in environments and in printed objects. What is quoted may hold blanks.
 _ASSIGNED = re.compile(
     r"""(?<![\w.-])([\w.-]{1,128})((?:\\*["'])?\s{0,8}[:=]\s{0,8}(?:\\*["'])?)"""
-    r"""((?<=")[^"\\\n]+|(?<=')[^'\\\n]+|[^\s"',;&}\])\\]+)"""
+    r"""((?<=[^\\]")(?:[^"\\\n]|\\.)+|(?<=")[^"\\\n]+|(?<=')[^'\\\n]+|(?!\{["'\s*])[^\s"',;&}\])\\]+)"""
 )
 _HARMLESS = re.compile(r"[-+]?\d{1,7}(\.\d+)?|null|none|true|false|\*+", re.IGNORECASE)
 # Tokens are what a model reads, too: those are counted.
@@ -87,7 +103,8 @@ class Redactor:
 
     def __init__(self, values: Iterable[str] = ()) -> None:
         """values: secrets as they are."""
-        self._mask = Mask(values)
+        known = list(values)
+        self._mask = Mask([*known, *(form for value in known for form in _encoded(value))])
 
     def text(self, text: str) -> str:
         """Return a text without secrets."""
@@ -96,7 +113,9 @@ class Redactor:
     def plain(self, value: Any, *, name: str = "") -> Any:
         """Return a JSON value without secrets. name: that of the value."""
         if isinstance(value, Mapping):
-            return {self.text(str(key)): self.plain(item, name=str(key)) for key, item in value.items()}
+            # What is below a secret's name is the secret.
+            above = f"{name}." if is_secret_name(name) and "tokens" not in name.lower() else ""
+            return {self.text(str(key)): self.plain(item, name=f"{above}{key}") for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.plain(item, name=name) for item in value]
         if not isinstance(value, str):
@@ -107,8 +126,30 @@ class Redactor:
 def _without_forms(line: str) -> str:
     for form in _FORMS:
         line = form.sub(lambda found: "*" * len(found[0]), line)
+    line = _HOOK.sub(lambda found: found[1] + "*" * len(found[2]), line)
+    line = _COOKIE.sub(lambda found: found[1] + "*" * len(found[2]), line)
+    line = _USER.sub(lambda found: found[1] + "*" * len(found[2]), line)
+    line = _IN_QUERY.sub(_in_query, line)
+    line = _NESTED.sub(_below_name, line)
+    for form in (_OPTION, _PAIR):
+        line = form.sub(_assigned, line)
     line = _HEADER.sub(lambda found: found[1] + "*" * len(found[2]), line)
     return _ASSIGNED.sub(_assigned, line)
+
+
+def _encoded(value: str) -> Iterator[str]:
+    """Yield the forms in which a secret is found in other texts: hexadecimal, percent-encoded, in Base64."""
+    if len(value) < _SHORTEST_CHARS:
+        return
+    data = value.encode("utf-8", "surrogateescape")
+    yield from {data.hex(), data.hex().upper(), quote(value, safe=""), quote_plus(value)} - {value}
+    for before in range(3):
+        # Within a longer text a secret may begin at each of three places of Base64's groups; what is shared with its
+        # neighbours is left out.
+        first = -(-before * 8 // 6)
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            text = encode(b"\0" * before + data).decode().rstrip("=")
+            yield text[first : (before + len(data)) * 8 // 6]
 
 
 def _without_keys(text: str) -> str:
@@ -149,6 +190,18 @@ def _is_secret(name: str, value: str) -> bool:
     if not is_secret_name(name) or _HARMLESS.fullmatch(value):
         return False
     return not ("tokens" in name.lower() and _COUNT.fullmatch(value))
+
+
+def _in_query(found: re.Match[str]) -> str:
+    if not _QUERY_SECRET.fullmatch(found[1]) and not _is_secret(found[1], found[2]):
+        return found[0]
+    return f"{found[1]}={'*' * len(found[2])}"
+
+
+def _below_name(found: re.Match[str]) -> str:
+    if not is_secret_name(found[1]) or "tokens" in found[1].lower():
+        return found[0]
+    return found[1] + found[2] + "*" * len(found[3])
 
 
 def _assigned(found: re.Match[str]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import stat
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -229,12 +232,65 @@ def test_a_log_with_a_hole_is_read_past_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("https://h/x?token=s3cr3t-0001&y=1", "https://h/x?token=***********&y=1"),
+        ("postgresql://u@h/db?sslpassword=s3cr3t", "postgresql://u@h/db?sslpassword=******"),
+        ("https://b.s3.x/k?X-Amz-Signature=s3cr3t&n=1", "https://b.s3.x/k?X-Amz-Signature=******&n=1"),
+        ("https://hooks.slack.com/services/T0/s3cr3t", "https://hooks.slack.com/services/*********"),
+        ("curl -u me:s3cr3t http://x", "curl -u me:****** http://x"),
+        ("run --password s3cr3t-0001 -v", "run --password *********** -v"),
+        ("['run', '--token', 's3cr3t-0001', '-v']", "['run', '--token', '***********', '-v']"),
+        ("Cookie: session=s3cr3t; b=c", "Cookie: *******************"),
+        ("passphrase: s3cr3t", "passphrase: ******"),
+        ("(b'x-api-key', b's3cr3t')", "(b'x-api-key', b'******')"),
+        ("(b'authorization', b'Basic s3cr3t-0001')", "(b'authorization', b'Basic ***********')"),
+        ('{"password": {"value": "s3cr3t"}, "a": 1}', '{"password": {*****************}, "a": 1}'),
+        ('password="s3\\"c r3t" and more', 'password="*********" and more'),
+    ],
+)
+def test_secrets_are_hidden_where_programs_write_them(text: str, told: str) -> None:
+    """In addresses, command lines, headers, printed pairs and objects; what stands around them is left."""
+    assert told == Redactor().text(text)
+
+
+@pytest.mark.parametrize("before", ["", "x", "xx"])
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda data: base64.b64encode(data).decode(),
+        lambda data: base64.urlsafe_b64encode(data).decode(),
+        lambda data: data.hex(),
+        lambda data: data.hex().upper(),
+        lambda data: quote(data, safe=""),
+    ],
+)
+def test_a_known_secret_is_hidden_in_other_forms(before: str, encode: Callable[[bytes], str]) -> None:
+    """Whatever stands before and after it: of Base64 at most what is shared with a neighbour is left."""
+    secret = "s3cr3t+value/of?an~environment"  # noqa: S105 - made up
+    text = encode(f"{before}{secret}-and-more".encode())
+    hidden = Redactor([secret]).text(text)
+    assert len(text) == len(hidden)
+    assert hidden.count("*") >= len(encode(secret.encode()).rstrip("=")) - 4
+
+
+def test_what_is_below_a_secrets_name_is_hidden() -> None:
+    """As in a configuration that says where a password comes from; counts of tokens are none."""
+    plain = {"password": {"value": "s3cr3t", "from": ["s3cr3t"]}, "tokens": {"unit": "words"}}
+    hidden = {"password": {"value": "******", "from": ["******"]}, "tokens": {"unit": "words"}}
+    assert hidden == Redactor().plain(plain)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "tokens_per_s=1234.5 max_new_tokens: 512 tokens=123456789012",
         '{"tokenizer_digest": "sha256:abc", "secret_count": 3, "token": null}',
         "basic training of 25 million parameters",
         "https://example.org/a:b@c",
+        "https://example.org/a?page=2&state=RUNNING",
+        "--token is required, --max-tokens 12345678 --tokenizer bert-base-uncased",
+        '{"tokens": {"seen": 5, "unit": "words"}}',
     ],
 )
 def test_what_is_no_secret_is_left(text: str) -> None:
@@ -245,7 +301,27 @@ def test_what_is_no_secret_is_left(text: str) -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     "piece",
-    ["x", "eyJ-", "a.", "password", "-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----", "\\", '"', "= ", "hf-"],
+    [
+        "x",
+        "eyJ-",
+        "a.",
+        "password",
+        "&a=",
+        "?",
+        "--a",
+        "--password ",
+        "'a', ",
+        "a:{",
+        "-u a:",
+        "cookie:",
+        '="\\"',
+        "-----BEGIN PRIVATE KEY-----",
+        "-----END PRIVATE KEY-----",
+        "\\",
+        '"',
+        "= ",
+        "hf-",
+    ],
 )
 def test_no_text_takes_long(piece: str) -> None:
     """A program that trains writes what it likes: a mebibyte of anything is looked through in seconds."""

@@ -17,6 +17,7 @@ from cognateforge.cli.jobs import Progress, RequestId
 from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.search import Search, searching
 from cognateforge.cli.session import Session, command, first_found, group, new_request_id, print_line, say
+from cognateforge.cli.terminal import can_draw, console
 
 if TYPE_CHECKING:
     from cognateforge.cli.session import Row
@@ -264,13 +265,12 @@ def found_as(name: str, kind: Kind | None, tries: Mapping[Kind, Callable[[], T]]
 
 @contextmanager
 def _transfer(progress: bool | None) -> Iterator[Callable[[int, int], None] | None]:
-    if progress is False or (progress is None and not sys.stderr.isatty()):
+    if progress is False or (progress is None and not can_draw(sys.stderr)):
         yield None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("fetching"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -10,7 +10,7 @@ import typer
 from cognateforge.cli.artifacts import Kind, KindOption, found_as
 from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.session import Session, command, print_line, say
-from cognateforge.cli.terminal import printable
+from cognateforge.cli.terminal import console, printable
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1.agent_pb2 import GetAgentCardResponse
@@ -56,8 +56,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _render(markdown: str) -> None:
-    from rich.console import Console
     from rich.markdown import Markdown
 
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-    console.print(Markdown(printable(markdown), hyperlinks=False))
+    console(pipe_width=_WIDTH).print(Markdown(printable(markdown), hyperlinks=False))

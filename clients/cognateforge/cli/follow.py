@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.plain import enum_word, to_plain
 from cognateforge.cli.session import Session, print_line, say
-from cognateforge.cli.terminal import printable
+from cognateforge.cli.terminal import can_draw, console, is_dumb, printable, restored
 from cognateforge.exceptions import BY_REASON, JobFailedError
 from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
@@ -145,7 +145,7 @@ def _ended(session: Session, name: str, end: job_pb2.End, artifact: str) -> Exit
 def _display(
     session: Session, job: Job, progress: bool | None, metrics: Sequence[str]
 ) -> AbstractContextManager[OnFrame]:
-    if progress or (progress is None and sys.stderr.isatty()):
+    if (progress and not (sys.stderr.isatty() and is_dumb())) or (progress is None and can_draw(sys.stderr)):
         return _screen(job, metrics)
     if progress is False or session.as_json:
         return _nothing()
@@ -189,13 +189,13 @@ def _due(progress: job_pb2.Progress, last: float, wanted: Mapping[str, str]) -> 
 @contextmanager
 def _screen(job: Job, metrics: Sequence[str]) -> Iterator[OnFrame]:
     """Draw a board below the events, which stay in the terminal's history."""
-    from rich.console import Console
     from rich.live import Live
 
     from cognateforge.cli.board import Board
 
     board = Board(job, metrics)
-    with Live(board, console=Console(stderr=True), refresh_per_second=4, redirect_stdout=False) as live:
+    below = console(stderr=True)
+    with restored(below), Live(board, console=below, refresh_per_second=4, redirect_stdout=False) as live:
 
         def show(frame: WatchFrame) -> None:
             if frame.HasField("event"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -14,7 +13,7 @@ from cognateforge.cli.artifacts import Kind, KindOption
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.session import Session, command, first_found, print_line
-from cognateforge.cli.terminal import printable
+from cognateforge.cli.terminal import console, printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -151,13 +150,12 @@ def _plain(step: Step) -> dict[str, Any]:
 
 
 def _draw(step: Step) -> None:
-    from rich.console import Console
     from rich.tree import Tree
 
     tree = Tree(_text(_line(step)))
     _grow(tree, step)
     # A pipe has no width: nothing is cut there.
-    (Console() if sys.stdout.isatty() else Console(width=400)).print(tree)
+    console(pipe_width=400).print(tree)
 
 
 def _grow(tree: Tree, step: Step) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import inspect
 import os
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from cognateforge.cli.exits import Exit, exit_for
-from cognateforge.cli.terminal import printable
+from cognateforge.cli.terminal import console, printable
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     Row = tuple[Message, Mapping[str, Any], Sequence[object]]
 
 T = TypeVar("T")
+
+# What a full or broken disk answers to whatever is printed into a file on it.
+_UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 COMMON: Mapping[str, tuple[Any, Any]] = {
     "cognate": (
@@ -159,7 +164,6 @@ class Session:
             for message, extra, _ in rows:
                 self.emit({**extra, **to_plain(message)})
             return
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -168,8 +172,7 @@ class Session:
             # As a Text: what is in brackets would be taken for markup.
             table.add_row(*(Text(printable(str(cell))) for cell in cells))
         # A pipe has no width: nothing is cut there.
-        console = Console() if sys.stdout.isatty() else Console(width=400)
-        console.print(table)
+        console(pipe_width=400).print(table)
 
     def report(self, error: ForgeError, **beside: Any) -> Exit:
         """Tell an error and what is known about it on stderr, and return its exit code."""
@@ -294,8 +297,13 @@ def _with_common(function: Callable[..., Exit | None]) -> Callable[..., None]:
     return run
 
 
+def _print_no_more() -> None:
+    """Let what stdout still holds go nowhere: the end of the process would fail at it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(function: Callable[..., Exit | None], session: Session, values: dict[str, Any]) -> int:
-    from cognateforge.exceptions import ForgeError
+    from cognateforge.exceptions import ForgeError, LocalStorageError
 
     try:
         return int(function(session, **values) or Exit.OK)
@@ -305,7 +313,14 @@ def _run(function: Callable[..., Exit | None], session: Session, values: dict[st
         say("interrupted")
         return int(Exit.INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return int(Exit.OK)
+    except OSError as error:
+        if error.errno not in _UNWRITTEN:
+            raise
+        _print_no_more()
+        with contextlib.suppress(OSError):  # stderr may be what cannot be written
+            session.report(LocalStorageError(f"what was to be written could not be: {error.strerror}"))
+        return int(Exit.LOCAL)
     finally:
         session.close()

@@ -13,6 +13,7 @@ from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import Progress, RequestId, Service
 from cognateforge.cli.names import check_artifact_name, check_version_name
 from cognateforge.cli.session import Session, command, first_found, new_request_id, print_line, say
+from cognateforge.cli.terminal import can_draw, console
 
 if TYPE_CHECKING:
     from cognateforge.artifact.v1.storage_pb2 import (
@@ -150,14 +151,13 @@ def _tell_summary(session: Session, summary: VerifyProgress, damaged: int, besid
 
 @contextmanager
 def _bar(progress: bool | None) -> Iterator[Callable[[VerifyProgress], None]]:
-    if progress is False or (progress is None and not sys.stderr.isatty()):
+    if progress is False or (progress is None and not can_draw(sys.stderr)):
         yield lambda _progress: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    with Bar(TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
+    with Bar(TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), console=console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         yield lambda at: bar.update(task, completed=at.versions, total=at.total_versions)
 

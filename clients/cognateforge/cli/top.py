@@ -14,6 +14,7 @@ import typer
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.jobs import JobService, Service, state_word, wait_words
 from cognateforge.cli.session import Session, command
+from cognateforge.cli.terminal import can_draw, console, restored
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -32,7 +33,8 @@ def register(app: typer.Typer) -> None:
     def top(
         session: Session,
         once: Annotated[
-            bool, typer.Option("--once", help="Look once and end. So it does where stdout is a pipe.")
+            bool,
+            typer.Option("--once", help="Look once and end. So it does in a pipe, and where TERM is dumb."),
         ] = False,
         interval_s: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between two looks.")] = 2.0,
         ended: Annotated[int, typer.Option(min=0, max=500, help="How many ended jobs of each service.")] = 5,
@@ -41,7 +43,7 @@ def register(app: typer.Typer) -> None:
         from cognateforge.cli.overview import Lookout
 
         lookouts = [Lookout(JobService(service, session), ended=ended) for service in Service]
-        if once or not (session.as_json or sys.stdout.isatty()):
+        if once or not (session.as_json or can_draw(sys.stdout)):
             return _once(session, lookouts)
         if session.as_json:
             while True:
@@ -57,17 +59,14 @@ def _once(session: Session, lookouts: Sequence[Lookout]) -> Exit:
         for line in lines:
             session.emit(line.to_plain())
     else:
-        from rich.console import Console
-
         # A pipe has no width: nothing is cut there.
-        console = Console() if sys.stdout.isatty() else Console(width=400)
-        console.print(screen(lines, console))
+        printed = console(pipe_width=400)
+        printed.print(screen(lines, printed))
     return Exit.OK if all(line.well for line in lines) else Exit.UNAVAILABLE
 
 
 def _live(lookouts: Sequence[Lookout], interval_s: float) -> Exit:
     """Draw until Ctrl-C. Each service has its own thread: one that hangs does not hold the other's picture up."""
-    from rich.console import Console
     from rich.live import Live
 
     from cognateforge.cli.overview import ServiceLine
@@ -82,11 +81,11 @@ def _live(lookouts: Sequence[Lookout], interval_s: float) -> Exit:
 
     for index in range(len(lookouts)):
         threading.Thread(target=follow, args=(index,), name=f"top-{index}", daemon=True).start()
-    console = Console()
+    drawn = console()
     try:
-        with Live(console=console, screen=True, auto_refresh=False) as live:
+        with restored(drawn), Live(console=drawn, screen=True, auto_refresh=False) as live:
             while True:
-                live.update(screen(lines, console, height=console.size.height), refresh=True)
+                live.update(screen(lines, drawn, height=drawn.size.height), refresh=True)
                 time.sleep(min(0.5, interval_s))
     except KeyboardInterrupt:
         return Exit.OK
