@@ -82,6 +82,8 @@ _LEAST_ROOM_BYTES = 1 << 20
 _CHECKPOINTS = "checkpoints"
 # The fact of a job that tells how much has to fit before it is tried again.
 _ROOM_FACT = "room_bytes"
+# What the interpreter's own end may take.
+_END_S = 10.0
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -644,4 +646,20 @@ def run(
         status = EX_TEMPFAIL
     if status == EX_TEMPFAIL:
         exit_at_once(status)
+    _end_within(_END_S, status)
     sys.exit(status)
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """End this process after so long, whatever still runs in it.
+
+    All of its work is done, and its place is the next job's. What a package has left to the interpreter's end, a thread
+    that is waited for or a function that is called there, would keep the memory and devices of a worker for ever.
+    """
+
+    def end() -> None:
+        time.sleep(seconds)
+        log.warning("worker ended at once: something held its end up", waited_s=seconds)
+        exit_at_once(status)
+
+    threading.Thread(target=end, name="end", daemon=True).start()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -235,6 +237,24 @@ def test_an_exporter_that_ends_its_thread_is_told_of(monkeypatch: pytest.MonkeyP
     exports.log(1, {"loss": 1.0})
     exports.finish("SUCCEEDED", patience_s=10)
     assert ["SystemExit: goodbye; nothing more of this attempt is exported by it"] == told
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["atexit.register(time.sleep, 600)", "threading.Thread(target=time.sleep, args=(600,), daemon=False).start()"],
+)
+def test_what_a_package_leaves_behind_does_not_keep_a_worker(left: str) -> None:
+    """The process ends, with its own status, whatever was registered for its end or is waited for there."""
+    code = f"""
+import atexit, threading, time
+from training_common import worker
+worker._END_S = 0.3
+worker.main = lambda *_, **__: 7
+{left}
+worker.run(None, None)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, capture_output=True, text=True)
+    assert 7 == ended.returncode, ended.stderr
 
 
 def test_what_comes_before_training_is_kept_for_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
