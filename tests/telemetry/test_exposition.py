@@ -24,6 +24,7 @@ from tests.support.logs import PlayedWorker
 from tests.support.published import PAYLOAD, publish_agent, publish_model
 from tests.support.servers import running_agent, running_cognate
 from tests.telemetry.scraping import OPENMETRICS, get, samples, until, value, value_of
+from training_common.attempt import Json
 from training_common.jobs.states import JobState
 from training_common.rpc.policy import role_names
 from training_common.rpc.server import RunningServer
@@ -189,6 +190,35 @@ async def test_training_is_told_of_the_newest_jobs_alone(tmp_path: Path) -> None
         assert value_of(found, "forge_jobs", state="RUNNING") == 1
         older.database.close()
         newer.database.close()
+
+
+async def test_what_a_job_reports_has_bounds(tmp_path: Path) -> None:
+    """Hundreds of names, long ones, and such as no page can hold: the page stays valid, and counts what is absent."""
+    hostile: dict[str, Json] = {
+        "loss": 1.5,
+        "x" * 10_000: 1.0,
+        "half \ud800": 1.0,
+        "much": 10**400,
+        "flag": [True],
+        'a"b\\c\nd é': 2.0,
+    }
+    async with running_cognate(tmp_path, telemetry=LISTENING) as server:
+        worker = PlayedWorker(tmp_path)
+        attempt = worker.begin()
+        for step in range(1, 4):
+            many = {f"made_up_{step}_{index}": 1.0 for index in range(200)}
+            attempt.progress(step=step, payload={"step": step, "total_steps": 9, "metrics": {**hostile, **many}})
+        for accept, parse in (("", parse_text), (OPENMETRICS, parse_openmetrics)):
+            page = await get(server, accept=accept)
+            assert page.status == 200
+            told = [s for f in parse(page.text) for s in f.samples if s.name == "forge_training_metric"]
+            names = {sample.labels["metric"] for sample in told}
+            assert len(told) == len(names) == 64
+            assert {"loss", 'a"b\\c\nd é', "made_up_1_0"} <= names
+        found = await samples(server)
+        assert value_of(found, "forge_store_up") == 1
+        assert value_of(found, "forge_training_metrics_left_out") == 2 + 600 - 62
+        worker.database.close()
 
 
 async def test_what_waits_is_told_by_its_reason(cognate: RunningServer, tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ CATALOG = (
     _metric("forge_training_total_steps", Kind.GAUGE, "optimizer steps in all", "training_job"),
     _metric("forge_training_metric", Kind.GAUGE, "newest value of a metric of training", "training_job", "metric"),
     _metric(
+        "forge_training_metrics_left_out",
+        Kind.GAUGE,
+        "metrics of training without a series: beyond the first 64, or with a name of more than 64 characters",
+        "training_job",
+    ),
+    _metric(
         "forge_training_progress_age_seconds",
         Kind.GAUGE,
         "time since the job's last progress event, or since its attempt began if that is later",

@@ -24,6 +24,11 @@ _ASKED = 200
 # Progress events that are read of a job the first time: the newest value of a metric that only validations tell is
 # usually among them.
 _EVENTS = 50
+# Metrics of a job that have series, and how long their names may be: what a progress event may hold by the contract.
+# Code that an operator has installed trains, too, and what it reports must not become the monitoring system's load.
+_MOST_METRICS, _NAME_CHARS = 64, 64
+# Names beyond them that are remembered, to be counted once each.
+_MOST_LEFT_OUT = 1000
 
 
 @dataclass
@@ -33,6 +38,39 @@ class _Training:
     sequence: int = 0
     time_us: int = 0
     values: dict[str, float] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
+
+    def take(self, name: str, value: object) -> None:
+        """Keep what can be a series: the first names, while there is room. What is no number was not measured."""
+        number = _finite(value)
+        if number is None:
+            return
+        if name in self.values or (
+            len(self.values) < _MOST_METRICS and len(name) <= _NAME_CHARS and _is_encodable(name)
+        ):
+            self.values[name] = number
+        elif len(self.left_out) < _MOST_LEFT_OUT:
+            self.left_out.add(name[: 2 * _NAME_CHARS])
+
+
+def _finite(value: object) -> float | None:
+    """Return a number as a gauge has it; None for a histogram, which is a row of shares, and what is not finite."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_encodable(name: str) -> bool:
+    """Whether a page of UTF-8 can hold a name: half of a character would keep the whole page from being sent."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class JobReadings:
@@ -95,6 +133,7 @@ class JobReadings:
             yield Reading("forge_training_progress_age_seconds", max(0, now_us() - since) / 1e6, labels)
             for name, value in seen.values.items():
                 yield Reading("forge_training_metric", value, (row.name, name))
+            yield Reading("forge_training_metrics_left_out", len(seen.left_out), labels)
 
     @staticmethod
     def _look(connection: sa.Connection, job_id: int, seen: _Training) -> None:
@@ -109,6 +148,4 @@ class JobReadings:
         for event in reversed(connection.execute(query).all()):
             seen.sequence, seen.time_us = event.sequence, event.time_us
             for name, value in event.payload["metrics"].items():
-                # A histogram is none of Prometheus's: it is a row of shares. What is not finite was not measured.
-                if isinstance(value, int | float) and math.isfinite(value):
-                    seen.values[name] = float(value)
+                seen.take(name, value)
