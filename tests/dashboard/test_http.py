@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 
 from cognateforge.cli.app import app
 from cognateforge.dashboard import app as dashboard
+from cognateforge.dashboard import serve as serving
 from cognateforge.dashboard.app import PAGES, POINTS, STATIC
 from cognateforge.dashboard.guard import HostGuard, is_loopback
 from cognateforge.dashboard.history import Past
@@ -207,6 +210,43 @@ def test_streams_are_bounded_and_freed(reading: Stage, monkeypatch: pytest.Monke
     assert 200 == held[0].status
     for one in held:
         one.close()
+
+
+def dial(running: Stage) -> socket.socket:
+    host, _, port = running.url.removeprefix("http://").rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_connections_that_ask_nothing_are_closed(reading: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while, also in the middle of a request; a stream stays."""
+    monkeypatch.setattr(serving, "REQUEST_S", 0.3)
+    with urllib.request.urlopen(f"{reading.url}/api/board", timeout=20) as stream:  # noqa: S310
+        for sent in (b"", b"GET /api/bo"):
+            with dial(reading) as silent, contextlib.suppress(ConnectionResetError):
+                silent.sendall(sent)
+                assert b"" == silent.recv(100)
+        assert stream.readline()
+
+
+def test_whoever_holds_connections_open_takes_the_page_from_nobody(
+    reading: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the bound one that asks nothing gives way to the next."""
+    monkeypatch.setattr(serving, "CONNECTIONS", 4)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(dial(reading)) for _ in range(40)]
+        assert 200 == ask(f"{reading.url}/api/session")[0]
+        for one in held:
+            one.settimeout(0.5)
+        closed = 0
+        for one in held:
+            try:
+                closed += one.recv(1) == b""
+            except ConnectionResetError:
+                closed += 1
+            except TimeoutError:
+                pass
+        assert closed >= len(held) - 4
 
 
 @pytest.mark.parametrize(("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200)])

@@ -19,7 +19,7 @@ from cognateforge.agent.v1 import training_pb2
 from cognateforge.client import AsyncAgentClient, AsyncCognateClient, CallBreaker
 from cognateforge.cognate.v1 import pretraining_pb2
 from cognateforge.dashboard.app import build
-from cognateforge.dashboard.serve import listen, url_of
+from cognateforge.dashboard.serve import Impatient, listen, url_of
 from cognateforge.dashboard.upstream import Upstreams
 from tests.support.servers import running_agent, running_cognate
 from training_common.jobs.states import JobState
@@ -77,7 +77,11 @@ class Stage:
         listening = listen("127.0.0.1", 0)
         self.url = url_of(listening).rstrip("/")
         config = uvicorn.Config(
-            build(upstreams, actions=self.actions), log_level="warning", access_log=False, timeout_graceful_shutdown=0
+            build(upstreams, actions=self.actions),
+            http=Impatient,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=0,
         )
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listening]))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Collection
+from typing import cast
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cognateforge.dashboard.app import build
 from cognateforge.dashboard.guard import is_loopback
@@ -14,6 +17,10 @@ from cognateforge.exceptions import ClientSetupError
 
 # Streams have no end of their own: who watches connects again.
 _DRAIN_S = 2
+# A browser asks at once, and has a handful of connections beside its streams. Above the bound one that asks nothing
+# gives way: whoever holds connections open takes the page from nobody.
+REQUEST_S = 10.0
+CONNECTIONS = 512
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -37,6 +44,26 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
+class Impatient(H11Protocol):
+    """A connection that is closed where it asks nothing, or not to the end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            others = (cast("Impatient", one) for one in self.connections if one is not self)
+            next((one for one in others if one.is_idle and not one.transport.is_closing()), self).transport.abort()
+        self.loop.call_later(REQUEST_S, self._give_up)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _give_up(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+
 def serve(
     upstreams: Upstreams,
     *,
@@ -58,6 +85,7 @@ def serve(
     listening = listen(host, port)
     config = uvicorn.Config(
         build(upstreams, actions=actions, names=[*names, host]),
+        http=Impatient,
         log_level="warning",
         access_log=False,
         server_header=False,
