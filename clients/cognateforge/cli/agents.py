@@ -13,6 +13,7 @@ from cognateforge.cli.jobs import RequestId
 from cognateforge.cli.names import check_artifact_name
 from cognateforge.cli.search import Search, searching
 from cognateforge.cli.session import Session, command, group, new_request_id, say
+from cognateforge.cli.train import Task
 
 if TYPE_CHECKING:
     from cognateforge.agent.v1.agent_pb2 import Agent, ListMovesResponse, Move
@@ -23,7 +24,19 @@ Foundation = Annotated[
     str,
     typer.Option(help="Only what was made of this model, for instance cognate-25m@7.", callback=check_artifact_name),
 ]
-TaskName = Annotated[str, typer.Option("--task", help="Only this task, for instance classification.")]
+
+
+def _known_task(text: str) -> str:
+    """Return a task as the contract spells it; "tool-calling" and "tool_calling" are both known."""
+    tasks = {task.field for task in Task}
+    if text and text.replace("-", "_") not in tasks:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(Task)}")
+    return text.replace("-", "_")
+
+
+TaskName = Annotated[
+    str, typer.Option("--task", help="Only this task, for instance classification.", callback=_known_task)
+]
 Version = Annotated[str, typer.Argument(help="Version, for instance intent-router@3.", callback=check_artifact_name)]
 
 

@@ -64,7 +64,11 @@ def set_base(plan: training_pb2.TrainingPlan, base: Base, *, task: str, acts: bo
         plan.architecture = plan.architecture or "policy"
         return
     options = "--foundation, --model-folder, --scratch, --continue"
-    if len(given) != 1:
+    if len(given) > 1:
+        raise typer.BadParameter(
+            f"an agent is made of one base: leave out all but one of {', '.join(given)}", param_hint=options
+        )
+    if not given:
         raise typer.BadParameter(f"one of them is needed for {task}", param_hint=options)
     if base.foundation:
         plan.foundation.name = base.foundation

@@ -367,6 +367,21 @@ def _train(app: typer.Typer) -> None:
         from cognateforge.agent.v1 import training_pb2 as pb
 
         _require_options(task, data=data, steps=steps)
+        _refuse_unheeded(
+            ("--weight-decay", weight_decay, optimizer is Optimizer.ADAMW, "--optimizer adamw"),
+            ("--momentum", momentum, optimizer is Optimizer.SGD, "--optimizer sgd"),
+            ("--data-seed", data_seed, data == "generated", "--data generated"),
+            ("--accept-experimental", accept_experimental, bool(foundation), "--foundation"),
+            ("--include-out-of-scope", include_out_of_scope, task is Task.CLASSIFICATION, "--task classification"),
+            ("--max-rows-per-label", max_rows_per_label, task is Task.CLASSIFICATION, "--task classification"),
+            ("--domain", domain, task is Task.CLASSIFICATION, "--task classification"),
+            ("--successes-only", successes_only, task is Task.BEHAVIOURAL, "--task behavioural"),
+            ("--weight-by-reward", weight_by_reward, task is Task.BEHAVIOURAL, "--task behavioural"),
+            ("--beta", beta, task is Task.PREFERENCE, "--task preference"),
+            ("--rehearse", rehearse, not task.acts, "tasks with rows"),
+            ("--rehearsal-share", rehearsal_share, not task.acts, "tasks with rows"),
+            ("--max-refused-share", max_refused_share is not None, not task.acts, "tasks with rows"),
+        )
         plan = pb.TrainingPlan(
             agent=agent,
             architecture=architecture,
@@ -467,6 +482,13 @@ def _require_options(task: Task, *, data: str, steps: int) -> None:
     for option, given in (("--data", data), ("--steps", steps)):
         if not task.acts and not given:
             raise typer.BadParameter(f"is needed for {task}", param_hint=option)
+
+
+def _refuse_unheeded(*options: tuple[str, object, bool, str]) -> None:
+    """Refuse what would not be heeded: the option, what was given, whether it is heeded, and what it is for."""
+    for option, given, heeded, owner in options:
+        if given and not heeded:
+            raise typer.BadParameter(f"is for {owner}", param_hint=option)
 
 
 def _set_adaptation(
