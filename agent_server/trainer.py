@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from agent_server.adaptation import count_parameters
 from agent_server.architectures.factory import AgentArchitecture, AgentArchitectureFactory, BuildRequest
-from agent_server.architectures.model import AgentModel
+from agent_server.architectures.model import AgentModel, require_logits
 from agent_server.data.examples import PreparedData, texts_of
 from agent_server.evaluation import Evaluation, measure
 from agent_server.exported import PROBE_ROWS, RunFacts, write_agent
@@ -69,6 +69,8 @@ from training_common.team import ALONE, Team, exchanging, load_parts, local, par
 _CHECKPOINT_FORMAT = 2
 # Training rows that a model may calibrate itself on: deviations are then known to about 6 %.
 _CALIBRATION_ROWS = 128
+# Training rows whose logits' shape is looked at before the first step.
+_LOGITS_ROWS = 2
 # A checkpoint's files. What a roll-back takes are the first two.
 _WEIGHTS, _OPTIMIZER, _POSITION = "trained.safetensors", "optimizer.pt", "position.json"
 _BEST = "best.safetensors"
@@ -257,6 +259,8 @@ class _Run:
         if self.rows is not None:
             batch = self.objective.batch(sample(self.rows.order.rows, _CALIBRATION_ROWS, self.config.seed))
             self.model.eval().calibrate(self.objective.inputs(batch))
+            few = self.objective.batch(self.rows.order.rows[:_LOGITS_ROWS])
+            require_logits(self.model, self.objective.inputs(few), architecture=self.architecture.name)
         buffers = dict(self.model.named_buffers())
         load_parts(buffers, self.team.deal(lambda: {name: buffer.clone() for name, buffer in buffers.items()}))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agent_server.tasks import Output
+from cognateforge.exceptions import IncompatibleError
 from training_common.attempt import Json
 
 
@@ -127,6 +128,26 @@ class AgentModel(nn.Module, abc.ABC):
                     written[i].append(token)
             going = [i for i, token in zip(going, chosen, strict=True) if token not in ends]
         return written
+
+
+@torch.no_grad()
+def require_logits(model: AgentModel, batch: AgentBatch, *, architecture: str) -> None:
+    """Refuse a model that does not give one logit for each label, or for each tag of its slots.
+
+    With more of them it would train, score and run, and answer with a label that nobody has named.
+    Errors: IncompatibleError.
+    """
+    rows, tokens = batch.tokens_BT.shape
+    labels = len(model.labels)
+    needed = {Output.CLASSES: (rows, labels), Output.TAGS: (rows, tokens, 1 + 2 * labels)}.get(model.output)
+    if needed is None:
+        return
+    found = tuple(model.eval()(batch).shape)
+    if found != needed:
+        raise IncompatibleError(
+            f"the architecture {architecture} gives logits of shape {list(found)} for {rows} rows, and {labels} labels "
+            f"need {list(needed)}; correct its forward, or the labels that its model has"
+        )
 
 
 def collate(rows: Sequence[Sequence[int]]) -> AgentBatch:

@@ -1,11 +1,13 @@
 """Architectures in a real server with real workers: the plugin of docs/architectures.md, a smuggler, a model folder."""
 
 import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from agent_server.predict import Classifier
@@ -27,6 +29,21 @@ LATE = """        try:
         except BaseException:
             pass
 """
+# A child of a child, whose parent has ended, and which is called by the name of its job's plugin.
+FORK = """        import subprocess
+        import sys
+        sleeps = "import time; time.sleep(600)"
+        starts = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeps!r}, 'leftover'])"
+        subprocess.run([sys.executable, "-c", starts], check=True)
+        subprocess.Popen([sys.executable, "-c", sleeps, "leftover"])
+"""
+
+
+def variant(name: str, description: str, model: str, old: str, new: str) -> dict[str, str]:
+    """Return the files of the page's plugin under another name and with a change."""
+    assert old in model
+    files = {f"{name}/__init__.py": description, f"{name}/model.py": model.replace(old, new)}
+    return {path: text.replace("hashed_words", name) for path, text in files.items()}
 
 
 @pytest.fixture
@@ -39,11 +56,13 @@ def agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AgentCli
     write_package(site, "hashed_words", files, {"hashed_words": "hashed_words:HashedWords"})
     broken = {"broken_plugin.py": f"{ECHO}\nraise SystemExit('bye')"}
     write_package(site, "broken", broken, {"echo": "broken_plugin:Echo"})
-    late = {
-        "late_words/__init__.py": description.replace("hashed_words", "late_words"),
-        "late_words/model.py": model.replace("hashed_words", "late_words").replace(FORWARD, FORWARD + LATE),
+    changed = {
+        "late_words": (FORWARD, FORWARD + LATE),
+        "wide_words": ("nn.Linear(width, len(labels))", "nn.Linear(width, len(labels) + 1)"),
+        "fork_words": ("    def head_parameters(self):\n", "    def head_parameters(self):\n" + FORK),
     }
-    write_package(site, "late_words", late, {"late_words": "late_words:HashedWords"})
+    for name, (old, new) in changed.items():
+        write_package(site, name, variant(name, description, model, old, new), {name: f"{name}:HashedWords"})
     (tmp_path / "models").mkdir()
     write_model_folder(tmp_path / "models" / "tiny", "bert", ["book a flight", "play a song"])
     monkeypatch.syspath_prepend(str(site))
@@ -120,6 +139,41 @@ def test_an_import_in_the_middle_of_training_ends_the_job(agents: AgentClient) -
     failed = agents.training.GetJob(training_pb2.GetJobRequest(name=job)).job.job
     assert "reached for" in failed.failure.message
     assert not agents.agents.ListAgents(agent_pb2.ListAgentsRequest()).agents
+
+
+@pytest.mark.slow
+def test_more_logits_than_labels_are_no_agent(agents: AgentClient) -> None:
+    """A head that is too wide would train and score; it is refused before the first step, and nothing is published."""
+    job = submit(agents, architecture="wide_words", scratch=training_pb2.ScratchBase(), total_steps=3)
+    assert ended(agents, job).state == job_pb2.JOB_STATE_FAILED
+    failed = agents.training.GetJob(training_pb2.GetJobRequest(name=job)).job.job
+    assert failed.step == 0
+    assert re.search(
+        r"wide_words gives logits of shape \[2, (\d+)\] .* need \[2, \d+\]; correct", failed.failure.message
+    )
+    assert not agents.agents.ListAgents(agent_pb2.ListAgentsRequest()).agents
+
+
+@pytest.mark.slow
+def test_what_a_plugin_started_ends_with_its_worker(agents: AgentClient) -> None:
+    """A child, and a child's orphan, are gone when the job has ended; the job succeeds."""
+    job = submit(agents, architecture="fork_words", scratch=training_pb2.ScratchBase(), total_steps=3)
+    assert ended(agents, job).state == job_pb2.JOB_STATE_SUCCEEDED
+    assert until(lambda: not leftovers(), timeout_s=20), leftovers()
+
+
+def leftovers() -> list[psutil.Process]:
+    """Return what the plugin has started and still runs."""
+    mine = [p for p in psutil.process_iter(["cmdline", "status"]) if (p.info["cmdline"] or [""])[-1] == "leftover"]
+    return [process for process in mine if process.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def until(true: Callable[[], bool], *, timeout_s: float) -> bool:
+    """Return whether something became true in time."""
+    end = time.monotonic() + timeout_s
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
 
 
 @pytest.mark.slow
