@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ lineage.json has the digests of all of it.
 {measured}
 
 {_merge_line(facts.config["merge_logit_change"])}
-{running("a text") if facts.runs else ""}
+{running("a text") if facts.runs else _running_by_plugin(facts.architecture)}
 ## Intended use and limits
 
 It is meant for texts like those that it was trained on. {_limits(facts)} Texts are cut off after
@@ -99,6 +100,20 @@ def running(given: str) -> str:
     python run.py --check
 
 The last line compares this machine's logits with those of the one where the agent was made (probe.safetensors).
+"""
+
+
+def _running_by_plugin(architecture: str) -> str:
+    return f"""
+## Running it
+
+The architecture {architecture} is a plugin's, so this folder has no run.py: whoever runs it needs the agent service's
+distribution and the plugin installed.
+
+    from pathlib import Path
+    from agent_server.architectures.factory import AgentArchitectureFactory
+
+    model = AgentArchitectureFactory().get({json.dumps(architecture)}).load(Path("."))
 """
 
 
@@ -133,7 +148,8 @@ def _limits(facts: CardFacts) -> str:
     limits = _LIMITS[OUTPUTS[facts.task]]
     if not facts.config["constraints_enforced"]:
         return limits
-    return f"{limits} Its training came to hold it to the kinds of action in package.json, and so does run.py."
+    held = f"{limits} Its training came to hold it to the kinds of action in package.json"
+    return f"{held}, and so does run.py." if facts.runs else f"{held}; whoever runs it has to do so too."
 
 
 def _merge_line(change: float) -> str:

@@ -22,6 +22,8 @@ from training_common.findings import quote
 from training_common.rows import Row, read_rows
 
 FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+# What people have instead, and whose every line would be refused as no JSON.
+_TABLES = (".csv", ".tsv")
 _MAX_NAME_CHARS = 64
 # A file of a folder, and a split of the hub, is of the split that its name begins with: "dev_sample.jsonl",
 # "test-00000-of-00001.parquet", "train_sft".
@@ -146,6 +148,11 @@ def _files(folder: Path | None, path: str, companions: Sequence[str]) -> tuple[l
         if files:
             return files, _beside(found, companions, root)
     elif found.is_file():
+        if found.suffix.lower() in _TABLES:
+            raise _unavailable(
+                f"{quote(path)} is a table of text, which is not read; write its rows as JSONL, one object a line with "
+                "the task's fields, or as Parquet"
+            )
         return [found], _beside(found.parent, companions, root)
     raise _unavailable(f"the data folder has no {quote(path)} with rows; add the file or use generated rows")
 

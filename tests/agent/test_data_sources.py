@@ -79,6 +79,15 @@ def test_numbers_that_are_not_finite_and_bytes_have_no_form_as_json(tmp_path: Pa
     assert [None, None, None] == [row["picture"] for row in found]
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.TSV"])
+def test_a_table_of_text_is_told_as_one(name: str, tmp_path: Path) -> None:
+    """Not a finding for each of its lines: what to write instead, for the field of the path."""
+    (tmp_path / name).write_text("text,label\none,a\n", encoding="utf-8")
+    with pytest.raises(DataUnavailableError, match=r"is a table of text, .* write its rows as JSONL") as caught:
+        prepare(tmp_path, "classification", name)
+    assert [violation.field for violation in caught.value.violations] == ["plan.classification.file.path"]
+
+
 @pytest.mark.parametrize("damage", ["torn", "no parquet", "empty", "page"])
 def test_a_torn_parquet_file_is_a_finding(damage: str, tmp_path: Path) -> None:
     """Not a crash; what was read before the damage is counted."""
