@@ -13,12 +13,17 @@ step: both are in the package (probe.safetensors). The tokenizer stays the packa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
+import shutil
 import sys
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +63,8 @@ _REFUSED: Mapping[str, Mapping[str, str]] = {
 }
 # Longest text where a model has no bound of its own: tracers want one.
 _UNBOUNDED_TOKENS = 1 << 16
+# So long a scratch folder may be there before it is locked.
+_UNLOCKED_S = 60.0
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -109,7 +116,8 @@ def export_agent(folder: Path, out: Path, form: str, *, factory: AgentArchitectu
     model = (factory or AgentArchitectureFactory()).get(architecture).load(folder).eval()
     write, read = _FORMS[form]
     try:
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        _clear_abandoned(out)
+        with TemporaryDirectory(dir=out.parent, prefix=_scratch_prefix(out)) as scratch, _locked(Path(scratch)):
             made = Path(scratch) / out.name
             try:
                 write(_Plain(model).eval(), probe, model.context, made)
@@ -130,6 +138,37 @@ def export_agent(folder: Path, out: Path, form: str, *, factory: AgentArchitectu
         remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
         raise LocalStorageError(f"{out} cannot be written: {error.strerror or error}; {remedy}") from error
     return Exported(file=str(out), format=form, size_bytes=size_bytes, distance=distance, untrained_distance=before)
+
+
+def _scratch_prefix(out: Path) -> str:
+    return f".{out.name}.exporting-"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with the process, and tell whether it was free."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or on a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _clear_abandoned(out: Path) -> None:
+    """Remove the scratch folders of exports to the same place that were killed. One that runs holds its own locked."""
+    for left in out.parent.glob(f"{glob.escape(_scratch_prefix(out))}*"):
+        with contextlib.suppress(OSError):  # another one was quicker, or it is somebody else's
+            # A moment passes between the making of a folder and its lock.
+            if time.time() - left.lstat().st_mtime < _UNLOCKED_S or left.is_symlink():
+                continue
+            with _locked(left) as free:
+                if free:
+                    shutil.rmtree(left)
 
 
 @torch.no_grad()

@@ -15,11 +15,13 @@ import safetensors.torch
 import torch
 import transformers
 from torch import nn
+from typer.testing import CliRunner
 
 from agent_server.architectures import causal_lm_model, sequence_classifier_model
 from agent_server.architectures.encoders import EncoderAgent
 from agent_server.architectures.model import AgentModel, collate
 from agent_server.runtime.text_parts import is_causal
+from cognateforge.cli.app import app
 from cognateforge.exceptions import ArtifactCorruptError, LocalStorageError, NotImplementedByServerError
 from cognateforge.export import folder as folder_export
 from cognateforge.export import open_artifact, write_folder
@@ -227,6 +229,27 @@ def test_what_transformers_has_no_form_for_is_refused(folders: Mapping[str, Path
     with pytest.raises(NotImplementedByServerError, match="no classifier of modernbert"):
         write_folder(open_artifact(fetched), tmp_path / "out")
     assert {"fetched", "other"} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_refused_export_leaves_nothing_that_was_fetched_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command fetches, is refused, and a second version can be exported to the same place."""
+
+    def fetch(_session: object, name: str, folder: Path, *_: object) -> None:
+        folder.mkdir()  # what another fetch has left would be in the way
+        (folder / "weights.bin").write_bytes(b"weights")
+        write_manifest(folder, name=name, architecture="recurrent")
+        if name == "toy@1":
+            (folder / "weights.bin").write_bytes(b"Weights")
+
+    monkeypatch.setattr("cognateforge.cli.export.fetch_any", fetch)
+    export = ["--format", "folder", "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, ["export", "toy@1", *export])
+    assert (refused.exit_code != 0, list(tmp_path.iterdir())) == (True, [])
+    assert "weights.bin" in refused.stderr
+    done = CliRunner().invoke(app, ["export", "toy@2", *export])
+    assert (done.exit_code, [path.name for path in tmp_path.iterdir()]) == (0, ["out"]), done.stderr
 
 
 def test_a_foundation_model_opens_where_nothing_of_the_project_is(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -250,6 +252,24 @@ def test_an_export_gives_the_trained_logits(
     assert exported.distance <= 1e-4 < exported.untrained_distance
     assert (tmp_path / f"model.{form}").stat().st_size == exported.size_bytes > 0
     assert [f"model.{form}"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_what_killed_exports_have_left_goes_with_the_next_one(packages: Callable[[str], Path], tmp_path: Path) -> None:
+    """A folder that nobody holds is removed; one whose export runs, one just made, and those of other files stay."""
+    made = {name: tmp_path / name for name in ("killed", "runs", "young", "other")}
+    for name, folder in made.items():
+        place = folder.with_name(f".{'other' if name == 'other' else 'model.onnx'}.exporting-{name}")
+        place.mkdir()
+        (place / "model.onnx").write_bytes(b"half")
+        if name != "young":
+            os.utime(place, (0, 0))
+        made[name] = place
+    held = os.open(made["runs"], os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    export_agent(packages("recurrent-classes"), tmp_path / "model.onnx", "onnx", factory=factory())
+    os.close(held)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model.onnx", made["runs"].name, made["young"].name, made["other"].name}
 
 
 def test_an_export_of_other_weights_is_not_written(

@@ -62,14 +62,17 @@ def register(app: typer.Typer) -> None:
             check_artifact_name(name)
             folder = fetched = out.with_name(f".{out.name}.fetched")
             fetch_any(session, name, folder, kind, progress)
-        artifact = open_artifact(folder)
-        if form is Form.OCI:
-            tar = tar or out.suffix == ".tar"
-            done = write_oci(artifact, out, tar=tar, licence=licence, architecture=architecture)
-        else:
-            done = write_folder(artifact, out)
-        if fetched is not None:
-            shutil.rmtree(fetched)
+        try:
+            artifact = open_artifact(folder)
+            if form is Form.OCI:
+                tar = tar or out.suffix == ".tar"
+                done = write_oci(artifact, out, tar=tar, licence=licence, architecture=architecture)
+            else:
+                done = write_folder(artifact, out)
+        finally:
+            # What was refused is not wanted again, and would stand in the way of another version.
+            if fetched is not None:
+                shutil.rmtree(fetched)
         _tell(session, done)
 
 
