@@ -172,6 +172,12 @@ def read_base(folder: Path, name: str, *, language: bool) -> tuple[Any, dict[str
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing or info["mismatched_keys"]:
         wrong = ", ".join([*missing, *(str(key[0]) for key in info["mismatched_keys"])][:3])
+        below = f"{base.base_model_prefix}."
+        if language and not info["mismatched_keys"] and not any(key.startswith(below) for key in missing):
+            raise IncompatibleError(
+                f"{name} was saved without a language head (it lacks {wrong}), and the task needs one; use a folder "
+                "that was saved from a causal language model"
+            )
         raise IncompatibleError(
             f"{name} has no weights of the right shape for {wrong}; use a folder that was saved whole"
         )

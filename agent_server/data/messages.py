@@ -60,6 +60,13 @@ def messages(content: Mapping[str, object], field: str = "messages") -> list[Tur
 
 def objects(value: object, field: str, *, most: int, empty: bool = False) -> Iterator[tuple[str, Mapping[str, object]]]:
     """Yield the objects of a list with their places. Errors: RowRefusedError for anything else."""
+    if value is None:
+        raise RowRefusedError(
+            "missing_field",
+            field=field,
+            detail="the field is missing, or null",
+            remedy="add it as a list of objects" + (", an empty one where there are none" if empty else ""),
+        )
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise RowRefusedError(
             "wrong_type",

@@ -150,6 +150,8 @@ def prepare_rows(
         form.read_companions(source.companions)
     kept = _bounded(_checked(source.rows(each_row, digest), form, report))
     divided, how = _divided(list(kept))
+    if not report.rows_read:
+        raise unusable(source.name, "is empty; write its rows, or name another set", report)
     splits = _without_repeats(divided, report, form.contradiction)
     require_few_refused(source.name, report, limits)
     try:

@@ -22,6 +22,7 @@ def forge(*arguments: str) -> Result:
     [
         (("--scratch", "--momentum", "0.9"), "--momentum: is for --optimizer sgd"),
         (("--scratch", "--optimizer", "sgd", "--weight-decay", "0.1"), "--weight-decay: is for --optimizer adamw"),
+        (("--scratch", "--schedule", "one-cycle", "--warmup-steps", "2"), "is for other schedules than one-cycle"),
         (("--scratch", "--beta", "0.2"), "--beta: is for --task preference"),
         (("--scratch", "--successes-only"), "--successes-only: is for --task behavioural"),
         (("--scratch", "--weight-by-reward"), "--weight-by-reward: is for --task behavioural"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import sys
 import types
@@ -77,6 +78,22 @@ def test_numbers_that_are_not_finite_and_bytes_have_no_form_as_json(tmp_path: Pa
     found = [dict(row.load()) for row in read_rows(tmp_path / "rows.parquet")]
     assert [None, None, 0.5] == [row["score"] for row in found]
     assert [None, None, None] == [row["picture"] for row in found]
+
+
+@pytest.mark.parametrize("task", ["classification", "dialogue"])
+def test_an_empty_file_is_told_as_one(task: str, tmp_path: Path) -> None:
+    """Not by the labels or the test rows that it lacks."""
+    (tmp_path / "rows.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(DataUnavailableError, match=r"rows is empty; write its rows, .* \(0 rows read"):
+        prepare(tmp_path, task, "rows.jsonl")
+
+
+@pytest.mark.parametrize("row", [{"text": "to Oslo"}, {"text": "to Oslo", "spans": None}])
+def test_missing_spans_are_told_as_missing(row: dict[str, object], tmp_path: Path) -> None:
+    """Not as a list of the wrong type; a row without slots says so by an empty one."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataUnavailableError, match=r"missing_field 1.*spans: the field is missing, or null; add it as"):
+        prepare(tmp_path, "extraction", "rows.jsonl")
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.TSV"])

@@ -19,7 +19,7 @@ from agent_server.architectures.encoders import EncoderAgent
 from agent_server.architectures.factory import AgentArchitecture, BuildRequest
 from agent_server.architectures.model import AgentBatch, AgentModel, collate
 from agent_server.architectures.sequence_classifier import SequenceClassifierArchitecture
-from agent_server.architectures.transformers_model import PretrainedEncoder
+from agent_server.architectures.transformers_model import PretrainedEncoder, read_base
 from agent_server.bases import resolve
 from agent_server.data.examples import Segment, Written, texts_of
 from agent_server.optim import Optimization
@@ -382,6 +382,17 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(
     spoil(copied, what)
     with pytest.raises(error, match=f"spoiled.*{text}"):
         resolved(copied)
+
+
+def test_a_model_without_a_language_head_is_told_as_one(tmp_path: Path) -> None:
+    """For a task that writes; a folder that lacks more than the head is told by its weights."""
+    folder = write_model_folder(tmp_path / "roberta", "roberta", TEXTS)
+    with pytest.raises(IncompatibleError, match=r"was saved without a language head \(it lacks lm_head"):
+        read_base(folder, "roberta", language=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(IncompatibleError, match=r"has no weights of the right shape for .*; use a folder"):
+        read_base(folder, "roberta", language=True)
 
 
 def test_other_models_are_incompatible(folders: Mapping[str, Path], copied: Path) -> None:

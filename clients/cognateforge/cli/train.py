@@ -370,6 +370,7 @@ def _train(app: typer.Typer) -> None:
         _refuse_unheeded(
             ("--weight-decay", weight_decay, optimizer is Optimizer.ADAMW, "--optimizer adamw"),
             ("--momentum", momentum, optimizer is Optimizer.SGD, "--optimizer sgd"),
+            ("--warmup-steps", warmup_steps, schedule is not ScheduleKind.ONE_CYCLE, "other schedules than one-cycle"),
             ("--data-seed", data_seed, data == "generated", "--data generated"),
             ("--accept-experimental", accept_experimental, bool(foundation), "--foundation"),
             ("--include-out-of-scope", include_out_of_scope, task is Task.CLASSIFICATION, "--task classification"),
