@@ -24,7 +24,6 @@ from agent_server.architectures.settings import settings_of
 from agent_server.artifacts import AgentArtifactManager
 from agent_server.bases import Base, resolve
 from agent_server.data.processor import AgentDataProcessor, ready_event
-from agent_server.leftovers import ending_leftovers
 from agent_server.objectives.build import objective_for
 from agent_server.rl.work import train_acting
 from agent_server.settings import AgentSettings, load_settings
@@ -260,4 +259,4 @@ def _asking(
 
 
 if __name__ == "__main__":
-    run(load_settings, ending_leftovers(work), ending_leftovers(assist), plan_type=pb.TrainingPlan)
+    run(load_settings, work, assist, plan_type=pb.TrainingPlan)

@@ -59,6 +59,7 @@ from training_common.jobs.folders import job_dir, jobs_dir, log_name, scratch_di
 from training_common.jobs.states import JobState
 from training_common.jobs.store import AttemptStore, JobStore, Loss, note_of, past_finish_by
 from training_common.jobs.verifications import VerificationStore
+from training_common.leftovers import end_leftovers
 from training_common.masking import secrets_of, secrets_of_environment
 from training_common.retention import Retention
 from training_common.settings import ServiceSettings
@@ -644,6 +645,9 @@ def run(
         if end.code != EX_TEMPFAIL:
             raise
         status = EX_TEMPFAIL
+    finally:
+        # After the exporters have said their last, which may have processes of their own.
+        end_leftovers()
     if status == EX_TEMPFAIL:
         exit_at_once(status)
     _end_within(_END_S, status)

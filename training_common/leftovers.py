@@ -1,32 +1,16 @@
-"""Ends what a worker has started and left behind: a plugin or an environment may start processes that outlive it."""
+"""Ends what a worker has started and left: a plugin, an environment or an exporter may start what outlives it."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
-from collections.abc import Callable, Iterator
-from typing import ParamSpec
+from collections.abc import Iterator
 
 import psutil
 import structlog
 
-P = ParamSpec("P")
 log = structlog.get_logger(__name__)
-
-
-def ending_leftovers(work: Callable[P, None]) -> Callable[P, None]:
-    """Return work after which, however it ends, nothing that it has started in this process's session still runs."""
-
-    @functools.wraps(work)
-    def alone(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            work(*args, **kwargs)
-        finally:
-            end_leftovers()
-
-    return alone
 
 
 def end_leftovers() -> None:
@@ -41,7 +25,7 @@ def end_leftovers() -> None:
             process.send_signal(signal.SIGKILL)
             ended += 1
     if ended:
-        log.warning("ended processes that the training had left", processes=ended)
+        log.warning("ended processes that the attempt had left", processes=ended)
 
 
 def _left() -> Iterator[psutil.Process]:
