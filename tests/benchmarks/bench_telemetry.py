@@ -3,7 +3,8 @@
 The RPC is GetJob on two real Cognate services of one build, called in turn: one tells nothing, the other is scraped
 every five seconds and sends its metrics, and spans of the default share of calls, to a collector. `value` and
 `yardstick` are the CPU times of the two servers' processes for a call, which a busy machine does not stretch as it does
-the time that passes; the ratio of the rates of calls stands beside them.
+the time that passes; the ratio of the rates of calls stands beside them. Two processes that do the same differ by a few
+hundredths for as long as they live, so there are several pairs of them, and `rpc_ratio_error` is their standard error.
 
 A step is one of Cognate-25M's pretraining. With telemetry it is measured, and its progress event, with every metric, is
 written to a real store under a worker's fencing token, inside the attempt's span: at every step, as is the default of a
@@ -52,6 +53,8 @@ from training_common.worker import WorkerAttempt
 
 # More often than Prometheus is usually told to, so that a short run has some.
 SCRAPE_EVERY_S = 5.0
+# Pairs of servers.
+PROCESSES = 8
 # Pairs of steps for each pair of RPC measurements.
 STEP_PAIRS = 4
 
@@ -108,29 +111,34 @@ def cpu_of(process: psutil.Process, drive: Callable[[], float], rates: list[floa
 
 
 def rpc(folder: Path, endpoint: str, runs: int) -> dict[str, float]:
-    """Return what a call costs with and without telemetry."""
-    admin = str(folder / "admin")
-    told = {
-        "COGNATE_SERVER_TELEMETRY__ADDRESS": f"unix:{admin}",
-        "COGNATE_SERVER_TELEMETRY__OTLP_ENDPOINT": endpoint,
-    }
+    """Return what a call costs with and without telemetry, over pairs of new servers."""
     unbounded = {"COGNATE_SERVER_LIMITS__CALLER_CALLS_PER_S": "0"}
-    with ExitStack() as stack:
-        telling = stack.enter_context(cognate_process(folder / "telling", None, **told, **unbounded))
-        silent = stack.enter_context(cognate_process(folder / "silent", None, **unbounded))
-        runner = stack.enter_context(asyncio.Runner())
-        rates: dict[str, list[float]] = {"telling": [], "silent": []}
-        measures = []
-        for name, address in (("telling", telling), ("silent", silent)):
-            with CognateClient(address) as client:
-                request, answer = submit(client)
-            drive = make_driver(runner, address, None, request, answer)
-            measures.append(cpu_of(server_process(folder / name), drive, rates[name]))
-        with scraped(admin):
-            pairs = interleave(*measures, runs=runs)
+    rates: dict[str, list[float]] = {"telling": [], "silent": []}
+    costs = []
+    for number in range(PROCESSES):
+        admin = str(folder / f"admin-{number}")
+        told = {
+            "COGNATE_SERVER_TELEMETRY__ADDRESS": f"unix:{admin}",
+            "COGNATE_SERVER_TELEMETRY__OTLP_ENDPOINT": endpoint,
+        }
+        with ExitStack() as stack:
+            runner = stack.enter_context(asyncio.Runner())
+            measures = []
+            for name, settings in (("telling", {**told, **unbounded}), ("silent", unbounded)):
+                data_dir = folder / f"{name}-{number}"
+                address = stack.enter_context(cognate_process(data_dir, None, **settings))
+                with CognateClient(address) as client:
+                    request, answer = submit(client)
+                drive = make_driver(runner, address, None, request, answer)
+                measures.append(cpu_of(server_process(data_dir), drive, rates[name]))
+            with scraped(admin):
+                pairs = interleave(*measures, runs=max(1, runs // PROCESSES))
+        costs.append([statistics.median(one) for one in zip(*pairs, strict=True)])
+    ratios = [telling / silent for telling, silent in costs]
     return {
-        "telling_cpu_s": statistics.median(ours for ours, _ in pairs),
-        "silent_cpu_s": statistics.median(theirs for _, theirs in pairs),
+        "telling_cpu_s": statistics.mean(telling for telling, _ in costs),
+        "silent_cpu_s": statistics.mean(silent for _, silent in costs),
+        "rpc_ratio_error": statistics.stdev(ratios) / math.sqrt(len(ratios)),
         "rpc_rate_ratio": statistics.median(rates["telling"]) / statistics.median(rates["silent"]),
     }
 
@@ -212,4 +220,4 @@ def main(runs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 12)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 24)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import io
 import json
 import subprocess
@@ -14,15 +15,17 @@ from typing import Any
 import grpc
 import pytest
 
-from cognateforge.client import AsyncCognateClient, CognateClient
+from cognateforge.client import AsyncCognateClient, CognateClient, tracing
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import JobNotFoundError
 from tests.support.otlp_sink import otlp_sink
 from tests.support.servers import running_cognate
 from tests.telemetry.scraping import samples
 from training_common import logs
+from training_common.settings import TelemetrySettings
 from training_common.telemetry import traces
 from training_common.telemetry.catalog import CATALOG
+from training_common.telemetry.spans import Tracer
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
@@ -187,3 +190,30 @@ async def test_the_share_of_traced_calls_is_a_setting(tmp_path: Path) -> None:
             await start(started().SerializeToString(), timeout=5)
         names = sorted(span.name.rsplit("/")[-1] for span in sink.spans)
     assert names == ["ListJobs", "StartPretraining"]
+
+
+def test_calls_of_a_call_that_is_not_traced_are_not_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not drawn anew; the next call is again, as are calls of a program that serves nobody."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    kept = InMemorySpanExporter()
+    settings = TelemetrySettings(trace_ratio=0)
+    tracer = Tracer(settings, service="agent", instance="test", exporter=kept)
+    monkeypatch.setattr(trace, "get_tracer", tracer.provider.get_tracer)
+
+    def calls_of(parent: traces.TraceContext | None) -> tuple[bool, bool]:
+        span, place = tracer.begin_call("Service/Get", parent)
+        calling = tracing.begin("/Other/Get")
+        return span is not None, calling is not None and bool(calling.headers()) and place == parent
+
+    def alone() -> bool:
+        return tracing.begin("/Other/Get") is not None
+
+    place = traces.TraceContext("1" * 32, "2" * 16, sampled=False)
+    assert contextvars.copy_context().run(calls_of, None) == (False, False)
+    # What its caller does not keep goes on under his trace, for the logs of those behind.
+    assert contextvars.copy_context().run(calls_of, place) == (False, True)
+    assert contextvars.copy_context().run(alone)
+    tracer.close()
+    assert finished(kept) == ()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from cognateforge.untraced import UNTRACED
 from training_common.release import release_of
 from training_common.settings import SettingsError, TelemetrySettings
 from training_common.telemetry.traces import TraceContext
@@ -75,7 +76,7 @@ class Tracer:
         self.provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_DELAY_MS))
         self._tracer = self.provider.get_tracer("cognateforge")
         self._attach, self._into, self._server = context.attach, trace.set_span_in_context, trace.SpanKind.SERVER
-        self._place, self._unkept = trace.SpanContext, trace.NonRecordingSpan
+        self._untraced = context.set_value(UNTRACED, True, context.Context())
 
     def install(self) -> None:
         """Make this the tracer of the whole process, whose clients then make spans of their calls."""
@@ -83,29 +84,26 @@ class Tracer:
 
         trace.set_tracer_provider(self.provider)
 
-    def begin_call(self, method: str, parent: TraceContext | None) -> tuple[Span | None, TraceContext]:
+    def begin_call(self, method: str, parent: TraceContext | None) -> tuple[Span | None, TraceContext | None]:
         """Begin the span of a call that this server serves, and make it the current one. method: "Service/Method".
 
-        Returns it, or None where it is not kept, and its place in the trace. The caller decides whether its trace is
-        kept. A call without one is drawn, and one that starts a job is kept, as its trace is the job's.
+        Returns it and its place in the trace. The caller decides whether its trace is kept. A call without one is
+        drawn, and one that starts a job is kept, as its trace is the job's. One that is not kept has no span, and
+        without a caller's trace no place in any: making up both takes a twentieth of a short call.
         """
-        if parent is not None:
-            kept = parent.sampled
-        else:
+        if parent is None:
             drawn = random.random() < self._ratio  # noqa: S311 - no secret
-            kept = drawn or _attributes(method)["rpc.method"] in _STARTS
-        if kept:
-            span: Span = self._tracer.start_span(
-                method, context=_context_of(parent), kind=self._server, attributes=_attributes(method)
-            )
-            self._attach(self._into(span))
-            place = span.get_span_context()
-            return span, TraceContext(f"{place.trace_id:032x}", f"{place.span_id:016x}", place.trace_flags.sampled)
-        # What the SDK would make as well, in three times the time.
-        trace_id = random.getrandbits(128) or 1 if parent is None else int(parent.trace_id, 16)
-        span_id = random.getrandbits(64) or 1
-        self._attach(self._into(self._unkept(self._place(trace_id, span_id, is_remote=False))))
-        return None, TraceContext(f"{trace_id:032x}", f"{span_id:016x}", sampled=False)
+            if not drawn and _attributes(method)["rpc.method"] not in _STARTS:
+                self._attach(self._untraced)
+                return None, None
+        elif not parent.sampled:
+            self._attach(_context_of(parent))
+            return None, parent
+        span: Span = self._tracer.start_span(
+            method, context=_context_of(parent), kind=self._server, attributes=_attributes(method)
+        )
+        self._attach(self._into(span))
+        return span, place_of(span)
 
     @contextlib.contextmanager
     def span(self, name: str, parent: TraceContext | None = None, **attributes: Any) -> Iterator[Span]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import grpc
 
+from cognateforge.untraced import UNTRACED
+
 # W3C's headers, which are the keys of the metadata too.
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 Header = tuple[str, str]
@@ -43,9 +45,12 @@ class CallSpan:
 
 
 def begin(method: str) -> CallSpan | None:
-    """Begin the span of a call, below the program's current one. None where the program does not use OpenTelemetry."""
+    """Begin the span of a call, below the program's current one.
+
+    None where the program does not use OpenTelemetry, and where what it is at is not traced.
+    """
     trace = sys.modules.get("opentelemetry.trace")
-    if trace is None:
+    if trace is None or sys.modules["opentelemetry.context"].get_value(UNTRACED):
         return None
     name = method.removeprefix("/")
     service, _, call = name.partition("/")
