@@ -428,9 +428,9 @@ class TelemetrySettings(Section):
         description="OTLP collector over gRPC, http://HOST:PORT or https://; empty: no traces and metrics are sent",
     )
     otlp_interval_s: float = Field(default=15.0, ge=1, le=3600, description="seconds between two exports of metrics")
-    # A span that is kept and sent costs about a tenth of a short call, one that is not a fiftieth.
+    # A span that is kept and sent costs about a third of a short call, one that is not next to nothing.
     trace_ratio: float = Field(
-        default=0.1,
+        default=0.05,
         ge=0,
         le=1,
         description="share of calls traced where the caller has not decided; starts of jobs always are",
