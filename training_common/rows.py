@@ -72,7 +72,8 @@ def _parquet(path: Path) -> Iterator[Row]:
     line = 0
     try:
         for line, content in enumerate(parquet_rows(path), start=1):
-            yield Row(path.name, line, content if _size(content) <= MAX_ROW_BYTES else _too_large())
+            fits = isinstance(content, RowRefusedError) or _size(content) <= MAX_ROW_BYTES
+            yield Row(path.name, line, content if fits else _too_large())
     except RowRefusedError as problem:
         yield Row(path.name, line + 1, problem)
 
@@ -127,8 +128,10 @@ def text_field(row: Mapping[str, object], field: str, *, max_chars: int) -> str:
 def checked_text(value: object, field: str, *, max_chars: int, blank: bool = False) -> str:
     """Return `value` if it is text that can be used. Errors: RowRefusedError."""
     if not isinstance(value, str):
+        # Parquet's bytes and numbers that are none come out as None.
+        found = "null, or what JSON has no form for" if value is None else type(value).__name__
         raise RowRefusedError(
-            "wrong_type", field=field, detail=f"expected text, got {type(value).__name__}", remedy="write it as text"
+            "wrong_type", field=field, detail=f"expected text, got {found}", remedy="write it as text"
         )
     if len(value) > max_chars:
         raise RowRefusedError(

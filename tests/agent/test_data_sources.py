@@ -105,6 +105,22 @@ def test_a_table_of_text_is_told_as_one(name: str, tmp_path: Path) -> None:
     assert [violation.field for violation in caught.value.violations] == ["plan.classification.file.path"]
 
 
+def test_parquet_with_bytes_that_are_no_text_loses_those_rows_alone(tmp_path: Path) -> None:
+    """Each is a finding with its line and field, and so is a cell of bytes; the file goes on being read."""
+    texts = [row["text"].encode() for row in ROWS]
+    texts[3] = b"caf\xe9"
+    table = pa.table({"text": pa.array(texts).view(pa.string()), "label": [row["label"] for row in ROWS]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    data = prepare(tmp_path, "classification", "rows.parquet")
+    assert {4: "not_utf8"} == reasons(data)
+    assert len(ROWS) - 1 == data.report.rows_kept
+    [finding] = data.report.findings
+    assert ("text", "byte 3 of the text is not UTF-8") == (finding.field, finding.detail)
+    pq.write_table(table.set_column(0, "text", pa.array(texts)), tmp_path / "bytes.parquet")
+    with pytest.raises(DataUnavailableError, match=r"bytes\.parquet:1 text: expected text, got null, or what JSON has"):
+        prepare(tmp_path, "classification", "bytes.parquet")
+
+
 @pytest.mark.parametrize("damage", ["torn", "no parquet", "empty", "page"])
 def test_a_torn_parquet_file_is_a_finding(damage: str, tmp_path: Path) -> None:
     """Not a crash; what was read before the damage is counted."""
