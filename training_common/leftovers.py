@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-from collections.abc import Iterator
 
 import psutil
 import structlog
@@ -19,16 +17,15 @@ def end_leftovers() -> None:
     The latter finds what was left by a process that has ended itself. What made a session of its own and lost its
     parent belongs to nobody that could be known here.
     """
-    ended = 0
-    for process in _left():
+    left = _left()
+    for process in left:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            process.send_signal(signal.SIGKILL)
-            ended += 1
-    if ended:
-        log.warning("ended processes that the attempt had left", processes=ended)
+            process.kill()
+    if left:
+        log.warning("ended processes that the attempt had left", processes=len(left))
 
 
-def _left() -> Iterator[psutil.Process]:
+def _left() -> set[psutil.Process]:
     own = psutil.Process()
     found = set(own.children(recursive=True))
     if os.getsid(0) == own.pid:
@@ -36,4 +33,4 @@ def _left() -> Iterator[psutil.Process]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if process.pid != own.pid and os.getsid(process.pid) == own.pid:
                     found.add(process)
-    yield from found
+    return found

@@ -72,8 +72,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     line = 0
     try:
         for line, content in enumerate(parquet_rows(path), start=1):
-            fits = isinstance(content, RowRefusedError) or _size(content) <= MAX_ROW_BYTES
-            yield Row(path.name, line, content if fits else _too_large())
+            yield Row(path.name, line, content if _size(content) <= MAX_ROW_BYTES else _too_large())
     except RowRefusedError as problem:
         yield Row(path.name, line + 1, problem)
 

@@ -1,9 +1,8 @@
 """Architectures in a real server with real workers: the plugin of docs/architectures.md, a smuggler, a model folder."""
 
 import re
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,21 +158,13 @@ def test_what_a_plugin_started_ends_with_its_worker(agents: AgentClient) -> None
     """A child, and a child's orphan, are gone when the job has ended; the job succeeds."""
     job = submit(agents, architecture="fork_words", scratch=training_pb2.ScratchBase(), total_steps=3)
     assert ended(agents, job).state == job_pb2.JOB_STATE_SUCCEEDED
-    assert until(lambda: not leftovers(), timeout_s=20), leftovers()
+    assert psutil.wait_procs(leftovers(), timeout=20)[1] == []
 
 
 def leftovers() -> list[psutil.Process]:
     """Return what the plugin has started and still runs."""
     mine = [p for p in psutil.process_iter(["cmdline", "status"]) if (p.info["cmdline"] or [""])[-1] == "leftover"]
     return [process for process in mine if process.info["status"] != psutil.STATUS_ZOMBIE]
-
-
-def until(true: Callable[[], bool], *, timeout_s: float) -> bool:
-    """Return whether something became true in time."""
-    end = time.monotonic() + timeout_s
-    while not (found := true()) and time.monotonic() < end:
-        time.sleep(0.1)
-    return found
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import torch
@@ -42,7 +41,7 @@ from cognateforge.client import CognateClient
 from tests.benchmarks.bench_train_step import CONFIG, THREADS, VOCABULARY, OneBatch
 from tests.benchmarks.bench_unary_rpc import CALLS, make_driver, submit
 from tests.benchmarks.cognate_process import clean_up_on_sigterm, cognate_process
-from tests.benchmarks.common import print_result
+from tests.benchmarks.common import interleave, print_result
 from tests.support.otlp_sink import otlp_sink
 from training_common.jobs.states import JobState
 from training_common.jobs.store import JobStore
@@ -52,7 +51,6 @@ from training_common.telemetry.attempt_trace import AttemptTrace
 from training_common.telemetry.spans import Tracer
 from training_common.worker import WorkerAttempt
 
-T = TypeVar("T")
 # More often than Prometheus is usually told to, so that a short run has some.
 SCRAPE_EVERY_S = 5.0
 # Pairs of servers.
@@ -112,12 +110,6 @@ def cpu_of(process: psutil.Process, drive: Callable[[], float], rates: list[floa
     return measured
 
 
-def in_both_orders(ours: Callable[[], T], yardstick: Callable[[], T], *, runs: int) -> list[tuple[T, T]]:
-    """Measure the two in turn after one of each, the one first as often as the other: the second finds caches warm."""
-    ours(), yardstick()
-    return [(ours(), yardstick()) if number % 2 else (yardstick(), ours())[::-1] for number in range(runs)]
-
-
 def rpc(folder: Path, endpoint: str, runs: int) -> dict[str, float]:
     """Return what a call costs with and without telemetry, over pairs of new servers."""
     unbounded = {"COGNATE_SERVER_LIMITS__CALLER_CALLS_PER_S": "0"}
@@ -140,7 +132,7 @@ def rpc(folder: Path, endpoint: str, runs: int) -> dict[str, float]:
                 drive = make_driver(runner, address, None, request, answer)
                 measures.append(cpu_of(server_process(data_dir), drive, rates[name]))
             with scraped(admin):
-                pairs = in_both_orders(*measures, runs=max(2, runs // PROCESSES))
+                pairs = interleave(*measures, runs=max(2, runs // PROCESSES))
         costs.append([statistics.median(one) for one in zip(*pairs, strict=True)])
     ratios = [telling / silent for telling, silent in costs]
     return {
@@ -194,7 +186,7 @@ def step(folder: Path, endpoint: str, runs: int) -> dict[str, float]:
         stack.callback(tracer.close)
         stack.enter_context(trace.of(attempt_store, rank="0"))
         attempt.move(JobState.RUNNING)
-        pairs = in_both_orders(told, plain, runs=runs * STEP_PAIRS)
+        pairs = interleave(told, plain, runs=runs * STEP_PAIRS)
     cpu = [with_it.cpu_s / alone.cpu_s for with_it, alone in pairs]
     return {
         "step_s": statistics.median(alone.wall_s for _, alone in pairs),

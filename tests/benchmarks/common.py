@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def interleave(ours: Callable[[], float], yardstick: Callable[[], float], *, runs: int) -> list[tuple[float, float]]:
-    """Measure the two in turn, after one of each to warm up, so that a busy machine hurts both alike."""
+def interleave(ours: Callable[[], T], yardstick: Callable[[], T], *, runs: int) -> list[tuple[T, T]]:
+    """Measure the two in turn, after one of each to warm up, so that a busy machine hurts both alike.
+
+    Each is the first one as often as the other, since the second may find caches warm.
+    """
     ours()
     yardstick()
-    return [(ours(), yardstick()) for _ in range(runs)]
+    return [(yardstick(), ours())[::-1] if number % 2 else (ours(), yardstick()) for number in range(runs)]
 
 
 def report(name: str, pairs: list[tuple[float, float]], *, unit: str, **beside: object) -> None:

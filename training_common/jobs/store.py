@@ -8,6 +8,7 @@ that takes the event's sequence. So a worker that was given up can change nothin
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import random
 import threading
@@ -208,54 +209,41 @@ def append_event(
 
     Errors: FencedOutError, when `only_token` is given and no longer the job's. Nothing is written then.
     """
-    condition = t.jobs.c.id == job_id
+    changes = changes or {}
+    of = {"of_job": job_id, **{_new(name): value for name, value in changes.items()}}
     if only_token is not None:
-        condition &= _may_write(only_token, now_us())
-    statement = (
-        sa.update(t.jobs)
-        .where(condition)
-        .values(last_sequence=t.jobs.c.last_sequence + 1, **(changes or {}))
-        .returning(t.jobs)
-    )
-    row = connection.execute(statement).mappings().one_or_none()
+        of |= {"token": only_token, "at_us": now_us()}
+    row = connection.execute(_telling(tuple(changes), only_token is not None), of).mappings().one_or_none()
     if row is None:
-        raise _fenced_out(job_id, only_token)
+        raise FencedOutError(f"job {job_id}: fencing token {only_token} is no longer current")
     job = _job(row)
-    _insert_event(connection, job_id, job.last_sequence, job.attempt, kind, payload)
+    event = {"job_id": job_id, "sequence": job.last_sequence, "time_us": now_us(), "attempt": job.attempt, "kind": kind}
+    connection.execute(_INSERT_EVENT, {**event, "payload": dict(payload)})
     return job
 
 
-# Built once, as building a statement takes longer than running it, and a worker tells of every step.
+# Statements are built once, which takes longer than running them, and a worker tells of every step.
 _INSERT_EVENT = sa.insert(t.events)
-_TELL_OF_PROGRESS = (
-    sa.update(t.jobs)
-    .where(t.jobs.c.id == sa.bindparam("told_job"), _may_write(sa.bindparam("token"), sa.bindparam("at_us")))
-    .values(last_sequence=t.jobs.c.last_sequence + 1, step=sa.bindparam("told_step"))
-    .returning(t.jobs.c.last_sequence, t.jobs.c.attempt)
-)
 
 
-def append_progress(
-    connection: sa.Connection, job_id: int, payload: Mapping[str, Any], *, step: int, only_token: int
-) -> None:
-    """Do for an event of progress what `append_event` does for any, in a third of the time. Errors: FencedOutError."""
-    of = {"told_job": job_id, "token": only_token, "at_us": now_us(), "told_step": step}
-    row = connection.execute(_TELL_OF_PROGRESS, of).one_or_none()
-    if row is None:
-        raise _fenced_out(job_id, only_token)
-    sequence, attempt = row
-    _insert_event(connection, job_id, sequence, attempt, "progress", payload)
+@functools.cache
+def _telling(changed: tuple[str, ...], guarded: bool) -> sa.Executable:
+    """Return the change of a job that comes with an event. guarded: only by the worker whose token is current."""
+    condition = t.jobs.c.id == sa.bindparam("of_job")
+    if guarded:
+        condition &= _may_write(sa.bindparam("token"), sa.bindparam("at_us"))
+    values: dict[str, Any] = {name: sa.bindparam(_new(name)) for name in changed}
+    return (
+        sa.update(t.jobs)
+        .where(condition)
+        .values(last_sequence=t.jobs.c.last_sequence + 1, **values)
+        .returning(*t.jobs.c)
+    )
 
 
-def _insert_event(
-    connection: sa.Connection, job_id: int, sequence: int, attempt: int, kind: str, payload: Mapping[str, Any]
-) -> None:
-    row = {"job_id": job_id, "sequence": sequence, "time_us": now_us(), "attempt": attempt}
-    connection.execute(_INSERT_EVENT, {**row, "kind": kind, "payload": dict(payload)})
-
-
-def _fenced_out(job_id: int, token: int | None) -> FencedOutError:
-    return FencedOutError(f"job {job_id}: fencing token {token} is no longer current")
+def _new(name: str) -> str:
+    """Return what a column's new value is called: its own name stands for the column."""
+    return f"new_{name}"
 
 
 def move(
@@ -878,9 +866,7 @@ class AttemptStore:
         """Record that training went on. Errors: FencedOutError."""
         with self._step_lock:
             self._told_step = step
-            with self.writing() as connection:
-                token = self.attempt.fencing_token
-                append_progress(connection, self.job.id, payload, step=step, only_token=token)
+            self.append("progress", payload, step=step)
 
     def move(self, to: JobState, *, message: str = "", **changes: Any) -> JobRow:
         """Move the job. Errors: FencedOutError, IllegalTransitionError."""

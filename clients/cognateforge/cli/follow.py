@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cognateforge.cli.exits import Exit
 from cognateforge.cli.plain import enum_word, to_plain
 from cognateforge.cli.session import Session, print_line, say
-from cognateforge.cli.terminal import can_draw, console, is_dumb, printable, restored
+from cognateforge.cli.terminal import can_draw, console, printable, restored
 from cognateforge.exceptions import BY_REASON, JobFailedError
 from cognateforge.exchange.v1 import model_pb2
 from cognateforge.job.v1 import job_pb2
@@ -145,7 +145,8 @@ def _ended(session: Session, name: str, end: job_pb2.End, artifact: str) -> Exit
 def _display(
     session: Session, job: Job, progress: bool | None, metrics: Sequence[str]
 ) -> AbstractContextManager[OnFrame]:
-    if (progress and not (sys.stderr.isatty() and is_dumb())) or (progress is None and can_draw(sys.stderr)):
+    # Who asks for it gets it in a pipe, too.
+    if progress is not False and (can_draw(sys.stderr) or (progress and not sys.stderr.isatty())):
         return _screen(job, metrics)
     if progress is False or session.as_json:
         return _nothing()
