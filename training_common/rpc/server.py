@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from training_common.devices import DeviceLocks
 from training_common.discovery import Registration, register
+from training_common.engines.processes import exit_at_once
 from training_common.folder_lock import FolderLock
 from training_common.rpc.address import require_free
 from training_common.rpc.audit import AuditLog
@@ -245,7 +246,10 @@ class RunningServer:
 async def serve_until_signal(running: RunningServer, *, name: str, address_file: Path | None) -> None:
     """Serve until SIGTERM or SIGINT, then drain. The bound address is logged, and written to `address_file`.
 
-    Errors: RuntimeError, when the address is taken, or when the server ended by itself.
+    Where gRPC's server has ended by itself, this process ends at once, with status 1: what is left of it writes into
+    memory that is not its own, and of thirty processes that drained after it one crashed. As after a kill, workers go
+    on and the next server finds them.
+    Errors: RuntimeError, when the address is taken.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -260,13 +264,16 @@ async def serve_until_signal(running: RunningServer, *, name: str, address_file:
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
+    if running.ended.is_set():
+        log.critical("the gRPC server ended by itself, what was logged before tells why: start the service again")
+        if address_file is not None:
+            address_file.unlink(missing_ok=True)
+        exit_at_once(1)
     log.info("draining", service=name)
     await running.stop()
     if address_file is not None:
         await asyncio.to_thread(address_file.unlink, missing_ok=True)
     log.info("stopped", service=name)
-    if running.ended.is_set():
-        raise RuntimeError("the gRPC server ended by itself, the log tells why: start the service again")
 
 
 def _announce(address_file: Path, address: str) -> None:
