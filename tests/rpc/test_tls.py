@@ -571,7 +571,7 @@ async def test_a_server_that_ends_by_itself_is_noticed(tmp_path: Path) -> None:
     headers = b"\x83\x86" + header(b":path", b"/\xff/x") + header(b":authority", b"x") + header(b"te", b"trailers")
     headers += header(b"content-type", b"application/grpc")
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 4, 1, headers))
-    _, told = await asyncio.wait_for(process.communicate(), 30)
+    _, told = await asyncio.wait_for(process.communicate(), 15)  # gRPC itself tells of it after 20 s
     writer.close()
     assert 1 == process.returncode
     assert b"the gRPC server ended by itself" in told

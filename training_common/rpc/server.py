@@ -243,12 +243,17 @@ class RunningServer:
         self._lock.release()
 
 
+def _main_loops() -> list[asyncio.Task[Any]]:
+    """Return the tasks in which gRPC's servers of this process take calls; gRPC has no public name for them."""
+    return [task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__name__", "") == "_server_main_loop"]
+
+
 async def serve_until_signal(running: RunningServer, *, name: str, address_file: Path | None) -> None:
     """Serve until SIGTERM or SIGINT, then drain. The bound address is logged, and written to `address_file`.
 
     Where gRPC's server has ended by itself, this process ends at once, with status 1: what is left of it writes into
-    memory that is not its own, and of thirty processes that drained after it one crashed. As after a kill, workers go
-    on and the next server finds them.
+    memory that is not its own, and of forty processes that went on one crashed. As after a kill, workers go on and the
+    next server finds them.
     Errors: RuntimeError, when the address is taken.
     """
     stop = asyncio.Event()
@@ -260,15 +265,18 @@ async def serve_until_signal(running: RunningServer, *, name: str, address_file:
     log.info("serving", service=name, address=running.address, **admin)
     if address_file is not None:
         await asyncio.to_thread(_announce, address_file, running.address)
-    waits = [asyncio.create_task(event.wait()) for event in (stop, running.ended)]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
-    if running.ended.is_set():
+    stopped, noticed = (asyncio.create_task(event.wait()) for event in (stop, running.ended))
+    # Its main loop tells of its end at once. What gRPC has in public tells of it 20 s later, and calls wait until then.
+    ends: set[asyncio.Task[Any]] = {noticed, *_main_loops()}
+    done, _ = await asyncio.wait({stopped, *ends}, return_when=asyncio.FIRST_COMPLETED)
+    if done & ends:
+        for end in done & ends - {noticed}:
+            log.critical("the gRPC server failed", exc_info=None if end.cancelled() else end.exception())
         log.critical("the gRPC server ended by itself, what was logged before tells why: start the service again")
         if address_file is not None:
-            address_file.unlink(missing_ok=True)
+            await asyncio.to_thread(address_file.unlink, missing_ok=True)
         exit_at_once(1)
+    noticed.cancel()
     log.info("draining", service=name)
     await running.stop()
     if address_file is not None:
