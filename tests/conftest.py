@@ -1,6 +1,7 @@
 """Fixtures that several folders share."""
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -55,9 +56,12 @@ def _place(item: pytest.Item) -> int:
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """Leave no test's logging to the next one: what sets a process up does it in this process too."""
-    before = structlog.get_config()
+    before, root = structlog.get_config(), logging.getLogger()
+    handlers = list(root.handlers)
     yield
     structlog.configure(**before)
+    root.handlers = [handler for handler in root.handlers if handler in handlers]
+    logging.captureWarnings(False)
 
 
 @pytest.fixture
