@@ -190,6 +190,18 @@ def test_a_dead_services_machine_still_tells(fake: Fake, planted: Path, tmp_path
     assert {"job.json", "cognate/server.json"} == set(json.loads(found["contents.json"])["missing"])
 
 
+def test_settings_that_are_invalid_are_told_in_the_bundle(fake: Fake, tmp_path: Path) -> None:
+    """They may be why somebody looks: all else is gathered."""
+    file = tmp_path / "cognate.toml"
+    file.write_text('colour = "green"\n')
+    path = tmp_path / "out.tar.gz"
+    result = bundle(fake, "--output", str(path), "--cognate-settings", str(file), "--json")
+    assert 0 == result.exit_code
+    told = json.loads(result.stdout)
+    assert "colour" in told["missing"]["cognate/settings.json"]
+    assert {"job.json", "doctor.json", "cognate/server.json"} <= set(members(path))
+
+
 def test_a_bundle_is_bounded(fake: Fake, tmp_path: Path) -> None:
     """A long log keeps its end and says how much there was; many events keep the newest."""
     fake.pretraining.job.job.attempt = 1

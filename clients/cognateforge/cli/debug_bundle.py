@@ -57,9 +57,10 @@ def register(app: typer.Typer) -> None:
         job_name = full_job_name(name)
         path = output or Path(f"forge-debug-{job_name.removeprefix('jobs/')}.tar.gz")
         settings = {Service.COGNATE: cognate_settings, Service.AGENT: agent_settings}
-        evidence = _evidence(settings, job_name)
+        evidence, unusable = _evidence(settings, job_name)
         secrets = [*secrets_of_environment(), *(text for one in evidence.values() for text in one.secrets)]
         bundle = Bundle(Redactor(secrets), most_mib << 20)
+        bundle.missing.update((name, bundle.redactor.text(why)) for name, why in unusable.items())
         found = _job(session, bundle, service, job_name, alone=not evidence)
         bundle.add_json("client.json", _client())
         bundle.add_json("doctor.json", [check.to_plain() for check in all_checks(session, settings)])
@@ -77,11 +78,21 @@ def register(app: typer.Typer) -> None:
         return Exit.OK
 
 
-def _evidence(settings: dict[Service, Path | None], job: str) -> dict[Service, Evidence]:
+def _evidence(settings: dict[Service, Path | None], job: str) -> tuple[dict[Service, Evidence], dict[str, str]]:
+    """Return what is there, and why the rest is not: settings that are invalid may be why the job needs a look."""
     from cognateforge.diagnostics.plugins import server_side
+    from cognateforge.exceptions import ClientSetupError
 
-    given = {service: file for service, file in settings.items() if file is not None}
-    return {service: server_side(service.value).evidence(file, job) for service, file in given.items()}
+    found, unusable = {}, {}
+    for service, file in settings.items():
+        if file is None:
+            continue
+        side = server_side(service.value)
+        try:
+            found[service] = side.evidence(file, job)
+        except ClientSetupError as error:
+            unusable[f"{service.value}/settings.json"] = error.message
+    return found, unusable
 
 
 def _job(
