@@ -104,15 +104,15 @@ class _Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
 
 
 @contextmanager
-def otlp_sink() -> Iterator[OtlpSink]:
-    """Yield a collector that listens on a free port."""
+def otlp_sink(port: int = 0) -> Iterator[OtlpSink]:
+    """Yield a collector that listens on a port, a free one for 0."""
     sink = OtlpSink()
     server = grpc.server(ThreadPoolExecutor(2))
     add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
     add(_Traces(sink), server)
     add = metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server
     add(_Metrics(sink), server)
-    sink.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    sink.endpoint = f"http://127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     server.start()
     try:
         yield sink

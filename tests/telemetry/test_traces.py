@@ -14,12 +14,14 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 
 from cognateforge.client import AsyncCognateClient, CognateClient, tracing
 from cognateforge.cognate.v1 import pretraining_pb2 as pb
 from cognateforge.exceptions import JobNotFoundError
-from tests.support.otlp_sink import otlp_sink
+from tests.support.otlp_sink import OtlpSink, otlp_sink
 from tests.support.servers import running_cognate
+from tests.support.waiting import until
 from tests.telemetry.scraping import samples
 from training_common import logs
 from training_common.settings import TelemetrySettings
@@ -131,6 +133,32 @@ async def test_a_dead_collector_slows_neither_calls_nor_the_end(tmp_path: Path) 
             assert time.monotonic() - began < 10
         began = time.monotonic()
     assert time.monotonic() - began < 12
+
+
+async def test_a_collector_that_comes_back_is_told_again(tmp_path: Path) -> None:
+    """Spans of after, and the counters with what they have counted meanwhile."""
+    async with contextlib.AsyncExitStack() as stack:
+        with otlp_sink() as sink:
+            told = {"otlp_endpoint": sink.endpoint, "otlp_interval_s": 1, "trace_ratio": 1}
+            server = await stack.enter_async_context(running_cognate(tmp_path, telemetry=told))
+            client = await stack.enter_async_context(AsyncCognateClient(server.address))
+            await client.pretraining.ListJobs(pb.ListJobsRequest())
+            await asyncio.to_thread(sink.until, lambda seen: bool(seen.spans) and COUNTED in seen.metrics)
+        with structlog.testing.capture_logs() as told_of:
+            for _ in range(3):
+                await client.pretraining.ListJobs(pb.ListJobsRequest())
+            await until(lambda: "metrics not sent" in [line["event"] for line in told_of], timeout_s=30)
+        with otlp_sink(int(sink.endpoint.rpartition(":")[2])) as again:
+            await client.pretraining.ListJobs(pb.ListJobsRequest())
+            await asyncio.to_thread(again.until, lambda seen: bool(seen.spans) and calls_counted(seen) == 5)
+
+
+COUNTED = "forge_rpc_calls_total"
+
+
+def calls_counted(sink: OtlpSink) -> int:
+    points = sink.metrics[COUNTED].sum.data_points if COUNTED in sink.metrics else []
+    return sum(int(point.as_double) for point in points)
 
 
 async def test_a_client_of_a_traced_program_sends_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
