@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cognateforge.exceptions import FieldViolation
 from training_common.attempt import Json
+from training_common.parted import as_parted
 
 if TYPE_CHECKING:
     from torch import autocast
@@ -280,7 +281,6 @@ def build_optimizer(config: Optimization, *, base: Sequence[Parameter], head: Se
     Every group keeps its own peak in `peak_lr`; `set_lr` gives all of them their rate of a step.
     """
     from torch import optim
-    from torch.distributed.tensor import DTensor
 
     groups = [
         {"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay}
@@ -299,7 +299,7 @@ def build_optimizer(config: Optimization, *, base: Sequence[Parameter], head: Se
     if config.optimizer is OptimizerKind.ADAM:
         return optim.Adam(groups, fused=True)
     # Torch has no fused SGD for parameters of which each process holds a part.
-    parted = any(isinstance(p, DTensor) for p in (*base, *head))
+    parted = any(as_parted(p) is not None for p in (*base, *head))
     return optim.SGD(groups, momentum=config.momentum, fused=not parted)
 
 

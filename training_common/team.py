@@ -20,12 +20,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cognateforge.job.v1 import job_pb2
 from training_common.attempt import TeamBrokenError
+from training_common.parted import as_parted
 
 # How long the others wait for the first one, which may prepare data, measure or save meanwhile. One that is gone is
 # noticed by its closed connections at once, so this only bounds a silent network. The first one waits for no other so:
@@ -158,6 +157,8 @@ class Team:
             )
             wrapped.register_comm_hook(None, _add_up)
             return wrapped
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
         # A parameter without a dimension cannot be parted.
         scalars = {p for p in module.parameters() if p.ndim == 0}
         for part in (*blocks, module):
@@ -181,7 +182,7 @@ class Team:
         if not self.shards:
             return
         for parameter in parameters:
-            if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            if as_parted(parameter) is None and parameter.grad is not None:
                 with exchanging():
                     dist.all_reduce(parameter.grad)
 
@@ -193,9 +194,7 @@ class Team:
         squares = {True: torch.zeros((), dtype=torch.float64), False: torch.zeros((), dtype=torch.float64)}
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
-            parted = isinstance(gradient, DTensor)
-            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            squares[parted] += own.double().square().sum()
+            squares[as_parted(gradient) is not None] += local(gradient).double().square().sum()
         norm = float((self.total(squares[True]) + squares[False]).sqrt())
         for gradient in gradients:
             gradient.mul_(min(1.0, most / (norm + 1e-6)))
@@ -251,9 +250,10 @@ def whole(tree: Any, *, keep: bool = True) -> Any:
 
     keep: a process that does not need them lets go of each at once, and has None in its place.
     """
-    if isinstance(tree, DTensor):
+    parted = as_parted(tree)
+    if parted is not None:
         with exchanging():
-            gathered = tree.full_tensor()
+            gathered = parted.full_tensor()
         return gathered if keep else None
     if isinstance(tree, dict):
         return {key: whole(item, keep=keep) for key, item in tree.items()}
@@ -264,14 +264,18 @@ def whole(tree: Any, *, keep: bool = True) -> Any:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    parted = as_parted(tensor)
+    return tensor if parted is None else parted.to_local()
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """Return this process's part of a whole tensor, parted as another one is."""
-    if not isinstance(like, DTensor):
+    parted = as_parted(like)
+    if parted is None:
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parted.device_mesh, parted.placements, src_data_rank=None)
 
 
 @torch.no_grad()

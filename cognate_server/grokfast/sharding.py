@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from training_common.parted import as_parted
 
 
 def layout(tensor: Tensor) -> object:
     """Return a key: sums over tensors of one layout may be added before they are reduced."""
-    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else tensor.device
+    parted = as_parted(tensor)
+    return tensor.device if parted is None else (parted.device_mesh, parted.placements)
 
 
 def like(part: Tensor, whole: Tensor) -> Tensor:
     """Return the local part as the same piece of the whole as it is in the other tensor."""
-    if not isinstance(whole, DTensor):
+    parted = as_parted(whole)
+    if parted is None:
         return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
-        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        part, parted.device_mesh, parted.placements, run_check=False, shape=parted.shape, stride=parted.stride()
     )
 
 
@@ -26,9 +31,12 @@ def summed(numbers: list[float], one: Tensor) -> list[float]:
 
     Every process of the mesh has to call it, and every one gets the same.
     """
-    if not isinstance(one, DTensor):
+    parted = as_parted(one)
+    if parted is None:
         return numbers
-    kinds = [Partial() if placement.is_shard() else Replicate() for placement in one.placements]
-    mine = torch.tensor(numbers, dtype=torch.float64, device=one.to_local().device)
-    total = DTensor.from_local(mine, one.device_mesh, kinds, run_check=False).full_tensor()
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    kinds = [Partial() if placement.is_shard() else Replicate() for placement in parted.placements]
+    mine = torch.tensor(numbers, dtype=torch.float64, device=parted.to_local().device)
+    total = DTensor.from_local(mine, parted.device_mesh, kinds, run_check=False).full_tensor()
     return [float(number) for number in total]
