@@ -21,7 +21,7 @@ from training_common.team import ALONE, Strategy, Team
 from training_common.team_attempt import TeamAttempt
 
 PROCESSES = 2
-STEPS = 16
+STEPS = 12
 CUT_AT = 9
 WORDS = ("alpha", "beta", "gamma", "delta")
 # 49 rows in batches of 8: every seventh batch has one row, which leaves one of two processes nothing.

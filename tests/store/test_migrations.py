@@ -162,7 +162,7 @@ def test_neither_service_has_the_others_tables(database: Database) -> None:
     assert not {"aliases", "alias_moves"} & tables(database)
 
 
-def test_servers_that_start_at_once_take_turns(service: str, database: Database, tmp_path: Path) -> None:
+def test_servers_that_start_at_once_take_turns(service: str, tmp_path: Path) -> None:
     """The second one waits for the lock before it looks at the schema, so what the first made is what it finds."""
     made = Database(f"sqlite:///{tmp_path / 'made.db'}")
     made.upgrade(SERVICES[service][0])
@@ -172,10 +172,10 @@ def test_servers_that_start_at_once_take_turns(service: str, database: Database,
     with contextlib.closing(sqlite3.connect(tmp_path / "store.db", isolation_level=None)) as first:
         first.execute("PRAGMA journal_mode=WAL")
         first.execute("BEGIN IMMEDIATE")
-        writing = threading.Event()
+        writing, database = threading.Event(), Database(f"sqlite:///{tmp_path / 'store.db'}")
 
         def watch(_: object, __: object, statement: str, *___: object) -> None:
-            if statement.strip().startswith(("BEGIN IMMEDIATE", "CREATE")):
+            if statement.strip().startswith("BEGIN IMMEDIATE"):
                 writing.set()
 
         sa.event.listen(database.engine, "before_cursor_execute", watch)
@@ -187,6 +187,7 @@ def test_servers_that_start_at_once_take_turns(service: str, database: Database,
             first.execute("COMMIT")
             second.result(30)
     assert SERVICES[service][1] | OF_THE_SCHEMA == tables(database)
+    database.close()
 
 
 def test_a_file_that_is_no_database_is_named(service: str, tmp_path: Path) -> None:
