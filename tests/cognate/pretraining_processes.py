@@ -24,7 +24,7 @@ from training_common.team import ALONE, Strategy, Team
 from training_common.team_attempt import TeamAttempt
 
 PROCESSES = 2
-STEPS = 12
+STEPS = 16
 CUT_AT = 9
 POISONED_AT = 4
 # Enough for the order of filter and reduction to show.
