@@ -1,6 +1,6 @@
 """Parted tensors, which torch calls DTensor: told apart without importing what they need.
 
-Their module and what it loads take a third of a worker's start, and a process that trains alone never has one.
+Their module takes most of a second to import, and a process that trains alone never has one.
 """
 
 from __future__ import annotations

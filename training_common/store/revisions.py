@@ -1,6 +1,6 @@
 """Revisions of a service's schema, which of them a release can work on, and the mark of an unfinished restore.
 
-Alembic is imported where it is used: a worker, which finds the schema as it should be, starts half a second sooner.
+Alembic is imported where it is used: a worker, which finds the schema as it should be, starts without it.
 
 A store is upgraded while servers of the release before still use it, and these may have to start again. A migration
 therefore only adds what older code need not know, or says `contracts = True`: code older than it cannot work on the
