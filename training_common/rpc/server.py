@@ -176,31 +176,20 @@ class RunningServer:
         except RuntimeError:
             await self._let_go()
             raise
-        others = _main_loops()
         await self._server.start()
-        main_loop = _main_loops() - others
         self._tasks = [asyncio.create_task(self._stand(task)) for task in (self._health.run(), *self._standing)]
-        self._tasks.append(asyncio.create_task(self._guard(main_loop)))
+        self._tasks.append(asyncio.create_task(self._guard()))
         self._registration = register(self._settings.consul, self.address, lambda: self._health.serving)
 
-    async def _guard(self, main_loop: set[asyncio.Task[Any]]) -> None:
-        """Notice when gRPC's server ends by itself. It does so on a path that is no UTF-8, and never listens again.
-
-        Its main loop tells of it at once. What gRPC has in public tells of it 20 s later, and calls wait until then.
-        """
-        terminated = asyncio.create_task(self._server.wait_for_termination())
-        # Of several, where servers of one process start at once, one may be another's.
-        ends = {terminated, *(main_loop if len(main_loop) == 1 else ())}
+    async def _guard(self) -> None:
+        """Notice when gRPC's server ends by itself. It does so on a path that is no UTF-8, and never listens again."""
         try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            terminated.cancel()
-        for end in done:
-            if not end.cancelled() and (error := end.exception()) is not None:
-                log.critical("the gRPC server failed", exc_info=error)
+            await self._server.wait_for_termination()
+        except Exception:
+            log.critical("the gRPC server failed", exc_info=True)
         if not self._stopping:
-            self.ended.set()
             await self._health.give_up()
+            self.ended.set()
 
     async def _stand(self, task: Coroutine[Any, Any, None]) -> None:
         """Run a standing task. One that ends by itself takes health with it: jobs or watches would wait in vain."""
@@ -254,9 +243,9 @@ class RunningServer:
         self._lock.release()
 
 
-def _main_loops() -> set[asyncio.Task[Any]]:
+def _main_loops() -> list[asyncio.Task[Any]]:
     """Return the tasks in which gRPC's servers of this process take calls; gRPC has no public name for them."""
-    return {task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__name__", "") == "_server_main_loop"}
+    return [task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__name__", "") == "_server_main_loop"]
 
 
 async def serve_until_signal(running: RunningServer, *, name: str, address_file: Path | None) -> None:
@@ -276,15 +265,18 @@ async def serve_until_signal(running: RunningServer, *, name: str, address_file:
     log.info("serving", service=name, address=running.address, **admin)
     if address_file is not None:
         await asyncio.to_thread(_announce, address_file, running.address)
-    waits = [asyncio.create_task(event.wait()) for event in (stop, running.ended)]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
-    if running.ended.is_set():
+    stopped, noticed = (asyncio.create_task(event.wait()) for event in (stop, running.ended))
+    # Its main loop tells of its end at once. What gRPC has in public tells of it 20 s later, and calls wait until then.
+    ends: set[asyncio.Task[Any]] = {noticed, *_main_loops()}
+    done, _ = await asyncio.wait({stopped, *ends}, return_when=asyncio.FIRST_COMPLETED)
+    if done & ends:
+        for end in done & ends - {noticed}:
+            log.critical("the gRPC server failed", exc_info=None if end.cancelled() else end.exception())
         log.critical("the gRPC server ended by itself, what was logged before tells why: start the service again")
         if address_file is not None:
             await asyncio.to_thread(address_file.unlink, missing_ok=True)
         exit_at_once(1)
+    noticed.cancel()
     log.info("draining", service=name)
     await running.stop()
     if address_file is not None:
