@@ -265,18 +265,29 @@ async def serve_until_signal(running: RunningServer, *, name: str, address_file:
     log.info("serving", service=name, address=running.address, **admin)
     if address_file is not None:
         await asyncio.to_thread(_announce, address_file, running.address)
-    stopped, noticed = (asyncio.create_task(event.wait()) for event in (stop, running.ended))
-    # Its main loop tells of its end at once. What gRPC has in public tells of it 20 s later, and calls wait until then.
-    ends: set[asyncio.Task[Any]] = {noticed, *_main_loops()}
-    done, _ = await asyncio.wait({stopped, *ends}, return_when=asyncio.FIRST_COMPLETED)
-    if done & ends:
-        for end in done & ends - {noticed}:
-            log.critical("the gRPC server failed", exc_info=None if end.cancelled() else end.exception())
-        log.critical("the gRPC server ended by itself, what was logged before tells why: start the service again")
+
+    def end(main_loop: asyncio.Task[Any] | None) -> None:
+        if stop.is_set():
+            return
+        error = None if main_loop is None or main_loop.cancelled() else main_loop.exception()
+        log.critical(
+            "the gRPC server ended by itself, this or what was logged before tells why: start the service again",
+            exc_info=error,
+        )
         if address_file is not None:
-            await asyncio.to_thread(address_file.unlink, missing_ok=True)
+            address_file.unlink(missing_ok=True)
         exit_at_once(1)
-    noticed.cancel()
+
+    # Its main loop tells of its end at once, and nothing else may run after it. What gRPC has in public tells of it
+    # 20 s later, and calls wait until then.
+    for task in _main_loops():
+        task.add_done_callback(end)
+    waits = [asyncio.create_task(event.wait()) for event in (stop, running.ended)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    if running.ended.is_set():
+        end(None)
     log.info("draining", service=name)
     await running.stop()
     if address_file is not None:
