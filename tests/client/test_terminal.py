@@ -29,7 +29,10 @@ def environment(fake: Fake, **more: str) -> dict[str, str]:
 def on_terminal(args: Sequence[str], env: Mapping[str, str], *, until: bytes, signum: int) -> tuple[int, bytes]:
     """Run on a terminal of its own, send a signal once something stands there, and return the end and all of it."""
     control, terminal = pty.openpty()
+    # What a test run itself ignores, as under nohup, the program would inherit.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = subprocess.Popen((*FORGE, *args), env=env, stdin=terminal, stdout=terminal, stderr=terminal)
+    signal.signal(signal.SIGHUP, before)
     os.close(terminal)
     written, told, ends_s = b"", False, time.monotonic() + 60
     try:
