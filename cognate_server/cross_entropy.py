@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cognate_server import fused
+
 # 128 rows of 15,616 float32 logits are 8 MB, which stay in a shared third-level cache between the operations on them.
 # A GPU has no use for such small pieces; its products want thousands of rows.
 CPU_PIECE = 128
@@ -31,6 +33,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         targets_X: Tensor,
         log_own_X: Tensor,
         log_other_X: Tensor,
+        embedded: fused.Embedded | None,
     ) -> tuple[Tensor, Tensor]:
         kind = hidden_XD.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
@@ -40,14 +43,21 @@ class _HeadCrossEntropy(torch.autograd.Function):
             )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses_X)
+        ctx.embedded = embedded
         return losses_X.sum(), losses_X
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor, Tensor]:
+    def backward(
+        ctx: Any, scale: Tensor, _: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, None, Tensor, Tensor, None]:
         hidden_XD, weight_VD, bias_V, own_X = ctx.saved_tensors
         # In place, as there is one pass: 32 MB less to fill. torch refuses a second one.
         weight_VD.mul_(scale)
-        return hidden_XD * scale, weight_VD, bias_V * scale, None, -own_X * scale, (own_X - 1) * scale
+        of_weight_VD: Tensor | None = weight_VD
+        if ctx.embedded is not None:
+            # The embedding adds its own part and returns the whole: 32 MB less to fill, and to add.
+            ctx.embedded.gradient_VD, of_weight_VD = weight_VD, None
+        return hidden_XD * scale, of_weight_VD, bias_V * scale, None, -own_X * scale, (own_X - 1) * scale, None
 
 
 def _losses_and_gradients(
@@ -59,6 +69,8 @@ def _losses_and_gradients(
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return every loss, the gradients of their sum, and how much of each target's probability is the head's own."""
+    if hidden_XD.device.type == "cpu" and weight_VD.dtype == torch.float32 and fused.is_available():
+        return _fused(hidden_XD, weight_VD, bias_V, targets_X, mixture, product)
     wide = product == torch.float32
     of_hidden_XD, of_weight_VD = torch.empty_like(hidden_XD), torch.empty_like(weight_VD)
     of_bias_V = torch.zeros_like(bias_V)
@@ -99,12 +111,51 @@ def _losses_and_gradients(
     return losses_X, of_hidden_XD, of_weight_VD, of_bias_V, owns_X
 
 
+def _fused(
+    hidden_XD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    targets_X: Tensor,
+    mixture: tuple[Tensor, Tensor],
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Do the same, with one pass over the logits between the products."""
+    of_hidden_XD, of_weight_VD = torch.empty_like(hidden_XD), torch.empty_like(weight_VD)
+    of_bias_V = torch.zeros_like(bias_V)
+    losses_X, owns_X = (hidden_XD.new_empty(len(targets_X), dtype=torch.float32) for _ in range(2))
+    hidden_XD, narrow_VD = hidden_XD.to(product), weight_VD.to(product)
+    wholes = (hidden_XD, targets_X, *mixture, of_hidden_XD, losses_X, owns_X)
+    logits_RV = hidden_XD.new_empty(min(len(targets_X), ROWS_TOGETHER), len(weight_VD))
+    for number, rows in enumerate(zip(*(torch.split(whole, ROWS_TOGETHER) for whole in wholes), strict=True)):
+        hidden_LD, targets_L, log_own_L, log_other_L, out_LD, losses_L, owns_L = rows
+        gradients_LV = torch.mm(hidden_LD, narrow_VD.t(), out=logits_RV[: len(targets_L)])
+        found = fused.head_gradients(gradients_LV, bias_V, targets_L, log_own_L, log_other_L)
+        losses_L.copy_(found[0])
+        owns_L.copy_(found[1])
+        of_bias_V += found[2]
+        _multiply(gradients_LV, narrow_VD, out_LD, add=False)
+        _multiply(gradients_LV.t(), hidden_LD, of_weight_VD, add=number > 0)
+    return losses_X, of_hidden_XD, of_weight_VD, of_bias_V, owns_X
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """Put a product into a float32 result, or add it: sums in bfloat16 would lose what is small."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=int(add))
+    elif add:
+        out += a @ b
+    else:
+        out.copy_(a @ b)
+
+
 def head_cross_entropy(
     hidden_XD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor,
     targets_X: Tensor,
     mixture: tuple[Tensor, Tensor] | None = None,
+    *,
+    embedded: fused.Embedded | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of -log p(target) over all X tokens, differentiable once, and its parts without a gradient: (X,).
 
@@ -113,6 +164,7 @@ def head_cross_entropy(
     is the results' type too.
 
     mixture: log_own_X and log_other_X, the head's part of the prediction and what the other one gives to the targets.
+    embedded: where the weight's gradient is left for the embedding to return, whose output the hidden states rest on.
     """
     if mixture is None:
         none_X = torch.zeros(targets_X.shape, device=hidden_XD.device)
@@ -120,6 +172,6 @@ def head_cross_entropy(
     total: Tensor
     losses_X: Tensor
     total, losses_X = _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_XD, weight_VD, bias_V, targets_X, *mixture
+        hidden_XD, weight_VD, bias_V, targets_X, *mixture, embedded
     )
     return total, losses_X

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cognate_server import fused
 from cognate_server.cross_entropy import head_cross_entropy
 from cognate_server.precision import Precision
 from cognate_server.stream import Batch
@@ -164,8 +165,14 @@ def summed_cross_entropy(model: CognateV1, found: Predictions) -> tuple[Tensor, 
     mixture = None
     if found.recall_X is not None:
         mixture = (found.recall_X.log_own, found.recall_X.log_part_of(found.targets_X))
+    embedded = found.output.embedded
     return head_cross_entropy(
-        model.head(found.hidden_XD), model.embedding.weight, model.head_bias_V, found.targets_X, mixture
+        model.head(found.hidden_XD),
+        model.embedding.weight,
+        model.head_bias_V,
+        found.targets_X,
+        mixture,
+        embedded=embedded if isinstance(embedded, fused.Embedded) and torch.is_grad_enabled() else None,
     )
 
 
@@ -238,13 +245,17 @@ def objective(
 
 
 class ObjectiveModule(nn.Module):
-    """The objective as a module, for what wraps modules: its forward returns the total, and `found` keeps all of it."""
+    """The objective as a module, for what wraps modules: its forward returns the total, and `found` keeps all of it.
+
+    The model computes with the fastest operations that this installation has from then on.
+    """
 
     found: Objective
 
     def __init__(self, model: CognateV1, prior_N: Tensor, *, precision: Precision, team: Team = ALONE) -> None:
         super().__init__()
         self.model = model
+        model.compute_with(fused.choose())
         self._prior_N, self._precision, self._team = prior_N, precision, team
 
     def forward(

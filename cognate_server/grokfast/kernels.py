@@ -8,44 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
+
+from cognate_server.native.jit import FAST, array, floats, jit
 
 # Below the smallest normal float32, h, m and v become 0: a row of the embedding that has had no gradient for a while
 # would decay into denormal numbers, which cost some processors a hundred cycles each. sqrt(v) is then below 1e-18,
 # where epsilon is 1e-8.
 TINY = np.float32(np.finfo(np.float32).tiny)
 ZERO = np.float32(0)
-
-
-def _pointer_of(_context: Any, address: Any) -> Any:
-    """Say how an address becomes a pointer to float32."""
-    signature = types.CPointer(types.float32)(address)  # type: ignore[no-untyped-call]
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return signature, generate
-
-
-_pointer: Any = intrinsic(_pointer_of)
-# numba's own annotations leave this one out.
-_array: Any = numba.carray  # type: ignore[attr-defined,unused-ignore]
-
-
-def _jit(function: Any, **options: Any) -> Any:
-    """Compile without the global lock held, and keep the machine code where there is a folder to keep it in."""
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        return numba.njit(nogil=True, error_model="numpy", **options)(function)
-
-
-_SUMS = {"fastmath": {"reassoc", "contract"}}
 
 
 def _dot_loop(a: Any, b: Any) -> Any:
@@ -55,7 +26,7 @@ def _dot_loop(a: Any, b: Any) -> Any:
     return total
 
 
-_dot = _jit(_dot_loop, **_SUMS)
+_dot = jit(_dot_loop, **FAST)
 
 
 def _compare_loop(h: Any, g: Any) -> Any:
@@ -67,7 +38,7 @@ def _compare_loop(h: Any, g: Any) -> Any:
     return along, squares
 
 
-_compare = _jit(_compare_loop, **_SUMS)
+_compare = jit(_compare_loop, **FAST)
 
 
 def _update_loop(p: Any, g: Any, h: Any, m: Any, v: Any, numbers: Any) -> None:
@@ -87,32 +58,32 @@ def _update_loop(p: Any, g: Any, h: Any, m: Any, v: Any, numbers: Any) -> None:
         p[i] = shrink * p[i] - size * (mean / (np.sqrt(square) * root + eps))
 
 
-_update_piece = _jit(_update_loop)
+_update_piece = jit(_update_loop)
 
 
 def _squares(addresses: Any, pieces: Any, first: int, last: int, sums: Any) -> None:
     """Sum the squares of the gradients' pieces: addresses (tensors, 5), pieces (pieces, 3), sums (pieces,)."""
     for k in range(first, last):
-        gradient = _array(_pointer(addresses[pieces[k, 0], 1] + 4 * pieces[k, 1]), pieces[k, 2])
+        gradient = array(floats(addresses[pieces[k, 0], 1] + 4 * pieces[k, 1]), pieces[k, 2])
         sums[k] = _dot(gradient, gradient)
 
 
-squares = _jit(_squares)
+squares = jit(_squares)
 
 
 def _update(addresses: Any, numbers: Any, pieces: Any, first: int, last: int, measure: bool, sums: Any) -> None:
     """Update pieces: addresses of p, g, h, m, v (tensors, 5), numbers (tensors, NUMBERS), sums (pieces, 2)."""
     for k in range(first, last):
         t, offset, n = pieces[k, 0], 4 * pieces[k, 1], pieces[k, 2]
-        p = _array(_pointer(addresses[t, 0] + offset), n)
-        g = _array(_pointer(addresses[t, 1] + offset), n)
-        h = _array(_pointer(addresses[t, 2] + offset), n)
-        m = _array(_pointer(addresses[t, 3] + offset), n)
-        v = _array(_pointer(addresses[t, 4] + offset), n)
+        p = array(floats(addresses[t, 0] + offset), n)
+        g = array(floats(addresses[t, 1] + offset), n)
+        h = array(floats(addresses[t, 2] + offset), n)
+        m = array(floats(addresses[t, 3] + offset), n)
+        v = array(floats(addresses[t, 4] + offset), n)
         if measure:
             along, squares = _compare(h, g)
             sums[k, 0], sums[k, 1] = np.float64(along) * np.float64(numbers[t, 0]), squares
         _update_piece(p, g, h, m, v, numbers[t])
 
 
-update = _jit(_update)
+update = jit(_update)

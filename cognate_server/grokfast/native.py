@@ -9,7 +9,6 @@ sum are those of the pieces, so neither depends on the number of threads.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,11 +35,6 @@ STAGGER = 272
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-
-
-def is_available() -> bool:
-    """Say whether numba is installed."""
-    return importlib.util.find_spec("numba") is not None
 
 
 @dataclass(frozen=True)

@@ -120,10 +120,12 @@ def choose(device: torch.device) -> Update:
 
     One that is there and fails is an error, never a reason for the next.
     """
-    from cognate_server.grokfast import foreach, native
+    from cognate_server import native
+    from cognate_server.grokfast import foreach
+    from cognate_server.grokfast.native import NativeUpdate
 
     if device.type == "cpu" and native.is_available():
-        return native.NativeUpdate()
+        return NativeUpdate()
     if device.type == "cuda" and foreach.is_compiler_available():
         return foreach.ForeachUpdate(compiled=True)
     return foreach.ForeachUpdate()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cognate_server
+from cognate_server import fused
 from cognate_server.acceleration import AccelerationControl, _Control
 from cognate_server.construct import CognateModelConstructor
 from cognate_server.grokfast import parameter_groups
@@ -84,6 +85,7 @@ def test_the_control_is_clipped_adamw_and_nothing_else() -> None:
     stream = CountingStream()
     beside = control(2.0)
     model = CognateModelConstructor(TINY).construct(TINY, seed=7, unigram_counts=stream.unigram_counts())
+    model.compute_with(fused.choose())
     plain = torch.optim.AdamW(parameter_groups(model), lr=2e-2, betas=(0.9, 0.95), eps=1e-8, fused=True)
     for _ in range(5):
         batch = stream.next_batch()

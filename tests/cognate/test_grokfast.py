@@ -27,9 +27,10 @@ from cognate_server.grokfast import (
 )
 from cognate_server.grokfast.foreach import ForeachUpdate
 from cognate_server.grokfast.update import Update
+from cognate_server.native import is_available
 
 Use = Callable[[Update], None]
-needs_numba = pytest.mark.skipif(not native.is_available(), reason="numba is not installed")
+needs_numba = pytest.mark.skipif(not is_available(), reason="numba is not installed")
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU"
 )
@@ -428,11 +429,11 @@ def test_the_implementation_is_chosen_by_what_is_declared_and_recorded(
 ) -> None:
     """With numba native, without it foreach; a run that went on with another one says so, in its checkpoint too."""
     parameters, gradients = make_parameters(), make_gradients(2)
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr("cognate_server.native.is_available", lambda: False)
     plain = GrokFastAdamW(parameters, lr=LR, ramp_steps=1)
     train(plain, parameters, gradients)
     assert plain.implementations == ("foreach",)
-    monkeypatch.setattr(native, "is_available", lambda: True)
+    monkeypatch.setattr("cognate_server.native.is_available", lambda: True)
     resumed = GrokFastAdamW(parameters, lr=LR, ramp_steps=1)
     resumed.load_state_dict(plain.state_dict())
     assert resumed.implementations == ("foreach", "native")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cognate_server import fused
 from cognate_server.construct import (
     SPECIFICATION,
     SPECIFIED_PARAMETERS,
@@ -25,6 +26,7 @@ from training_common.models.cognate_v1 import (
     CognateV1,
     CognateV1Config,
     MemoryState,
+    Operations,
     architecture_fingerprint,
     config_from_json,
     config_to_json,
@@ -212,11 +214,13 @@ def reference_forward(
     return torch.stack(found), halting, steps, held[-1]
 
 
+@pytest.mark.parametrize("computing", [Operations(), fused.choose()], ids=["torch", "fastest"])
 @pytest.mark.parametrize("segments", [None, [0] * 7 + [1] * 6 + [2] * 7])
 @torch.no_grad()
-def test_forward_equals_the_plain_reference(segments: list[int] | None) -> None:
+def test_forward_equals_the_plain_reference(segments: list[int] | None, computing: Operations) -> None:
     """Attention, ACT with its remainder, memory writes and reads: all equal a loop over single tokens."""
     model, tokens = make_model(), make_tokens(1, 20)
+    model.compute_with(computing)
     segment_ids = None if segments is None else torch.tensor([segments])
     output = model(tokens, segment_ids_BT=segment_ids)
     log_p, halting, steps, held = reference_forward(model, tokens[0].tolist(), segments)

@@ -131,11 +131,9 @@ class MemoryState(_Parts):
     def take(self, places_BM: Tensor) -> MemoryState:
         """Return the slots at the given places of each row."""
 
-        def taken(part: Tensor) -> Tensor:
-            wide = places_BM if part.ndim == 2 else places_BM.unsqueeze(-1).expand(-1, -1, part.shape[-1])
-            return part.gather(1, wide)
-
-        return self.map(taken)
+        rows_B1 = torch.arange(len(places_BM), device=places_BM.device).unsqueeze(1) * self.tokens_BM.shape[1]
+        rows = (rows_B1 + places_BM).reshape(-1)
+        return self.map(lambda part: part.flatten(0, 1).index_select(0, rows).view(*places_BM.shape, *part.shape[2:]))
 
     def put(self, rows: Tensor, other: MemoryState) -> MemoryState:
         """Return these with some rows replaced by the other's, in order."""
@@ -222,6 +220,7 @@ class CognateOutput:
     steps_BT: int64, ponder steps taken; 0 for padding.
     memory: after the last chunk, whole or not. Detach it before it is given to another sequence.
     memory_statistics: only where `statistics=True` asked for them.
+    embedded: what the operations that embedded the tokens have to say to the head's loss, which is tied to them.
     """
 
     hidden_BTD: Tensor
@@ -230,6 +229,7 @@ class CognateOutput:
     steps_BT: Tensor
     memory: MemoryState
     memory_statistics: MemoryStatistics | None
+    embedded: object = None
 
 
 class _Linear(nn.Linear):
@@ -241,18 +241,9 @@ class _Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class _RMSNorm(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale_D = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.scale_D, NORM_EPSILON)
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Bring the last dimension to a root mean square of 1, without parameters."""
-    return F.rms_norm(x, (x.shape[-1],), None, NORM_EPSILON)
+def normalize(x: Tensor, scale_D: Tensor | None = None) -> Tensor:
+    """Bring the last dimension to a root mean square of 1, and scale it."""
+    return F.rms_norm(x, (x.shape[-1],), scale_D, NORM_EPSILON)
 
 
 def rotary_angles(positions: int, head_width: int, device: torch.device) -> Tensor:
@@ -268,11 +259,12 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where the active tokens sit in the batch, and whom they may attend to.
 
     active_A: their places in the flattened (B * T) batch, ascending; None when all of it is active.
     mask_B1TT: True where a query may see a key; None for plain causal attention.
+    shared: what `Operations.share` returned, where several steps use the same weights.
     """
 
     B: int
@@ -281,8 +273,9 @@ class _Layout:
     sine_TK: Tensor
     mask_B1TT: Tensor | None
     active_A: Tensor | None = None
+    shared: object = None
 
-    def keep(self, kept_A: Tensor) -> _Layout:
+    def keep(self, kept_A: Tensor) -> Layout:
         """Return the layout of those active tokens whose indices are in `kept_A`."""
         return dataclasses.replace(self, active_A=kept_A if self.active_A is None else self.active_A[kept_A])
 
@@ -305,14 +298,14 @@ class _Layout:
         return rotate(x_AHK, self.cosine_TK[positions_A].unsqueeze(1), self.sine_TK[positions_A].unsqueeze(1))
 
 
-def _layout(tokens_BT: Tensor, segment_ids_BT: Tensor | None, head_width: int) -> _Layout:
+def _layout(tokens_BT: Tensor, segment_ids_BT: Tensor | None, head_width: int) -> Layout:
     B, T = tokens_BT.shape
     angle_TK = rotary_angles(T, head_width, tokens_BT.device)
     mask_B1TT = None
     if segment_ids_BT is not None:
         same_BTT = segment_ids_BT.unsqueeze(2) == segment_ids_BT.unsqueeze(1)
         mask_B1TT = same_BTT.tril().unsqueeze(1)
-    return _Layout(B, T, angle_TK.cos(), angle_TK.sin(), mask_B1TT)
+    return Layout(B, T, angle_TK.cos(), angle_TK.sin(), mask_B1TT)
 
 
 def _wide_on_cpu(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -321,10 +314,60 @@ def _wide_on_cpu(device: torch.device) -> contextlib.AbstractContextManager[obje
 
 
 # Keys and values of every token of the batch, (B * T, H, K) each: a halted token's stay as it left them.
-_KeyValue = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
 
 
-class _Attention(nn.Module):
+class Operations:
+    """How a model computes its larger parts; these are the frozen definitions.
+
+    A service may give a model others (`CognateV1.compute_with`) that differ by rounding alone.
+    """
+
+    name = "torch"
+
+    def embed(self, embedding: nn.Embedding, tokens_BT: Tensor) -> tuple[Tensor, object]:
+        """Return the tokens' rows of the table, and `CognateOutput.embedded`."""
+        return embedding(tokens_BT), None
+
+    def normalize(self, x: Tensor, scale_D: Tensor | None = None) -> Tensor:
+        """See `normalize`."""
+        return normalize(x, scale_D)
+
+    def share(self) -> object:
+        """Return what the layouts of all steps of a forward pass carry, since they use the same weights."""
+        return None
+
+    def block(self, block: Block, x_AD: Tensor, layout: Layout, kept: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """Apply a block to the active tokens; return their states, and everyone's keys and values.
+
+        kept: keys and values that halted tokens have left, in the form that these operations returned them in.
+        """
+        return block.apply_to(x_AD, layout, kept)
+
+    def read(self, memory: LongTermMemory, x_AD: Tensor, layout: Layout, readable: Readable) -> Tensor:
+        """Return the active tokens' states with what they read from the memory."""
+        return x_AD + memory.read(x_AD, layout, readable)
+
+
+class _Computed(nn.Module):
+    """A part of the model that computes with the operations it was given."""
+
+    operations = Operations()
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return self.operations.normalize(x)
+
+
+class _RMSNorm(_Computed):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale_D = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operations.normalize(x, self.scale_D)
+
+
+class _Attention(_Computed):
     """Causal self-attention with rotary positions and RMS-normalized queries and keys."""
 
     def __init__(self, config: CognateV1Config) -> None:
@@ -333,12 +376,12 @@ class _Attention(nn.Module):
         self.query_key_value = _Linear(config.width, 3 * config.width, bias=False)
         self.output = _Linear(config.width, config.width, bias=False)
 
-    def forward(self, x_AD: Tensor, layout: _Layout, kept: _KeyValue | None) -> tuple[Tensor, _KeyValue]:
+    def forward(self, x_AD: Tensor, layout: Layout, kept: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """Attend from the active tokens to all; return their output and everyone's keys and values."""
         A, D = x_AD.shape
         query, key, value = self.query_key_value(x_AD).view(A, 3, self.heads, D // self.heads).unbind(1)
-        query = layout.rotate(normalize(query))
-        key = layout.rotate(normalize(key))
+        query = layout.rotate(self._normalize(query))
+        key = layout.rotate(self._normalize(key))
         kept_key, kept_value = kept if kept is not None else (None, None)
         key, value = layout.scatter(key, kept_key), layout.scatter(value, kept_value)
         query_BHTK, key_BHTK, value_BHTK = (
@@ -369,7 +412,7 @@ class _SwiGLU(nn.Module):
         return down
 
 
-class _Block(nn.Module):
+class Block(_Computed):
     """A pre-norm transformer block over the active tokens."""
 
     def __init__(self, config: CognateV1Config) -> None:
@@ -379,14 +422,18 @@ class _Block(nn.Module):
         self.feed_forward_norm = _RMSNorm(config.width)
         self.feed_forward = _SwiGLU(config)
 
-    def forward(self, x_AD: Tensor, layout: _Layout, kept: _KeyValue | None = None) -> tuple[Tensor, _KeyValue]:
+    def forward(self, x_AD: Tensor, layout: Layout, kept: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+        return self.operations.block(self, x_AD, layout, kept)
+
+    def apply_to(self, x_AD: Tensor, layout: Layout, kept: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """Apply the block; see `Operations.block`."""
         mixed_AD, kept = self.attention(self.attention_norm(x_AD), layout, kept)
         x_AD = x_AD + mixed_AD
         return x_AD + self.feed_forward(self.feed_forward_norm(x_AD)), kept
 
 
 @dataclass(frozen=True)
-class _Readable:
+class Readable:
     """What the tokens of each chunk of each row may read, X = B * C: the slots, and their keys and values per head."""
 
     slots: MemoryState
@@ -395,7 +442,7 @@ class _Readable:
     C: int
 
 
-class LongTermMemory(nn.Module):
+class LongTermMemory(_Computed):
     """Slots that keep the most surprising tokens of the past, one each; read in every ponder step and by the head.
 
     Write, once per chunk, for its tokens t with the prelude's output x_t:
@@ -454,7 +501,7 @@ class LongTermMemory(nn.Module):
 
         surprise_V: of every token of the vocabulary, in nats.
         """
-        x_BTD = normalize(source_BTD)
+        x_BTD = self._normalize(source_BTD)
         gate_BT = self.write_gate(x_BTD).squeeze(-1).to(x_BTD.dtype) + self.surprise_scale * surprise_V[tokens_BT]
         strength_BT = F.logsigmoid(gate_BT)
         if valid_BT is not None:
@@ -463,7 +510,7 @@ class LongTermMemory(nn.Module):
             tokens_BM=tokens_BT,
             strength_BM=strength_BT,
             trace_BMD=self.write_value(x_BTD).to(x_BTD.dtype),
-            key_BMD=normalize(self._per_head(self.write_key(x_BTD).to(x_BTD.dtype))).flatten(-2),
+            key_BMD=self._normalize(self._per_head(self.write_key(x_BTD).to(x_BTD.dtype))).flatten(-2),
         )
         before: list[MemoryState] = []
         for chunk in new.split(self.chunk):
@@ -479,19 +526,19 @@ class LongTermMemory(nn.Module):
         order_BM = both.strength_BM.detach().sort(stable=True, dim=1, descending=True).indices[:, : held_BM.shape[1]]
         return both.take(order_BM)
 
-    def readable(self, before: list[MemoryState]) -> _Readable:
+    def readable(self, before: list[MemoryState]) -> Readable:
         """Project what each chunk may read, once for all ponder steps."""
         slots = MemoryState.stacked(before)
         held_XM1 = (slots.tokens_BM != EMPTY).unsqueeze(-1)
         shown_XMD = torch.where(held_XM1, slots.trace_BMD, self.initial_MD)
-        key = normalize(self._per_head(self.read_key(shown_XMD + self.addresses_MD)))
+        key = self._normalize(self._per_head(self.read_key(shown_XMD + self.addresses_MD)))
         value = self._per_head(self.read_value(shown_XMD))
-        return _Readable(slots, key.transpose(1, 2), value.transpose(1, 2), len(before))
+        return Readable(slots, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous(), len(before))
 
     def _per_head(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.heads, -1)
 
-    def read(self, x_AD: Tensor, layout: _Layout, readable: _Readable) -> Tensor:
+    def read(self, x_AD: Tensor, layout: Layout, readable: Readable) -> Tensor:
         """Return what every active token reads in a ponder step."""
         query_XLD = self._by_chunk(layout.scatter(self.queries(x_AD).flatten(1)), layout, readable.C)
         query_XHLK = self._per_head(query_XLD).transpose(1, 2)
@@ -505,15 +552,15 @@ class LongTermMemory(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """Return what states ask the memory for: (..., D) -> (..., H, K)."""
-        return normalize(self._per_head(self.read_query(normalize(x))))
+        return self._normalize(self._per_head(self.read_query(self._normalize(x))))
 
     def let_through(self, mixed_AHK: Tensor, x_AD: Tensor) -> Tensor:
         """Gate each head's find and map all of them to the model's width: (A, D)."""
-        gated_AHK = mixed_AHK * torch.sigmoid(self.read_gate(normalize(x_AD))).unsqueeze(-1)
+        gated_AHK = mixed_AHK * torch.sigmoid(self.read_gate(self._normalize(x_AD))).unsqueeze(-1)
         read_AD: Tensor = self.read_output(gated_AHK.flatten(1))
         return read_AD
 
-    def _by_chunk(self, flat: Tensor, layout: _Layout, C: int) -> Tensor:
+    def _by_chunk(self, flat: Tensor, layout: Layout, C: int) -> Tensor:
         """Order (B * T, D) by chunks, the last one filled up with zeros: (B * C, L, D)."""
         whole_BTD = flat.view(layout.B, layout.T, -1)
         missing = C * self.chunk - layout.T
@@ -521,7 +568,7 @@ class LongTermMemory(nn.Module):
             whole_BTD = F.pad(whole_BTD, (0, 0, 0, missing))
         return whole_BTD.reshape(layout.B * C, self.chunk, -1)
 
-    def recall_all(self, hidden_XD: Tensor, layout: _Layout, readable: _Readable) -> Recall:
+    def recall_all(self, hidden_XD: Tensor, layout: Layout, readable: Readable) -> Recall:
         """Return what the memory predicts at every position of the batch: leading dimensions (B, T)."""
         found = self.recall(self._by_chunk(hidden_XD, layout, readable.C), readable)
 
@@ -530,7 +577,7 @@ class LongTermMemory(nn.Module):
 
         return found.map(by_row)
 
-    def recall(self, hidden_XLD: Tensor, readable: _Readable) -> Recall:
+    def recall(self, hidden_XLD: Tensor, readable: Readable) -> Recall:
         """Return what the slots of X chunks predict for their L positions each: leading dimensions (X, L)."""
         L = hidden_XLD.shape[1]
         slots = readable.slots
@@ -540,7 +587,7 @@ class LongTermMemory(nn.Module):
         strength_X1M = slots.strength_BM.unsqueeze(1)
         with torch.autocast(hidden_XLD.device.type, enabled=False):
             score_XLM = torch.baddbmm(strength_X1M.expand(-1, L, -1), query_XLD, slots.key_BMD.mT, alpha=scale)
-            gate_XL = self.head_gate(normalize(hidden_XLD).to(score_XLM.dtype)).squeeze(-1)
+            gate_XL = self.head_gate(self._normalize(hidden_XLD).to(score_XLM.dtype)).squeeze(-1)
         holds_X1 = (slots.tokens_BM != EMPTY).any(1, keepdim=True)
         return Recall(
             tokens=slots.tokens_BM.unsqueeze(1).expand(-1, L, -1),
@@ -580,7 +627,7 @@ class _Written:
     valid_BT: Tensor | None
 
 
-class CognateV1(nn.Module):
+class CognateV1(_Computed):
     """Cognate, version 1. Holds zeros until its values are loaded; see the file's head for the whole picture."""
 
     def __init__(self, config: CognateV1Config) -> None:
@@ -588,9 +635,9 @@ class CognateV1(nn.Module):
         self.config = config
         V, D = config.vocabulary_size, config.width
         self.embedding = nn.Embedding(V, D, _weight=torch.zeros(V, D))
-        self.prelude = nn.ModuleList(_Block(config) for _ in range(config.prelude_blocks))
-        self.core = nn.ModuleList(_Block(config) for _ in range(config.core_blocks))
-        self.coda = nn.ModuleList(_Block(config) for _ in range(config.coda_blocks))
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_blocks))
+        self.core = nn.ModuleList(Block(config) for _ in range(config.core_blocks))
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_blocks))
         self.inject_D = nn.Parameter(torch.zeros(D))
         self.step_vectors_ND = nn.Parameter(torch.zeros(config.max_steps, D))
         self.halting = _Linear(D, 1)
@@ -623,7 +670,8 @@ class CognateV1(nn.Module):
             raise ValueError(f"fixed_steps must be within 1 and {self.config.max_steps}, got {fixed_steps}")
         B, T = tokens_BT.shape
         layout = _layout(tokens_BT, segment_ids_BT, self.config.width // self.config.heads)
-        x_AD = normalize(self.embedding(tokens_BT)).view(B * T, -1)
+        embedded_BTD, embedded = self.operations.embed(self.embedding, tokens_BT)
+        x_AD = self._normalize(embedded_BTD).view(B * T, -1)
         for block in self.prelude:
             x_AD, _ = block(x_AD, layout)
         written = self.memory.write(
@@ -637,12 +685,19 @@ class CognateV1(nn.Module):
         recall = None if readable is None else self.memory.recall_all(hidden_AD, layout, readable)
         return CognateOutput(
             hidden_BTD=hidden_AD.view(B, T, -1),
+            embedded=embedded,
             recall=recall,
             halting_BTN=halting_BTN,
             steps_BT=steps_BT,
             memory=written.after,
             memory_statistics=self.memory.statistics(written, recall) if statistics else None,
         )
+
+    def compute_with(self, operations: Operations) -> None:
+        """Compute with these operations from now on."""
+        for module in self.modules():
+            if isinstance(module, _Computed):
+                module.operations = operations
 
     def surprises(self) -> Tensor:
         """Return every token's surprise by the frequencies that the head's bias stands for, in nats: (V,)."""
@@ -660,8 +715,8 @@ class CognateV1(nn.Module):
     def _ponder(
         self,
         prelude_XD: Tensor,
-        layout: _Layout,
-        readable: _Readable | None,
+        layout: Layout,
+        readable: Readable | None,
         valid_BT: Tensor | None,
         fixed_steps: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -669,12 +724,13 @@ class CognateV1(nn.Module):
         B, T = layout.B, layout.T
         if valid_BT is not None and not bool(valid_BT.all()):
             layout = layout.keep(valid_BT.reshape(-1).nonzero().squeeze(1))
+        layout = dataclasses.replace(layout, shared=self.operations.share())
         state_AD = layout.gather(prelude_XD)
         spent_A = state_AD.new_zeros(state_AD.shape[0])
         output_XD = torch.zeros_like(prelude_XD)
         halting_NX: list[Tensor] = []
         steps_X = torch.zeros(B * T, dtype=torch.int64, device=prelude_XD.device)
-        kept: list[_KeyValue | None] = [None] * len(self.core)
+        kept: list[KeyValue | None] = [None] * len(self.core)
         limit = fixed_steps or self.config.max_steps
         for step in range(limit):
             if state_AD.shape[0] == 0:
@@ -702,14 +758,14 @@ class CognateV1(nn.Module):
         step: int,
         state_AD: Tensor,
         prelude_AD: Tensor,
-        layout: _Layout,
-        readable: _Readable | None,
-        kept: list[_KeyValue | None],
-    ) -> tuple[Tensor, list[_KeyValue | None]]:
+        layout: Layout,
+        readable: Readable | None,
+        kept: list[KeyValue | None],
+    ) -> tuple[Tensor, list[KeyValue | None]]:
         x_AD = torch.addcmul(state_AD + self.step_vectors_ND[step], self.inject_D, prelude_AD)
         if readable is not None:
-            x_AD = x_AD + self.memory.read(x_AD, layout, readable)
-        now_kept: list[_KeyValue | None] = []
+            x_AD = self.operations.read(self.memory, x_AD, layout, readable)
+        now_kept: list[KeyValue | None] = []
         for block, before in zip(self.core, kept, strict=True):
             x_AD, key_value = block(x_AD, layout, before)
             now_kept.append(key_value)
@@ -721,14 +777,14 @@ class CognateV1(nn.Module):
         A token halts when it has spent 1 - epsilon, or at the last step; that step gets the remainder to 1.
         """
         # Under autocast the logit is bfloat16; sums that are compared with 1 - epsilon need finer steps.
-        logit_A = self.halting(normalize(state_AD)).to(state_AD.dtype).squeeze(1)
+        logit_A = self.halting(self._normalize(state_AD)).to(state_AD.dtype).squeeze(1)
         probability_A = torch.sigmoid(logit_A)
         sum_A = spent_A + probability_A
         halts_A = torch.full_like(sum_A, True, dtype=torch.bool) if last else sum_A >= 1 - self.config.halting_epsilon
         return torch.where(halts_A, 1 - spent_A, probability_A), sum_A, halts_A
 
     @staticmethod
-    def _accumulate(output_XD: Tensor, share_AD: Tensor, layout: _Layout) -> Tensor:
+    def _accumulate(output_XD: Tensor, share_AD: Tensor, layout: Layout) -> Tensor:
         if layout.active_A is None:
             return output_XD + share_AD
         return output_XD.index_add(0, layout.active_A, share_AD)
