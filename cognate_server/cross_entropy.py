@@ -34,13 +34,18 @@ class _HeadCrossEntropy(torch.autograd.Function):
         log_own_X: Tensor,
         log_other_X: Tensor,
         embedded: fused.Embedded | None,
+        factor: float,
     ) -> tuple[Tensor, Tensor]:
         kind = hidden_XD.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
         with torch.autocast(kind, enabled=False):
-            losses_X, *gradients = _losses_and_gradients(
-                hidden_XD, weight_VD, bias_V, targets_X, (log_own_X.float(), log_other_X.float()), product
-            )
+            mixture = (log_own_X.float(), log_other_X.float())
+            if kind == "cpu" and weight_VD.dtype == torch.float32 and fused.is_available():
+                losses_X, *gradients = _fused(hidden_XD, weight_VD, bias_V, targets_X, mixture, product, factor)
+            else:
+                factor = 1.0
+                losses_X, *gradients = _losses_and_gradients(hidden_XD, weight_VD, bias_V, targets_X, mixture, product)
+        ctx.factor = torch.tensor(factor)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses_X)
         ctx.embedded = embedded
@@ -49,15 +54,18 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, scale: Tensor, _: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor, None, Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, None, Tensor, Tensor, None, None]:
         hidden_XD, weight_VD, bias_V, own_X = ctx.saved_tensors
-        # In place, as there is one pass: 32 MB less to fill. torch refuses a second one.
-        weight_VD.mul_(scale)
+        rest = scale / ctx.factor
+        if float(rest) != 1:
+            # In place, as there is one pass: 32 MB less to fill. torch refuses a second one.
+            weight_VD.mul_(rest)
         of_weight_VD: Tensor | None = weight_VD
         if ctx.embedded is not None:
             # The embedding adds its own part and returns the whole: 32 MB less to fill, and to add.
-            ctx.embedded.gradient_VD, of_weight_VD = weight_VD, None
-        return hidden_XD * scale, of_weight_VD, bias_V * scale, None, -own_X * scale, (own_X - 1) * scale, None
+            ctx.embedded.add(weight_VD)
+            of_weight_VD = None
+        return hidden_XD * rest, of_weight_VD, bias_V * rest, None, -own_X * scale, (own_X - 1) * scale, None, None
 
 
 def _losses_and_gradients(
@@ -69,8 +77,6 @@ def _losses_and_gradients(
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return every loss, the gradients of their sum, and how much of each target's probability is the head's own."""
-    if hidden_XD.device.type == "cpu" and weight_VD.dtype == torch.float32 and fused.is_available():
-        return _fused(hidden_XD, weight_VD, bias_V, targets_X, mixture, product)
     wide = product == torch.float32
     of_hidden_XD, of_weight_VD = torch.empty_like(hidden_XD), torch.empty_like(weight_VD)
     of_bias_V = torch.zeros_like(bias_V)
@@ -118,8 +124,9 @@ def _fused(
     targets_X: Tensor,
     mixture: tuple[Tensor, Tensor],
     product: torch.dtype,
+    factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Do the same, with one pass over the logits between the products."""
+    """Do the same for so many times the sum, with one pass over the logits between the products."""
     of_hidden_XD, of_weight_VD = torch.empty_like(hidden_XD), torch.empty_like(weight_VD)
     of_bias_V = torch.zeros_like(bias_V)
     losses_X, owns_X = (hidden_XD.new_empty(len(targets_X), dtype=torch.float32) for _ in range(2))
@@ -129,7 +136,7 @@ def _fused(
     for number, rows in enumerate(zip(*(torch.split(whole, ROWS_TOGETHER) for whole in wholes), strict=True)):
         hidden_LD, targets_L, log_own_L, log_other_L, out_LD, losses_L, owns_L = rows
         gradients_LV = torch.mm(hidden_LD, narrow_VD.t(), out=logits_RV[: len(targets_L)])
-        found = fused.head_gradients(gradients_LV, bias_V, targets_L, log_own_L, log_other_L)
+        found = fused.head_gradients(gradients_LV, bias_V, targets_L, log_own_L, log_other_L, factor)
         losses_L.copy_(found[0])
         owns_L.copy_(found[1])
         of_bias_V += found[2]
@@ -156,6 +163,7 @@ def head_cross_entropy(
     mixture: tuple[Tensor, Tensor] | None = None,
     *,
     embedded: fused.Embedded | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of -log p(target) over all X tokens, differentiable once, and its parts without a gradient: (X,).
 
@@ -165,6 +173,7 @@ def head_cross_entropy(
 
     mixture: log_own_X and log_other_X, the head's part of the prediction and what the other one gives to the targets.
     embedded: where the weight's gradient is left for the embedding to return, whose output the hidden states rest on.
+    factor: of the sum, of which the gradient is likely to be asked for; another one costs a pass over the weights.
     """
     if mixture is None:
         none_X = torch.zeros(targets_X.shape, device=hidden_XD.device)
@@ -172,6 +181,6 @@ def head_cross_entropy(
     total: Tensor
     losses_X: Tensor
     total, losses_X = _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_XD, weight_VD, bias_V, targets_X, *mixture, embedded
+        hidden_XD, weight_VD, bias_V, targets_X, *mixture, embedded, factor
     )
     return total, losses_X

@@ -173,6 +173,7 @@ def summed_cross_entropy(model: CognateV1, found: Predictions) -> tuple[Tensor, 
         found.targets_X,
         mixture,
         embedded=embedded if isinstance(embedded, fused.Embedded) and torch.is_grad_enabled() else None,
+        factor=1 / max(1, len(found.targets_X)),  # the mean, unless other processes have targets too
     )
 
 

@@ -312,9 +312,10 @@ _weight = jit(_weight_of, fastmath={"contract"})
 def _head(a: Any, kind: Any) -> None:
     """Rows, V, and the addresses of logits, bias, targets, log_own, log_other, losses, owns, and the bias's gradient.
 
-    Logits become their gradients of the sum of the losses. The bias's gradient has a row of zeros for each block.
+    Then the factor's bits. Logits become their gradients of so many times the sum of the losses, and the bias's
+    gradient has a row of zeros for each block.
     """
-    rows, V = a[2], a[3]
+    rows, V, factor = a[2], a[3], as_float(a[12])
     bias, targets = view(FLOAT32, a[5], V), array(integers(a[6]), rows)
     log_own, log_other = view(FLOAT32, a[7], rows), view(FLOAT32, a[8], rows)
     losses, owns = view(FLOAT32, a[9], rows), view(FLOAT32, a[10], rows)
@@ -340,7 +341,7 @@ def _head(a: Any, kind: Any) -> None:
             own = np.exp(log_part - log_whole)
             losses[row] = -log_whole
             owns[row] = own
-            counted = own / total
+            counted = factor * own / total
             for i in range(V):
                 if size(kind) == 4:
                     gradient = of_logits[i] * counted
@@ -348,8 +349,9 @@ def _head(a: Any, kind: Any) -> None:
                     gradient = _weight(get(logits, i) + bias[i] - highest) * counted
                 put(logits, i, gradient)
                 of_bias[i] += gradient
-            put(logits, target, get(logits, target) - own)
-            of_bias[target] -= own
+            # Not from what was put there, which may be rounded: near 1 bfloat16 has steps of 1/256.
+            put(logits, target, _weight(of_target - highest) * counted - factor * own)
+            of_bias[target] -= factor * own
 
 
 def _gated(a: Any, kind: Any) -> None:
@@ -440,11 +442,11 @@ def _softmax_back_float32(words: Any) -> None:
 
 
 def _head_float32(words: Any) -> None:
-    _head_loop(array(words, 12), FLOAT32)
+    _head_loop(array(words, 13), FLOAT32)
 
 
 def _head_bfloat16(words: Any) -> None:
-    _head_loop(array(words, 12), BFLOAT16)
+    _head_loop(array(words, 13), BFLOAT16)
 
 
 def _gated_float32(words: Any) -> None:

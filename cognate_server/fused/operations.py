@@ -80,7 +80,7 @@ _EPSILON = _bits(NORM_EPSILON)
 
 @functools.cache
 def _ones(D: int) -> Tensor:
-    return torch.ones(D)
+    return torch.ones(D, dtype=torch.float32, device="cpu")
 
 
 def _product_type() -> torch.dtype:
@@ -116,7 +116,7 @@ def _norm_back(
 ) -> Tensor | None:
     """Fill in the gradient of x, added to what it has `beside`; return that of the scale, where there is one."""
     rows, D = inverses.numel(), x.shape[-1]
-    of_scale = None if scale_D is None else torch.empty(-(-rows // _ROWS), D)
+    of_scale = None if scale_D is None else torch.empty(-(-rows // _ROWS), D, dtype=torch.float32)
     scale = _ones(D) if scale_D is None else scale_D
     addresses = _addresses(x, scale, inverses, g, of_x, of_scale, beside)
     threads.run(_kernel("norm_back", x.dtype), x.numel(), rows, D, *addresses)
@@ -127,7 +127,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_D: Tensor | None) -> Tensor:
         x = x.contiguous()
-        y, inverses = torch.empty_like(x), torch.empty(x.shape[:-1])
+        y, inverses = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
         _norm(x, scale_D, y, inverses)
         ctx.save_for_backward(x, scale_D, inverses)
         return y
@@ -211,38 +211,46 @@ def _attend_back(
 # Blocks
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """One use of a weight, by the weight that the forward pass had: a gradient may be given another object for it."""
+
+    key: int
+    first: bool
+
+
 class Shared:
     """What the uses of the same weights have in common during a forward pass and its gradient."""
 
     def __init__(self) -> None:
+        self._weights: dict[int, Tensor] = {}  # which have to live as long as their keys
         self._narrow: dict[int, Tensor] = {}
-        self._uses: dict[int, int] = {}
         self._sums: dict[int, Tensor] = {}
 
-    def narrow(self, weight: Tensor, kind: torch.dtype) -> Tensor:
+    def use(self, weight: Tensor) -> _Weight:
+        """Tell one use from another."""
+        first = id(weight) not in self._weights
+        self._weights[id(weight)] = weight
+        return _Weight(id(weight), first)
+
+    def narrow(self, use: _Weight, weight: Tensor, kind: torch.dtype) -> Tensor:
         """Return a weight in the products' type."""
         if weight.dtype == kind:
             return weight
-        if id(weight) not in self._narrow:
-            self._narrow[id(weight)] = weight.to(kind)
-        return self._narrow[id(weight)]
+        if use.key not in self._narrow:
+            self._narrow[use.key] = weight.to(kind)
+        return self._narrow[use.key]
 
-    def use(self, weight: Tensor) -> int:
-        """Count a use; return how many there were before."""
-        before = self._uses.get(id(weight), 0)
-        self._uses[id(weight)] = before + 1
-        return before
-
-    def add(self, weight: Tensor, g: Tensor, x: Tensor, *, first: bool) -> Tensor | None:
+    def add(self, use: _Weight, kind: torch.dtype, g: Tensor, x: Tensor) -> Tensor | None:
         """Add one use's part of a weight's gradient, g' x; return all of it for the first use, whose turn is last."""
-        sums, kind = self._sums, weight.dtype
-        if id(weight) not in sums:
-            sums[id(weight)] = (g.t() @ x).to(kind)
+        sums = self._sums
+        if use.key not in sums:
+            sums[use.key] = (g.t() @ x).to(kind)
         elif g.dtype == kind:
-            sums[id(weight)].addmm_(g.t(), x)
+            sums[use.key].addmm_(g.t(), x)
         else:
-            sums[id(weight)] += g.t() @ x
-        return sums.pop(id(weight)) if first else None
+            sums[use.key] += g.t() @ x
+        return sums.pop(use.key) if use.first else None
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,9 @@ class _Block(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind, layout, heads = _product_type(), use.layout, use.heads
         scale_1, in_1, out_1, scale_2, in_2, out_2 = weights
-        narrow = [use.shared.narrow(weight, kind) for weight in (in_1, out_1, in_2, out_2)]
+        products = (in_1, out_1, in_2, out_2)
+        ctx.use, ctx.weights = use, [use.shared.use(weight) for weight in products]
+        narrow = [use.shared.narrow(*pair, kind) for pair in zip(ctx.weights, products, strict=True)]
         x = x.contiguous()
         (A, D), T, W = x.shape, layout.T, out_2.shape[1]
         K, lines = D // heads, (layout.B * heads, T, D // heads)
@@ -308,7 +318,6 @@ class _Block(torch.autograd.Function):
             _through(normal_2, narrow[2], gate_up)
             threads.run(_kernel("gated", kind), gate_up.numel(), A, W, *_addresses(gate_up, gated))
             _through(gated, narrow[3], y, beside=between)
-        ctx.use, ctx.first = use, [use.shared.use(weight) == 0 for weight in (in_1, out_1, in_2, out_2)]
         ctx.set_materialize_grads(False)  # zeros for keys and values that no later step has gone on with
         ctx.save_for_backward(
             *weights, x, normal_1, inverses_1, projected, turned, query, key, value, shares, mixed,
@@ -325,23 +334,24 @@ class _Block(torch.autograd.Function):
         x, normal_1, inverses_1, projected, turned, query, key, value, shares, mixed, *rest = rest
         between, normal_2, inverses_2, gate_up, gated = rest
         use, layout, kind = ctx.use, ctx.use.layout, projected.dtype
-        narrow = [use.shared.narrow(weight, kind) for weight in (in_1, out_1, in_2, out_2)]
-        add, first = use.shared.add, ctx.first
+        pairs = zip(ctx.weights, (in_1, out_1, in_2, out_2), strict=True)
+        narrow = [use.shared.narrow(*pair, kind) for pair in pairs]
+        uses, wide = ctx.weights, in_1.dtype
         (A, D), heads, T, K, W = x.shape, use.heads, layout.T, query.shape[2], gated.shape[1]
         g_between, g_found = _empty(torch.float32, (A, D), query.shape)
         of_projected, of_gate_up, g_gated, g_normal = _empty(kind, (A, 3 * D), (A, 2 * W), (A, W), (A, D))
 
         g_y = torch.zeros_like(x) if g_y is None else g_y.contiguous()
         g_narrow = g_y.to(kind)
-        of_out_2 = add(out_2, g_narrow, gated, first=first[3])
+        of_out_2 = use.shared.add(uses[3], wide, g_narrow, gated)
         torch.mm(g_narrow, narrow[3], out=g_gated)
         threads.run(_kernel("gated_back", kind), gate_up.numel(), A, W, *_addresses(gate_up, g_gated, of_gate_up))
-        of_in_2 = add(in_2, of_gate_up, normal_2, first=first[2])
+        of_in_2 = use.shared.add(uses[2], wide, of_gate_up, normal_2)
         torch.mm(of_gate_up, narrow[2], out=g_normal)
         of_scale_2 = _norm_back(between, scale_2, inverses_2, g_normal.to(x.dtype), g_between, beside=g_y)
 
         g_narrow = g_between.to(kind)
-        of_out_1 = add(out_1, g_narrow, mixed, first=first[1])
+        of_out_1 = use.shared.add(uses[1], wide, g_narrow, mixed)
         torch.mm(g_narrow, narrow[1], out=g_normal)
         _to_heads(g_normal, layout, g_found)
         of_query, of_key, of_value = _attend_back(query, key, value, shares, g_found, causal=True)
@@ -351,7 +361,7 @@ class _Block(torch.autograd.Function):
         addresses = _addresses(projected, layout.cosine_TK, layout.sine_TK, of_query, of_key, of_value, *turned)
         words = (A, heads, K, int(use.continues), _places(layout), T, *addresses, of_projected.data_ptr())
         threads.run(_kernel("turn_back", kind), projected.numel(), *words)
-        of_in_1 = add(in_1, of_projected, normal_1, first=first[0])
+        of_in_1 = use.shared.add(uses[0], wide, of_projected, normal_1)
         torch.mm(of_projected, narrow[0], out=g_normal)
         of_x = torch.empty_like(x)
         of_scale_1 = _norm_back(x, scale_1, inverses_1, g_normal.to(x.dtype), of_x, beside=g_between)
@@ -369,7 +379,9 @@ class _Read(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, key_XHMK: Tensor, value_XHMK: Tensor, use: _Use, *weights: Tensor) -> Tensor:
         kind, layout, chunk = _product_type(), use.layout, use.chunk
         ask, gate_weight, gate_bias, out = weights
-        narrow = [use.shared.narrow(weight, kind) for weight in (ask, gate_weight, out)]
+        products = (ask, gate_weight, out)
+        ctx.use, ctx.weights = use, [use.shared.use(weight) for weight in products]
+        narrow = [use.shared.narrow(*pair, kind) for pair in zip(ctx.weights, products, strict=True)]
         x = x.contiguous()
         (A, D), (X, H, M, K) = x.shape, key_XHMK.shape
         lines = (X * H, chunk, K)
@@ -391,7 +403,6 @@ class _Read(torch.autograd.Function):
             torch.mul(mixed.view(A, H, K), gate.unsqueeze(2), out=gated.view(A, H, K))
             gated = gated.to(kind)
             _through(gated, narrow[2], y, beside=x)
-        ctx.use, ctx.first = use, [use.shared.use(weight) == 0 for weight in (ask, gate_weight, out)]
         ctx.types = (key_XHMK.dtype, value_XHMK.dtype)
         ctx.save_for_backward(
             *weights, x, normal, inverses, asked, turned, query, key, value, weights_XM, mixed, gate, gated
@@ -404,13 +415,14 @@ class _Read(torch.autograd.Function):
         ask, gate_weight, _, out, x, normal, inverses, asked, turned, *rest = ctx.saved_tensors
         query, key, value, weights_XM, mixed, gate, gated = rest
         use, kind, (A, H), D = ctx.use, normal.dtype, gate.shape, x.shape[1]
-        narrow = [use.shared.narrow(weight, kind) for weight in (ask, gate_weight, out)]
-        add, first = use.shared.add, ctx.first
+        pairs = zip(ctx.weights, (ask, gate_weight, out), strict=True)
+        narrow = [use.shared.narrow(*pair, kind) for pair in pairs]
+        uses, wide = ctx.weights, ask.dtype
         g_mixed, of_query_AD, of_asked, of_x, g_found = _empty(torch.float32, *[(A, D)] * 4, query.shape)
 
         g_y = g_y.contiguous()
         g_narrow = g_y.to(kind)
-        of_out = add(out, g_narrow, gated, first=first[2])
+        of_out = use.shared.add(uses[2], wide, g_narrow, gated)
         g_gated = torch.mm(g_narrow, narrow[2]).float().view(A, H, -1)
         torch.mul(g_gated, gate.unsqueeze(2), out=g_mixed.view(A, H, -1))
         g_gate = g_gated.mul_(mixed.view(A, H, -1)).sum(2).mul_(gate).mul_(1 - gate)
@@ -420,8 +432,8 @@ class _Read(torch.autograd.Function):
         heads = (A, H, D // H)
         _norm_back(asked.view(heads), None, turned, of_query_AD.view(heads), of_asked.view(heads))
         asked_narrow, gate_narrow = of_asked.to(kind), g_gate.to(kind)
-        of_ask = add(ask, asked_narrow, normal, first=first[0])
-        of_gate = add(gate_weight, gate_narrow, normal, first=first[1])
+        of_ask = use.shared.add(uses[0], wide, asked_narrow, normal)
+        of_gate = use.shared.add(uses[1], wide, gate_narrow, normal)
         g_normal = torch.addmm(torch.mm(gate_narrow, narrow[1]), asked_narrow, narrow[0]).to(x.dtype)
         _norm_back(x, None, inverses, g_normal, of_x, beside=g_y)
         slots = [part.view(use.slots).to(kind_) for part, kind_ in zip((of_key, of_value), ctx.types, strict=True)]
@@ -435,6 +447,10 @@ class Embedded:
     """Where the head's loss leaves its gradient of the table that it shares with the embedding."""
 
     gradient_VD: Tensor | None = None
+
+    def add(self, gradient_VD: Tensor) -> None:
+        """Leave one loss's part, which is not used otherwise."""
+        self.gradient_VD = gradient_VD if self.gradient_VD is None else self.gradient_VD.add_(gradient_VD)
 
 
 class _Embed(torch.autograd.Function):
@@ -455,9 +471,14 @@ class _Embed(torch.autograd.Function):
 
 
 def head_gradients(
-    logits_XV: Tensor, bias_V: Tensor, targets_X: Tensor, log_own_X: Tensor, log_other_X: Tensor
+    logits_XV: Tensor,
+    bias_V: Tensor,
+    targets_X: Tensor,
+    log_own_X: Tensor,
+    log_other_X: Tensor,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits, in place, into the gradients of the sum of the losses; see `head_cross_entropy` for these.
+    """Turn logits, in place, into the gradients of so many times the sum of the losses of `head_cross_entropy`.
 
     Returns losses and own shares, (X,), and the bias's gradient, (V,).
     Errors: IndexError, when a target is no token of the vocabulary.
@@ -465,16 +486,17 @@ def head_gradients(
     rows, V = logits_XV.shape
     if rows and not 0 <= int(targets_X.min()) <= int(targets_X.max()) < V:
         raise IndexError(f"targets must be within 0 and {V - 1}, got {targets_X.min()} to {targets_X.max()}")
-    losses_X, owns_X = (torch.empty(rows) for _ in range(2))
-    of_bias = torch.zeros(-(-rows // _ROWS), V)
-    inputs = (logits_XV, bias_V, targets_X.contiguous(), log_own_X.contiguous(), log_other_X.contiguous())
-    addresses = _addresses(*inputs, losses_X, owns_X, of_bias)
-    threads.run(_kernel("head", logits_XV.dtype), logits_XV.numel(), rows, V, *addresses)
+    losses_X, owns_X = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    of_bias = torch.zeros(-(-rows // _ROWS), V, dtype=torch.float32)
+    targets_X = targets_X.long().contiguous()
+    floats = [one.float().contiguous() for one in (bias_V, log_own_X, log_other_X)]
+    addresses = _addresses(logits_XV, floats[0], targets_X, floats[1], floats[2], losses_X, owns_X, of_bias)
+    threads.run(_kernel("head", logits_XV.dtype), logits_XV.numel(), rows, V, *addresses, _bits(factor))
     return losses_X, owns_X, of_bias.sum(0)
 
 
-def _takes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _KINDS
+def _takes(x: Tensor, *kinds: torch.dtype) -> bool:
+    return x.device.type == "cpu" and x.dtype in (kinds or (torch.float32,))
 
 
 class FusedOperations(Operations):
@@ -495,7 +517,8 @@ class FusedOperations(Operations):
 
     def normalize(self, x: Tensor, scale_D: Tensor | None = None) -> Tensor:
         """See Operations."""
-        if not _takes(x):
+        fits = scale_D is None or (_takes(scale_D) and scale_D.is_contiguous())
+        if not fits or not _takes(x, *_KINDS):
             return super().normalize(x, scale_D)
         y: Tensor = _Norm.apply(x, scale_D)  # type: ignore[no-untyped-call]
         return y
@@ -509,6 +532,8 @@ class FusedOperations(Operations):
         attention, feed_forward = block.attention, block.feed_forward
         if not _takes(x_AD) or layout.T > LONGEST or x_AD.shape[1] // attention.heads > WIDEST:
             return super().block(block, x_AD, layout, kept)
+        if layout.active_A is None:
+            kept = None  # all are about to have keys and values of their own
         use = _Use(attention.heads, layout, _shared(layout), continues=kept is not None)
         weights = (
             block.attention_norm.scale_D, attention.query_key_value.weight, attention.output.weight,

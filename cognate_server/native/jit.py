@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -17,8 +19,14 @@ array: Any = numba.carray  # type: ignore[attr-defined,unused-ignore]
 FAST: dict[str, Any] = {"fastmath": {"reassoc", "contract"}}
 
 
-def _kept(compile_: Any) -> Any:
-    """Keep the machine code where there is a folder to keep it in."""
+# What is compiled holds code of this file, and the compiler looks at the function's own file alone to tell whether what
+# it has kept is still right.
+_DIGEST = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+def _kept(function: Any, compile_: Any) -> Any:
+    """Keep the machine code where there is a folder to keep it in, under a name that changes with this file."""
+    function.__qualname__ = f"{function.__qualname__}_{_DIGEST}"
     try:
         return compile_(cache=True)
     except RuntimeError as error:
@@ -29,13 +37,13 @@ def _kept(compile_: Any) -> Any:
 
 def jit(function: Any, **options: Any) -> Any:
     """Compile a function that other compiled ones or Python call, without the global lock held."""
-    return _kept(lambda cache: numba.njit(nogil=True, error_model="numpy", cache=cache, **options)(function))
+    return _kept(function, lambda cache: numba.njit(nogil=True, error_model="numpy", cache=cache, **options)(function))
 
 
 def entry(function: Any) -> int:
     """Compile what a thread runs, void (*)(int64 *), and return its address."""
     signature = types.void(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
-    compiled = _kept(lambda cache: numba.cfunc(signature, error_model="numpy", cache=cache)(function))
+    compiled = _kept(function, lambda cache: numba.cfunc(signature, error_model="numpy", cache=cache)(function))
     _ENTRIES.append(compiled)
     return int(compiled.address)
 

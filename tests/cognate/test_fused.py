@@ -1,6 +1,8 @@
 """The compiled operations against torch's: values, gradients, and what they leave to torch."""
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from cognate_server import cross_entropy, fused
 from cognate_server.fused import operations
-from cognate_server.losses import Objective, objective, truncated_geometric
+from cognate_server.losses import Objective, forward, objective, summed_cross_entropy, truncated_geometric
 from cognate_server.native import threads as native_threads
 from cognate_server.precision import Precision
 from cognate_server.stream import Batch
@@ -95,6 +97,7 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         pytest.param(16, {"padding": True}, id="padding"),
         pytest.param(24, {"segments": True, "padding": True}, id="both"),
         pytest.param(24, {"carried": True}, id="memory"),
+        pytest.param(32, {"segments": True, "padding": True, "carried": True}, id="all-of-it"),
         pytest.param(21, NOTHING, id="a-chunk-that-is-not-full"),
         pytest.param(1, NOTHING, id="one-token"),
     ],
@@ -200,6 +203,69 @@ def test_the_head_takes_no_target_or_many(monkeypatch: pytest.MonkeyPatch) -> No
                 total.backward()  # type: ignore[no-untyped-call]
             found.append([total.detach(), losses, *(one.grad for one in inputs if one.grad is not None)])
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sure_head_has_its_gradient_in_bfloat16_too() -> None:
+    """Where p is nearly 1, bfloat16 has steps of 1/256, so p - 1 is rounded after the difference."""
+    logits, none = torch.zeros(3, 50), torch.zeros(3)
+    logits[:, 0] = torch.tensor([8.5, 10.5, 12.0])
+    exact, narrow = logits.clone(), logits.to(torch.bfloat16)
+    for one in (exact, narrow):
+        fused.head_gradients(one, torch.zeros(50), torch.zeros(3, dtype=torch.int32), none, none - torch.inf)
+    assert (exact[:, 0] < 0).all()
+    torch.testing.assert_close(narrow.float(), exact, rtol=1 / 128, atol=1e-9)
+
+
+def test_weights_are_told_apart_whatever_a_gradient_is_given_for_them() -> None:
+    """What saved tensors are replaced by has other addresses, such as copies of a hook."""
+    model = make_model()
+    tokens, sought = make_tokens(2, 16), torch.randn(2, 16, TINY.width)
+
+    def gradients(computing: Operations) -> dict[str, Tensor]:
+        model.compute_with(computing)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            output = model(tokens, fixed_steps=3)
+        (output.hidden_BTD * sought).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_near(gradients(fused.FusedOperations()), gradients(Operations()), 1e-3)
+
+
+def test_two_losses_of_one_pass_add_up() -> None:
+    """The tied table's gradient is left for the embedding by both."""
+    model, batch = make_model(), make_batch(16)
+    found: list[dict[str, Tensor]] = []
+    for computing in (fused.FusedOperations(), Operations()):
+        model.compute_with(computing)
+        model.zero_grad()
+        predictions = forward(model, batch, None)
+        total = summed_cross_entropy(model, predictions)[0] + 2 * summed_cross_entropy(model, predictions)[0]
+        total.backward()  # type: ignore[no-untyped-call]
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert_near(found[0], found[1], 1e-3)
+
+
+def test_scales_of_other_types_are_left_to_torch(kernels: set[str]) -> None:
+    """A kernel reads float32, one after the other."""
+    x = torch.randn(4, 64)
+    for scale in (torch.rand(64, dtype=torch.bfloat16), torch.rand(64, 2)[:, 0]):
+        expected = Operations().normalize(x, scale)
+        assert torch.equal(fused.FusedOperations().normalize(x, scale), expected)
+    assert not kernels
+
+
+def test_what_was_compiled_is_named_by_the_code_in_it() -> None:
+    """A changed helper must not find the machine code of the one before: the compiler looks at one file only."""
+    pytest.importorskip("numba")
+    from cognate_server.fused import kernels as loops
+    from cognate_server.native import jit
+
+    digest = hashlib.sha256(Path(jit.__file__).read_bytes()).hexdigest()[:12]
+    loops.address("gated", "float32")
+    folder = Path(loops.__file__).parent / "__pycache__"
+    assert loops._gated_float32.__qualname__.endswith(f"_{digest}")
+    assert not folder.is_dir() or not list(folder.glob("kernels._gated_float32-*.nbi"))
 
 
 @pytest.mark.parametrize("target", [-1, 50])
