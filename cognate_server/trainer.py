@@ -26,7 +26,7 @@ from cognate_server.stream import TokenStream
 from cognate_server.tracker import CognateProgressTracker, StepOutcome, measurement, validation_metrics
 from cognate_server.validation import ValidationReport, first_rows, row_losses, validate
 from training_common.attempt import Attempt, AttemptStopped, Json
-from training_common.models.cognate_v1 import CognateV1, CognateV1Config, config_to_json, save_state
+from training_common.models.cognate_v1 import CognateV1, CognateV1Config, Operations, config_to_json, save_state
 from training_common.recovery import Change, Finding, RecoveryEvent
 from training_common.team import ALONE, Team
 
@@ -231,6 +231,7 @@ class _Pretraining:
         """Validate, write the model folder and sum the run up."""
         run, attempt = self.run, self.attempt
         model = run.whole_model()
+        model.compute_with(Operations())  # what is published is judged as everybody else computes it
         attempt.trained()
         report = validate(model, self.validation_batches, run.unigram_counts_V)
         control_loss = self._validate_control(report.loss)
