@@ -39,12 +39,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
         kind = hidden_XD.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
         with torch.autocast(kind, enabled=False):
-            mixture = (log_own_X.float(), log_other_X.float())
-            if kind == "cpu" and weight_VD.dtype == torch.float32 and fused.is_available():
-                losses_X, *gradients = _fused(hidden_XD, weight_VD, bias_V, targets_X, mixture, product, factor)
-            else:
-                factor = 1.0
-                losses_X, *gradients = _losses_and_gradients(hidden_XD, weight_VD, bias_V, targets_X, mixture, product)
+            losses_X, *gradients = _losses_and_gradients(
+                hidden_XD, weight_VD, bias_V, targets_X, (log_own_X.float(), log_other_X.float()), product, factor
+            )
         ctx.factor = torch.tensor(factor)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses_X)
@@ -75,74 +72,79 @@ def _losses_and_gradients(
     targets_X: Tensor,
     mixture: tuple[Tensor, Tensor],
     product: torch.dtype,
+    factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return every loss, the gradients of their sum, and how much of each target's probability is the head's own."""
-    wide = product == torch.float32
+    """Return every loss, the gradients of so many times their sum, and the head's own share of each target's p."""
+    on_cpu = hidden_XD.device.type == "cpu"
+    compiled = on_cpu and weight_VD.dtype == torch.float32 and fused.is_available()
+    piece = CPU_PIECE if on_cpu else GPU_PIECE
+    together = max(piece, ROWS_TOGETHER)
     of_hidden_XD, of_weight_VD = torch.empty_like(hidden_XD), torch.empty_like(weight_VD)
     of_bias_V = torch.zeros_like(bias_V)
     losses_X = hidden_XD.new_empty(len(targets_X), dtype=torch.float32)
     owns_X = torch.empty_like(losses_X)
     hidden_XD, narrow_VD = hidden_XD.to(product), weight_VD.to(product)
-    piece = CPU_PIECE if hidden_XD.device.type == "cpu" else GPU_PIECE
+    of_logits_XV = hidden_XD.new_empty(min(len(targets_X), together), len(weight_VD))
     wholes = (hidden_XD, targets_X, *mixture, of_hidden_XD, losses_X, owns_X)
-    groups = zip(*(torch.split(whole, max(piece, ROWS_TOGETHER)) for whole in wholes), strict=True)
-    for number, rows in enumerate(groups):
-        # Filled piece by piece, and multiplied as one.
-        of_logits_RV = hidden_XD.new_empty(len(rows[0]), len(weight_VD))
-        counted_RD = torch.empty_like(rows[0])
-        pieces = zip(*(torch.split(part, piece) for part in (*rows, of_logits_RV, counted_RD)), strict=True)
-        for hidden_LD, targets_L, log_own_L, log_other_L, out_LD, losses_L, owns_L, of_logits_LV, counted_LD in pieces:
-            logits_LV = F.linear(hidden_LD, narrow_VD).float().add_(bias_V)
-            log_p_LV = torch.log_softmax(logits_LV, -1, out=of_logits_LV if wide else None)
-            places_L1 = targets_L.unsqueeze(1)
-            log_part_L = log_own_L + log_p_LV.gather(1, places_L1).squeeze(1)
-            log_whole_L = torch.logaddexp(log_part_L, log_other_L)
-            torch.exp(log_part_L - log_whole_L, out=owns_L)
-            torch.neg(log_whole_L, out=losses_L)
-            # Of the sum of the head's own losses; a row of it counts as much as its target's probability is the head's.
-            p_LV = log_p_LV.exp_().scatter_add_(1, places_L1, log_p_LV.new_full(places_L1.shape, -1.0))
-            of_bias_V += owns_L @ p_LV
-            if not wide:
-                of_logits_LV.copy_(p_LV)
-            own_L1 = owns_L.unsqueeze(1)
-            out_LD.copy_((of_logits_LV @ narrow_VD) * own_L1)
-            counted_LD.copy_(hidden_LD * own_L1)
-        # In the sum's own precision, since many products that are rounded to bfloat16 would lose the small.
-        if wide:
-            of_weight_VD.addmm_(of_logits_RV.t(), counted_RD, beta=min(number, 1))
-        elif number == 0:
-            of_weight_VD.copy_(of_logits_RV.t() @ counted_RD)
+    for number, rows in enumerate(zip(*(torch.split(whole, together) for whole in wholes), strict=True)):
+        of_logits_RV = of_logits_XV[: len(rows[0])]
+        if compiled:
+            counted_RD = rows[0]
+            of_bias_V += _compiled_group(rows, narrow_VD, bias_V, of_logits_RV, factor)
         else:
-            of_weight_VD += of_logits_RV.t() @ counted_RD
+            counted_RD = torch.empty_like(rows[0])
+            of_bias_V += _group(rows, narrow_VD, bias_V, of_logits_RV, counted_RD, piece, factor)
+        _multiply(of_logits_RV.t(), counted_RD, of_weight_VD, add=number > 0)
     return losses_X, of_hidden_XD, of_weight_VD, of_bias_V, owns_X
 
 
-def _fused(
-    hidden_XD: Tensor,
-    weight_VD: Tensor,
+def _compiled_group(
+    rows: tuple[Tensor, ...], narrow_VD: Tensor, bias_V: Tensor, of_logits_RV: Tensor, factor: float
+) -> Tensor:
+    """Fill in what rows of the batch give, with one pass over the logits; return their part of the bias's gradient."""
+    hidden_RD, targets_R, log_own_R, log_other_R, out_RD, losses_R, owns_R = rows
+    torch.mm(hidden_RD, narrow_VD.t(), out=of_logits_RV)
+    losses, owns, of_bias_V = fused.head_gradients(of_logits_RV, bias_V, targets_R, log_own_R, log_other_R, factor)
+    losses_R.copy_(losses)
+    owns_R.copy_(owns)
+    _multiply(of_logits_RV, narrow_VD, out_RD, add=False)
+    return of_bias_V
+
+
+def _group(
+    rows: tuple[Tensor, ...],
+    narrow_VD: Tensor,
     bias_V: Tensor,
-    targets_X: Tensor,
-    mixture: tuple[Tensor, Tensor],
-    product: torch.dtype,
+    of_logits_RV: Tensor,
+    counted_RD: Tensor,
+    piece: int,
     factor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Do the same for so many times the sum, with one pass over the logits between the products."""
-    of_hidden_XD, of_weight_VD = torch.empty_like(hidden_XD), torch.empty_like(weight_VD)
+) -> Tensor:
+    """Do the same in torch, a piece at a time.
+
+    What is filled in lacks each row's factor, its target's share, which its hidden state has in `counted_RD`.
+    """
+    wide = of_logits_RV.dtype == torch.float32
     of_bias_V = torch.zeros_like(bias_V)
-    losses_X, owns_X = (hidden_XD.new_empty(len(targets_X), dtype=torch.float32) for _ in range(2))
-    hidden_XD, narrow_VD = hidden_XD.to(product), weight_VD.to(product)
-    wholes = (hidden_XD, targets_X, *mixture, of_hidden_XD, losses_X, owns_X)
-    logits_RV = hidden_XD.new_empty(min(len(targets_X), ROWS_TOGETHER), len(weight_VD))
-    for number, rows in enumerate(zip(*(torch.split(whole, ROWS_TOGETHER) for whole in wholes), strict=True)):
-        hidden_LD, targets_L, log_own_L, log_other_L, out_LD, losses_L, owns_L = rows
-        gradients_LV = torch.mm(hidden_LD, narrow_VD.t(), out=logits_RV[: len(targets_L)])
-        found = fused.head_gradients(gradients_LV, bias_V, targets_L, log_own_L, log_other_L, factor)
-        losses_L.copy_(found[0])
-        owns_L.copy_(found[1])
-        of_bias_V += found[2]
-        _multiply(gradients_LV, narrow_VD, out_LD, add=False)
-        _multiply(gradients_LV.t(), hidden_LD, of_weight_VD, add=number > 0)
-    return losses_X, of_hidden_XD, of_weight_VD, of_bias_V, owns_X
+    pieces = zip(*(torch.split(part, piece) for part in (*rows, of_logits_RV, counted_RD)), strict=True)
+    for hidden_LD, targets_L, log_own_L, log_other_L, out_LD, losses_L, owns_L, of_logits_LV, counted_LD in pieces:
+        logits_LV = F.linear(hidden_LD, narrow_VD).float().add_(bias_V)
+        log_p_LV = torch.log_softmax(logits_LV, -1, out=of_logits_LV if wide else None)
+        places_L1 = targets_L.unsqueeze(1)
+        log_part_L = log_own_L + log_p_LV.gather(1, places_L1).squeeze(1)
+        log_whole_L = torch.logaddexp(log_part_L, log_other_L)
+        torch.exp(log_part_L - log_whole_L, out=owns_L)
+        torch.neg(log_whole_L, out=losses_L)
+        # Of the sum of the head's own losses; a row of it counts as much as its target's probability is the head's.
+        p_LV = log_p_LV.exp_().scatter_add_(1, places_L1, log_p_LV.new_full(places_L1.shape, -1.0))
+        counts_L = owns_L * factor
+        of_bias_V += counts_L @ p_LV
+        if not wide:
+            of_logits_LV.copy_(p_LV)
+        counts_L1 = counts_L.unsqueeze(1)
+        out_LD.copy_((of_logits_LV @ narrow_VD) * counts_L1)
+        counted_LD.copy_(hidden_LD * counts_L1)
+    return of_bias_V
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:

@@ -4,7 +4,7 @@ A kernel is compiled for the kind of numbers that it is first asked for. Sums ov
 rows, so no result depends on how many threads there are.
 """
 
-# D width of a row, K of a head, F of a gate. `words` are what `threads.run` passes: two of its own, then those that a
+# D width of a row, K of a head, W of a gate. `words` are what `threads.run` passes: two of its own, then those that a
 # kernel's docstring lists.
 
 from __future__ import annotations
@@ -355,26 +355,26 @@ def _head(a: Any, kind: Any) -> None:
 
 
 def _gated(a: Any, kind: Any) -> None:
-    """Rows, F, and the addresses of gates with what they let through, and of the result."""
-    F = a[3]
+    """Rows, W, and the addresses of gates with what they let through, and of the result."""
+    W = a[3]
     first, end = share(a, a[2])
     for row in range(first, end):
-        gate, up = view(kind, a[4] + size(kind) * 2 * row * F, F), view(kind, a[4] + size(kind) * (2 * row + 1) * F, F)
-        y = view(kind, a[5] + size(kind) * row * F, F)
-        for i in range(F):
+        gate, up = view(kind, a[4] + size(kind) * 2 * row * W, W), view(kind, a[4] + size(kind) * (2 * row + 1) * W, W)
+        y = view(kind, a[5] + size(kind) * row * W, W)
+        for i in range(W):
             z = get(gate, i)
             put(y, i, z * _sigmoid(z) * get(up, i))
 
 
 def _gated_back(a: Any, kind: Any) -> None:
-    """Rows, F, and the addresses of gates with what they let through, of the result's gradient and theirs."""
-    F = a[3]
+    """Rows, W, and the addresses of gates with what they let through, of the result's gradient and theirs."""
+    W = a[3]
     first, end = share(a, a[2])
     for row in range(first, end):
-        here, there = size(kind) * 2 * row * F, size(kind) * (2 * row + 1) * F
-        gate, up, g = view(kind, a[4] + here, F), view(kind, a[4] + there, F), view(kind, a[5] + here // 2, F)
-        of_gate, of_up = view(kind, a[6] + here, F), view(kind, a[6] + there, F)
-        for i in range(F):
+        here, there = size(kind) * 2 * row * W, size(kind) * (2 * row + 1) * W
+        gate, up, g = view(kind, a[4] + here, W), view(kind, a[4] + there, W), view(kind, a[5] + here // 2, W)
+        of_gate, of_up = view(kind, a[6] + here, W), view(kind, a[6] + there, W)
+        for i in range(W):
             z = get(gate, i)
             open_ = _sigmoid(z)
             pulled = get(g, i) * open_

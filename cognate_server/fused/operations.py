@@ -35,7 +35,7 @@ from training_common.models.cognate_v1 import (
     Readable,
 )
 
-# Tokens of a row up to which the weights of all queries and keys are kept for the gradient: 0.5 MB a head and row of
+# Tokens of a row up to which the weights of all queries and keys are kept for the gradient: 64 KB a head and row of
 # 128, sixteen times as much of 512. Products of so few are faster than torch's attention, which keeps none.
 LONGEST = 256
 # Heads up to which the exponentials of all scores are within float32's range, without looking for the highest score.
@@ -504,8 +504,6 @@ class FusedOperations(Operations):
 
     What they do not take (other devices and types, long rows, wide heads) is computed by torch's operations.
     """
-
-    name = "native"
 
     def embed(self, embedding: nn.Embedding, tokens_BT: Tensor) -> tuple[Tensor, object]:
         """See Operations."""

@@ -1,6 +1,7 @@
 """The compiled operations against torch's: values, gradients, and what they leave to torch."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,7 @@ def test_scales_of_other_types_are_left_to_torch(kernels: set[str]) -> None:
 
 def test_what_was_compiled_is_named_by_the_code_in_it() -> None:
     """A changed helper must not find the machine code of the one before: the compiler looks at one file only."""
-    pytest.importorskip("numba")
+    numba = pytest.importorskip("numba")
     from cognate_server.fused import kernels as loops
     from cognate_server.native import jit
 
@@ -265,7 +266,9 @@ def test_what_was_compiled_is_named_by_the_code_in_it() -> None:
     loops.address("gated", "float32")
     folder = Path(loops.__file__).parent / "__pycache__"
     assert loops._gated_float32.__qualname__.endswith(f"_{digest}")
-    assert not folder.is_dir() or not list(folder.glob("kernels._gated_float32-*.nbi"))
+    assert loops.ROWS == operations._ROWS, "the caller makes room for the sums of so many rows"
+    if not numba.config.CACHE_DIR and os.access(folder, os.W_OK):
+        assert list(folder.glob(f"kernels._gated_float32_{digest}-*.nbi"))
 
 
 @pytest.mark.parametrize("target", [-1, 50])

@@ -323,8 +323,6 @@ class Operations:
     A service may give a model others (`CognateV1.compute_with`) that differ by rounding alone.
     """
 
-    name = "torch"
-
     def embed(self, embedding: nn.Embedding, tokens_BT: Tensor) -> tuple[Tensor, object]:
         """Return the tokens' rows of the table, and `CognateOutput.embedded`."""
         return embedding(tokens_BT), None
